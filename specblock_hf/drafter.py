@@ -1,0 +1,235 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The line between drafters and the decoding loop: what a drafter is told, what it answers, and for how long it remembers.
+
+One round of decoding is `tree = drafter.propose(state, pairs, limits)`, a verification by the target, and new `Pairs`. A drafter
+never sees `generate()`, the target's cache or the verification rule; the loop never sees the drafter's network.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .statistics import GenerationStatistics
+    from .tree import DraftTree
+    from .verification import Walk
+
+
+class TokenTable:
+    """
+    The target's token embedding and head, as drafters need them; nothing of it is ever copied or saved with a drafter.
+
+    Args:
+        embedding (`nn.Module`): The target's input embedding, called with ids `[...]`, giving `[..., d]`.
+        head (`nn.Module`): The target's output head, called with `[..., d]`, giving logits `[..., vocab_size]`.
+        vocab_size (`int`): Number of ids that the target's head scores.
+    """
+
+    def __init__(self, embedding: nn.Module, head: nn.Module, vocab_size: int):
+        self.embedding = embedding
+        self.output_head = head
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def of(cls, target: PreTrainedModel) -> TokenTable:
+        """Read the table off a stock transformers model."""
+        return cls(
+            target.get_input_embeddings(), target.get_output_embeddings(), target.config.get_text_config().vocab_size
+        )
+
+    def embed(self, ids: torch.LongTensor, raw: bool = False) -> torch.Tensor:
+        """
+        Args:
+            ids (`torch.LongTensor` of any shape): Target token ids.
+            raw (`bool`, *optional*, defaults to `False`):
+                Skip what the embedding module does beside the look-up (Gemma scales its rows).
+
+        Returns:
+            `torch.Tensor` of shape `[*ids.shape, d]` in the target's dtype.
+        """
+        if raw:
+            return nn.functional.embedding(ids, self.embedding.weight)
+        return self.embedding(ids)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The target's logits `[..., vocab_size]` of final hidden states `[..., d]`."""
+        return self.output_head(hidden)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+
+@dataclass
+class Pairs:
+    """
+    What the target has learned since the drafter was last asked: features at position i together with the token x_{i+1} that
+    followed. Columns beyond a row's length are padding on the right.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `[B, T]`): x_{i+1}; -1 where the prompt came as embeddings.
+        features (`tuple` of `torch.Tensor` of shape `[B, T, d]`):
+            One tensor per entry of the drafter's `feature_layers`, the target's states at x_i.
+        positions (`torch.LongTensor` of shape `[B, T]`): i, counted without padding.
+        lengths (`torch.LongTensor` of shape `[B]`): Valid columns of each row; 0 for a finished row.
+        table (`TokenTable`): The target's embedding.
+        given_embeds (`torch.Tensor` of shape `[B, T, d]`, *optional*): The embeddings of a prompt that had no ids.
+    """
+
+    tokens: torch.LongTensor
+    features: tuple[torch.Tensor, ...]
+    positions: torch.LongTensor
+    lengths: torch.LongTensor
+    table: TokenTable
+    given_embeds: torch.Tensor | None = None
+
+    def embeds(self) -> torch.Tensor:
+        """The target's embeddings `[B, T, d]` of `tokens`, made only when a drafter asks for them."""
+        if self.given_embeds is not None:
+            return self.given_embeds
+        return self.table.embed(self.tokens.clamp_min(0))
+
+    @classmethod
+    def of(cls, tree: DraftTree, features: tuple[torch.Tensor, ...], walk: Walk, base: torch.LongTensor, table) -> Pairs:
+        """
+        The pairs that one verified round teaches: (state of the root, first emitted token), (state of that token, second), ...
+
+        Args:
+            tree (`DraftTree`): The verified tree; only its depths matter.
+            features (`tuple` of `torch.Tensor` of shape `[B, N, d]`): The target's states at every node.
+            walk (`Walk`): The kept nodes and the tokens that followed them.
+            base (`torch.LongTensor` of shape `[B]`): Position of each row's root.
+            table (`TokenTable`): The target's embedding.
+        """
+        nodes = walk.nodes.clamp_min(0)
+        gather = nodes.unsqueeze(-1)
+        steps = torch.arange(nodes.shape[1], device=nodes.device)
+        return cls(
+            tokens=walk.tokens,
+            features=tuple(f.gather(1, gather.to(f.device).expand(-1, -1, f.shape[-1])) for f in features),
+            positions=base.unsqueeze(1) + steps,
+            lengths=walk.lengths,
+            table=table,
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    How large this round's tree may be. Kept on the host: the loop knows both numbers without asking the device.
+
+    Args:
+        nodes (`tuple[int, ...]`): Most drafted nodes of each row, the root not counted; 0 asks for no draft.
+        depth (`tuple[int, ...]`): Deepest drafted node of each row; a deeper one could never be emitted.
+    """
+
+    nodes: tuple[int, ...]
+    depth: tuple[int, ...]
+
+
+@dataclass
+class DraftState:
+    """
+    What one `generate()` call makes a drafter remember. Drafters subclass it; nothing of it ever lives on a module, so that one
+    drafter serves several threads.
+
+    Args:
+        table (`TokenTable`): The target's embedding and head.
+        batch_size (`int`): Rows of the batch.
+        max_length (`int`): Most positions that the drafter can be told about, prompt included.
+        first_position (`int`, *optional*, defaults to 0): Position of the first pair (above 0 for a continued cache).
+        generator (`torch.Generator`, *optional*): Private randomness of sampled drafts; the global one belongs to the target.
+    """
+
+    table: TokenTable
+    batch_size: int
+    max_length: int
+    first_position: int = 0
+    generator: torch.Generator | None = None
+    calls: int = field(default=0, init=False)  # drafter forwards so far
+
+
+class DrafterLock:
+    """A re-entrant lock that copies as a fresh one, so that a drafter stays deep-copyable and picklable."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict) -> DrafterLock:
+        return DrafterLock()
+
+    def __reduce__(self) -> tuple:
+        return (DrafterLock, ())
+
+
+class TreeDrafter(ABC):
+    """
+    Proposes token trees for a target. Anything that implements this goes into `target.generate(assistant_model=...)`.
+
+    Attributes:
+        feature_layers (`tuple[int, ...]`):
+            Which of the target's `hidden_states` the drafter reads, in transformers' indexing: 0 is the embedding, i the output of
+            decoder layer i - 1, and the number of layers the state after the final norm.
+        last_statistics ([`GenerationStatistics`], *optional*): Of the last finished call; with several threads the last one wins.
+        lock (`DrafterLock`): Held around `propose` and around any in-place change of the weights.
+    """
+
+    feature_layers: tuple[int, ...] = ()
+    last_statistics: GenerationStatistics | None = None
+    lock: DrafterLock
+
+    @abstractmethod
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Raise a `ValueError` with one sentence if the drafter cannot draft for `target`."""
+
+    @abstractmethod
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> DraftState:
+        """A fresh memory for one `generate()` call; see [`DraftState`] for the arguments."""
+
+    @abstractmethod
+    def extend(self, state: DraftState, pairs: Pairs) -> None:
+        """Take `pairs` in as context without drafting (all prompt chunks but the last)."""
+
+    @abstractmethod
+    def propose(self, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
+        """
+        Take `pairs` in and draft a tree below each row's last token.
+
+        Returns:
+            [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow.
+        """
+
+    @abstractmethod
+    def loss(self, batch) -> dict[str, torch.Tensor]:
+        """The drafter's training objective and its parts, for the trainer and the online updater alike; `"loss"` is the total."""
+
+    @abstractmethod
+    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+        """The parameters that an update of this scope may change."""
