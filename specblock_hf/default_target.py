@@ -72,7 +72,9 @@ def load_default_target(
     """
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     with nullcontext() if progress else _no_progress_bars():
-        folder = cached_folder(root, GGUF_SHA256, lambda into: convert_gguf(find_gguf(), into, progress), CONVERTED_BYTES)
+        folder = cached_folder(
+            root, GGUF_SHA256, lambda into: convert_gguf(find_gguf(), into, progress), CONVERTED_BYTES
+        )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     # What drafters and cards record as their target is the model's public name, not a folder of this machine.
@@ -173,7 +175,9 @@ def _build(partial: Path, folder: Path, build: Callable[[Path], None], size: int
         if free < size:
             raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free")
         build(partial)
-        files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())}
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())
+        }
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
         partial.rename(folder)
     except BaseException:
