@@ -31,7 +31,6 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .statistics import GenerationStatistics
     from .tree import DraftTree
     from .verification import Walk
 
@@ -202,7 +201,7 @@ class TreeDrafter(ABC):
     """
 
     feature_layers: tuple[int, ...] = ()
-    last_statistics: GenerationStatistics | None = None
+    last_statistics = None
     lock: DrafterLock
 
     @abstractmethod

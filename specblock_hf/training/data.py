@@ -1,0 +1,93 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Conversations with the target's own answers, as token ids with the answer marked."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Example:
+    """
+    One conversation.
+
+    Args:
+        input_ids (`list[int]`): Prompt and answer.
+        answer_start (`int`): Index of the answer's first token; the loss counts predictions of tokens from there on.
+        greedy (`bool`): The answer is the target's greedy one, so it may stand for what `generate()` would write.
+        key (`str`): Digest of the prompt, by which examples are split.
+    """
+
+    input_ids: list[int]
+    answer_start: int
+    greedy: bool
+    key: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.answer_start < len(self.input_ids):
+            raise ValueError(
+                f"the answer starts at token {self.answer_start} of {len(self.input_ids)}, so the loss would count "
+                "every token or none; check that the prompt is a prefix of the rendered conversation."
+            )
+
+
+def read_rows(path: str | Path) -> Iterator[dict]:
+    """The rows of a JSON-lines file, `.gz` or plain."""
+    path = Path(path)
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); repair or remove that line.") from error
+
+
+def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> list[Example]:
+    """
+    Read answers as `specblock regenerate` writes them: `prompt`, `answer_ids`, `temperature` in every row.
+
+    Args:
+        path (`str` or `Path`): JSON-lines file.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's; its chat template renders the prompt.
+        max_length (`int`, *optional*, defaults to 1024): Longest conversation in tokens; longer ones are cut at the end.
+    """
+    examples = []
+    for row in read_rows(path):
+        prompt = row["prompt"]
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = (prompt_ids + row["answer_ids"])[:max_length]
+        if len(ids) - len(prompt_ids) < 2:  # nothing that a drafter could predict
+            continue
+        key = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
+        examples.append(Example(ids, len(prompt_ids), row["temperature"] == 0.0, key))
+    if not examples:
+        raise ValueError(f"{path} holds no answer of two tokens or more; regenerate it with `specblock regenerate`.")
+    return examples
+
+
+def split_examples(examples: list[Example], held_out: float = 0.02) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; a prompt with several answers stays on one side, whatever the order of the file."""
+    limit = int(held_out * 16**8)
+    train = [e for e in examples if int(e.key[:8], 16) >= limit]
+    held = [e for e in examples if int(e.key[:8], 16) < limit]
+    return train, held

@@ -1,0 +1,141 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The target's states and likeliest tokens, computed on each batch or kept on disk for a target small enough."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .data import Example
+
+
+@dataclass
+class TargetView:
+    """
+    What the target says about one conversation of T tokens, A of them the answer's.
+
+    Args:
+        features (`torch.Tensor` of shape `[T, F, d]`): The states that the drafter reads, one per feature layer.
+        top_ids (`torch.Tensor` of shape `[A, k]`): The target's likeliest tokens where the answer's tokens were predicted.
+        top_probs (`torch.Tensor` of shape `[A, k]`): Their probabilities at temperature 1, over the whole vocabulary.
+    """
+
+    features: torch.Tensor
+    top_ids: torch.Tensor
+    top_probs: torch.Tensor
+
+
+@torch.no_grad()
+def view_target(
+    target: PreTrainedModel, examples: Sequence[Example], feature_layers: Sequence[int], top_k: int
+) -> list[TargetView]:
+    """
+    Run the target once over some conversations of similar length.
+
+    Right padding needs no mask: a causal target's states never depend on what follows. Only the answer's positions go through
+    the head, which for a small target costs as much as the layers.
+    """
+    lengths = [len(e.input_ids) for e in examples]
+    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids[row, : lengths[row]] = torch.tensor(example.input_ids)
+    out = target.get_decoder()(ids.to(target.device), use_cache=False, output_hidden_states=True)
+    hidden = out.hidden_states
+    head = target.get_output_embeddings()
+    views = []
+    for row, example in enumerate(examples):
+        predicting = slice(example.answer_start - 1, lengths[row] - 1)
+        logits = head(out.last_hidden_state[row, predicting]).float()
+        values, top_ids = logits.topk(top_k, dim=-1)
+        top_probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
+        features = torch.stack([hidden[i][row, : lengths[row]] for i in feature_layers], dim=1)
+        views.append(TargetView(features, top_ids.to(torch.int32), top_probs.to(torch.float32)))
+    return views
+
+
+class FeatureStore:
+    """
+    Target views on disk, in shards written whole or not at all, so that an interrupted run goes on where it stopped.
+
+    Args:
+        folder (`str` or `Path`): Where the shards lie.
+        examples (`Sequence[Example]`): The conversations, in a fixed order.
+        shard_size (`int`, *optional*, defaults to 128): Conversations per shard.
+    """
+
+    def __init__(self, folder: str | Path, examples: Sequence[Example], shard_size: int = 128):
+        self.folder = Path(folder)
+        self.examples = examples
+        self.shard_size = shard_size
+        # Sorting by length inside the store makes every shard one of few lengths, so batches need little padding.
+        self.order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+        self.place = {index: divmod(rank, shard_size) for rank, index in enumerate(self.order)}
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"views-{shard:05d}.safetensors"
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.examples) // self.shard_size)
+
+    def build(self, target: PreTrainedModel, feature_layers: Sequence[int], top_k: int = 64, batch_tokens: int = 4096):
+        """Compute all missing shards, with a progress bar; views are stored in the target's dtype."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "feature_layers": list(feature_layers),
+            "top_k": top_k,
+            "target": target.config.name_or_path,
+            "examples": len(self.examples),
+        }
+        meta_path = self.folder / "meta.json"
+        if meta_path.exists() and (found := json.loads(meta_path.read_text())) != meta:
+            raise ValueError(f"{self.folder} holds views of {found}, not of {meta}; remove it or name another folder.")
+        meta_path.write_text(json.dumps(meta))
+        tokens = sum(len(e.input_ids) for e in self.examples)
+        with tqdm(total=tokens, unit="tok", desc="target views") as bar:
+            for shard in range(self.num_shards):
+                members = self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
+                if not self.path(shard).exists():
+                    self._write(shard, members, target, feature_layers, top_k, batch_tokens)
+                bar.update(sum(len(self.examples[i].input_ids) for i in members))
+
+    def _write(self, shard, members, target, feature_layers, top_k, batch_tokens):
+        views = []
+        per_batch = max(1, batch_tokens // len(self.examples[members[-1]].input_ids))
+        for first in range(0, len(members), per_batch):
+            chunk = [self.examples[i] for i in members[first : first + per_batch]]
+            views += view_target(target, chunk, feature_layers, top_k)
+        tensors = {}
+        for slot, view in enumerate(views):
+            tensors[f"{slot}.features"] = view.features.contiguous()
+            tensors[f"{slot}.top_ids"] = view.top_ids
+            tensors[f"{slot}.top_probs"] = view.top_probs
+        partial = self.path(shard).with_suffix(".partial")
+        save_file(tensors, partial)
+        os.replace(partial, self.path(shard))
+
+    def __getitem__(self, index: int) -> TargetView:
+        shard, slot = self.place[index]
+        with safe_open(self.path(shard), framework="pt") as file:
+            return TargetView(*(file.get_tensor(f"{slot}.{name}") for name in ("features", "top_ids", "top_probs")))

@@ -1,0 +1,88 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What drafters learn from: the target's distributions on a text, and the losses taken on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class TargetBatch:
+    """
+    B texts as the target sees them. Token t of a row is x_t; pair i is (features at x_i, x_{i+1}), so there is one pair less than
+    tokens. A drafter's first guess at pair i is about x_{i+2}.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `[B, T]`): The texts, padded on the right.
+        embeds (`torch.Tensor` of shape `[B, T, d]`): The target's embeddings of `tokens`.
+        features (`torch.Tensor` of shape `[B, T, F * d]`): The target's states at `tokens`, one block per feature layer.
+        lengths (`torch.LongTensor` of shape `[B]`): Tokens of each text.
+        top_ids (`torch.LongTensor` of shape `[B, T, k]`): Draft-vocabulary ids of the likeliest tokens at place t, -1 outside the
+            draft vocabulary.
+        top_probs (`torch.Tensor` of shape `[B, T, k]`): The target's probabilities of them, given x_0 .. x_{t-1}.
+        scored (`torch.BoolTensor` of shape `[B, T]`): Where x_t is part of an answer, so that its prediction counts.
+    """
+
+    tokens: torch.LongTensor
+    embeds: torch.Tensor
+    features: torch.Tensor
+    lengths: torch.LongTensor
+    top_ids: torch.LongTensor
+    top_probs: torch.Tensor
+    scored: torch.BoolTensor
+
+    @property
+    def counted(self) -> torch.BoolTensor:
+        """`[B, T]`: places whose prediction is trained, that is scored ones whose likeliest token the drafter can say."""
+        return self.scored & (self.top_ids[..., 0] >= 0)
+
+
+def soft_cross_entropy(logits: torch.Tensor, ids: torch.LongTensor, probs: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy against the target's likeliest tokens, renormalised on those that lie in the draft vocabulary (section 3.3).
+
+    Args:
+        logits (`torch.Tensor` of shape `[n, draft_vocab_size]`): Of the drafter.
+        ids (`torch.LongTensor` of shape `[n, k]`): Draft ids, -1 outside the draft vocabulary.
+        probs (`torch.Tensor` of shape `[n, k]`): The target's probabilities.
+
+    Returns:
+        `torch.Tensor` of shape `[n]`, in nats.
+    """
+    logits = logits.float()
+    inside = probs * (ids >= 0)
+    weights = inside / inside.sum(-1, keepdim=True)
+    chosen = logits.gather(-1, ids.clamp_min(0))
+    return logits.logsumexp(-1) - (weights * chosen).sum(-1)
+
+
+def rank_buckets(logits: torch.Tensor, ids: torch.LongTensor) -> torch.LongTensor:
+    """
+    The bucket of the target's token in the drafter's order: 0 for rank 1, 1 for 2-4, 2 for 5-10, 3 beyond (section 3.2).
+
+    Args:
+        logits (`torch.Tensor` of shape `[n, draft_vocab_size]`): Of the drafter.
+        ids (`torch.LongTensor` of shape `[n]`): Draft ids of the target's tokens.
+    """
+    ahead = (logits > logits.gather(-1, ids[:, None])).sum(-1)
+    return (ahead > 0).long() + (ahead > 3).long() + (ahead > 9).long()
+
+
+def rank_cross_entropy(rank_logits: torch.Tensor, buckets: torch.LongTensor) -> torch.Tensor:
+    """Cross-entropy `[n]` of the rank head's `[n, 4]` logits."""
+    return nn.functional.cross_entropy(rank_logits.float(), buckets, reduction="none")
