@@ -1,0 +1,44 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""SpecBlock (https://huggingface.co/papers/2605.07243) in transformers: `target.generate(assistant_model=drafter)`."""
+
+from .target import check_transformers
+
+
+check_transformers()
+
+from .configuration_specblock import SpecBlockConfig  # noqa: E402
+from .drafter import DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
+from .generation import install, uninstall  # noqa: E402
+from .statistics import GenerationStatistics  # noqa: E402
+from .tree import DraftTree  # noqa: E402
+from .verification import Walk, sample_and_walk  # noqa: E402
+
+
+install()
+
+__all__ = [
+    "DraftState",
+    "DraftTree",
+    "GenerationStatistics",
+    "Limits",
+    "Pairs",
+    "SpecBlockConfig",
+    "TokenTable",
+    "TreeDrafter",
+    "Walk",
+    "install",
+    "sample_and_walk",
+    "uninstall",
+]

@@ -1,0 +1,380 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The decoding loop, and the hook that lets `target.generate(assistant_model=drafter)` reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from .drafter import Limits, Pairs, TreeDrafter
+from .statistics import Clock, GenerationStatistics
+from .target import TargetModel, check_target
+from .tree import DraftTree
+from .verification import Verifier, sample_and_walk
+
+
+# Sources of drafts that `generate()` has itself, and its lossy verification. Together with a drafter they would be
+# ignored.
+_RIVAL_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "assistant_ensemble_weight")
+
+
+class TokenChoice:
+    """
+    What plain `generate()` does once per token: processors, argmax or draw, stopping criteria, streamer, scores.
+    Called along the accepted path in order, it leaves the very trace that plain decoding leaves, in user code and in
+    the global random generator.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[1, P]`): The prompt.
+        logits_processor ([`~transformers.LogitsProcessorList`]): As prepared by `generate()`.
+        stopping_criteria ([`~transformers.StoppingCriteriaList`]): As prepared by `generate()`.
+        generation_config ([`~transformers.GenerationConfig`]): Of this call.
+        streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets every token as it is emitted.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
+    ):
+        self._input_ids = input_ids
+        self._pending: list[int] = []
+        self._processors = logits_processor
+        self._streamer = streamer
+        self._do_sample = generation_config.do_sample
+        self._returns_dict = generation_config.return_dict_in_generate
+        self._scores: tuple | None = () if self._returns_dict and generation_config.output_scores else None
+        self._raw_logits: tuple | None = () if self._returns_dict and generation_config.output_logits else None
+        self._max_length = stopping_criteria.max_length
+        # Length and EOS are decided on the host, without a tensor; whatever else there is, is called as plain decoding
+        # calls it.
+        self._criteria = StoppingCriteriaList(rule for rule in stopping_criteria if not _decided_on_host(rule))
+        self._max_lengths = [rule.max_length for rule in stopping_criteria if type(rule) is MaxLengthCriteria]
+        self._eos = {
+            token
+            for rule in stopping_criteria
+            if type(rule) is EosTokenCriteria
+            for token in rule.eos_token_id.flatten().tolist()
+        }
+        self._argmax_only = not (self._do_sample or len(logits_processor) or self._records)
+        self._logits = torch.empty(0)
+        self._argmax: list[list[int]] = []
+
+    @property
+    def _records(self) -> bool:
+        return self._scores is not None or self._raw_logits is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return self._input_ids.shape[1] + len(self._pending)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that `max_new_tokens` still allows."""
+        return max(self._max_length - self.length, 0)
+
+    def see(self, logits: torch.Tensor) -> None:
+        """
+        Choose from these from now on.
+
+        Args:
+            logits (`torch.Tensor` of shape `[1, N, V]`): The target's, at every node of a tree.
+        """
+        self._logits = logits
+        if self._argmax_only:
+            self._argmax = logits.argmax(-1).tolist()
+
+    def select(self, row: int, node: int) -> int:
+        """The target's token after `node`, whose path must have been emitted; see [`Verifier`]."""
+        if self._argmax_only:
+            return self._argmax[row][node]
+        input_ids = self._sequence()
+        logits = self._logits[row : row + 1, node].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = self._processors(input_ids, logits)
+        if self._scores is not None:
+            self._scores += (scores,)
+        if self._raw_logits is not None:
+            self._raw_logits += (logits,)
+        if not self._do_sample:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1))
+
+    def stop(self, row: int, token: int) -> bool:
+        """Emit a token and tell whether it is the last one; see [`Verifier`]."""
+        self._pending.append(token)
+        stopped = token in self._eos or any(self.length >= most for most in self._max_lengths)
+        if self._criteria:
+            stopped |= bool(self._criteria(self._sequence(), self._scores))
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor([token]))
+        return stopped
+
+    def output(self, cache: object) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+        """What `generate()` returns."""
+        if self._streamer is not None:
+            self._streamer.end()
+        sequences = self._sequence()
+        if not self._returns_dict:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=self._scores, logits=self._raw_logits, past_key_values=cache
+        )
+
+    def _sequence(self) -> torch.LongTensor:
+        if self._pending:
+            emitted = self._input_ids.new_tensor([self._pending])
+            self._input_ids = torch.cat((self._input_ids, emitted), dim=1)
+            self._pending = []
+        return self._input_ids
+
+
+def _decided_on_host(rule: StoppingCriteria) -> bool:
+    """EOS, and a length limit that has no reminder to give about the target's maximum length."""
+    if type(rule) is MaxLengthCriteria:
+        return rule.max_position_embeddings is None or rule.max_length <= rule.max_position_embeddings + 1
+    return type(rule) is EosTokenCriteria
+
+
+def draft_budget(drafter: Any) -> int:
+    """Most drafted nodes of a tree: the drafter's own `tree_budget` if it has one, otherwise its configuration's."""
+    return drafter.tree_budget if hasattr(drafter, "tree_budget") else drafter.config.tree_budget
+
+
+def round_limits(budget: int, remaining: Sequence[int]) -> Limits:
+    """
+    How large a round's tree may be.
+
+    Args:
+        budget (`int`): Drafted nodes that a verification is worth.
+        remaining (sequence of `int`):
+            Tokens that each row may still emit; the last of them is always the target's own.
+
+    Returns:
+        [`Limits`]: No drafts for a row that has one token left.
+    """
+    depths = tuple(max(tokens - 1, 0) for tokens in remaining)
+    return Limits(nodes=tuple(budget if depth else 0 for depth in depths), depth=depths)
+
+
+def decode(
+    target: TargetModel, drafter: TreeDrafter, choice: TokenChoice, verify: Verifier = sample_and_walk
+) -> GenerationStatistics:
+    """
+    Draft, verify, commit, until every row has stopped (Algorithm 1 of https://huggingface.co/papers/2605.07243).
+
+    Args:
+        target ([`TargetModel`]): Before its prefill.
+        drafter ([`TreeDrafter`]): Held by its lock while it drafts.
+        choice ([`TokenChoice`]): Chooses, stops and keeps the tokens.
+        verify ([`Verifier`], *optional*, defaults to [`sample_and_walk`]): The rule that accepts drafted tokens.
+
+    Returns:
+        [`GenerationStatistics`]: Of this call.
+    """
+    clock, statistics = Clock(target.device), GenerationStatistics()
+    budget = draft_budget(drafter)
+    batch_size = target.base.shape[0]
+    state = drafter.begin(
+        target.table,
+        batch_size,
+        int(target.base.max()) + choice.remaining,
+        first_position=target.first_position(),
+    )
+    chunks = target.prefill()
+    scored, pairs = next(chunks)
+    for chunk in chunks:
+        with drafter.lock:
+            drafter.extend(state, pairs)
+        scored, pairs = chunk
+    choice.see(scored.logits)
+    # The first token comes from a tree that is nothing but the prompt's last token.
+    walk = verify(DraftTree.root(pairs.tokens[:, -1]), [True] * batch_size, choice.select, choice.stop)
+    pairs = target.close_prompt(pairs, walk)
+    target.commit(walk)
+    statistics.emitted = int(walk.lengths.sum())
+    clock.lap("prefill")
+
+    active = [not stopped for stopped in walk.stopped.tolist()]
+    while any(active):
+        limits = round_limits(budget, [choice.remaining])
+        with drafter.lock:
+            tree = drafter.propose(state, pairs, limits)
+        clock.lap("draft")
+        scored = target.score(tree)
+        clock.lap("verify")
+        choice.see(scored.logits)
+        walk = verify(tree, active, choice.select, choice.stop)
+        pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
+        target.commit(walk)
+        statistics.add_round(tree, walk)
+        active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
+        clock.lap("host")
+
+    statistics.target_calls, statistics.drafter_calls = target.calls, state.calls
+    clock.write_to(statistics)
+    return statistics
+
+
+def generate_with_drafter(
+    target: PreTrainedModel,
+    drafter: TreeDrafter,
+    input_ids: torch.LongTensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+    """
+    The decoding method that `generate()` runs for a [`TreeDrafter`]; the arguments are those of transformers' own
+    methods.
+
+    Raises:
+        ValueError: More than one prompt, an unsupported cache or input, or nothing left to prefill.
+    """
+    # All ones: `generate()` dropped the mask and noted its length.
+    mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
+    choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    with TargetModel(
+        target, drafter.feature_layers, input_ids, model_kwargs, mask_length, generation_config.prefill_chunk_size
+    ) as scorer:
+        drafter.last_statistics = decode(scorer, drafter, choice)
+    return choice.output(scorer.cache)
+
+
+def check_request(
+    target: PreTrainedModel,
+    drafter: TreeDrafter,
+    mode: GenerationMode,
+    generation_config: GenerationConfig,
+    mode_kwargs: dict[str, Any],
+) -> None:
+    """
+    Refuse what cannot be decoded exactly with a drafter, before any work.
+
+    Raises:
+        ValueError: In one sentence: what, why and what to do.
+    """
+    check_target(target)
+    drafter.check_target(target)
+    if mode != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "a tree drafter speeds up greedy decoding and sampling and this call asks for "
+            f"{mode.value.replace('_', ' ')}; set num_beams=1 and leave out penalty_alpha, dola_layers and "
+            "constraints, or drop assistant_model."
+        )
+    if (generation_config.num_return_sequences or 1) > 1:
+        raise ValueError(
+            "draft trees are verified for one sequence at a time and num_return_sequences is "
+            f"{generation_config.num_return_sequences}; call generate() once for each, or drop assistant_model."
+        )
+    rivals = [option for option in _RIVAL_OPTIONS if getattr(generation_config, option)]
+    if rivals:
+        raise ValueError(
+            f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
+        )
+    if generation_config.use_cache is False:
+        raise ValueError("draft trees are verified against the target's cache; leave out use_cache=False.")
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={generation_config.cache_implementation!r} keeps rows that a draft tree cannot "
+            'rearrange; leave it out or pass "dynamic".'
+        )
+    if mode_kwargs.get("synced_gpus"):
+        raise ValueError(
+            "synced_gpus needs the same number of forwards on every device and rounds of a tree drafter differ; drop "
+            "assistant_model."
+        )
+    if generation_config.return_dict_in_generate and (
+        generation_config.output_hidden_states or generation_config.output_attentions
+    ):
+        raise ValueError(
+            "output_hidden_states and output_attentions would show draft trees instead of tokens; run the target "
+            "once over the returned sequence to get them."
+        )
+
+
+def install() -> None:
+    """
+    Let `generate(assistant_model=drafter)` run [`TreeDrafter`]s, by wrapping two methods of
+    [`~transformers.GenerationMixin`]. Everything else passes through untouched. Importing the package does this;
+    calling it again does nothing.
+    """
+    for name, wrap in (("_validate_generation_mode", _wrap_validate), ("_assisted_decoding", _wrap_assisted_decoding)):
+        method = getattr(GenerationMixin, name)
+        if not _is_ours(method):
+            wrapper = wrap(method)
+            wrapper._specblock_hook = wrapper
+            setattr(GenerationMixin, name, wrapper)
+
+
+def uninstall() -> None:
+    """
+    Give [`~transformers.GenerationMixin`] its own methods back. Where someone has wrapped ours since, both stay:
+    ours cannot be taken out from under theirs.
+    """
+    for name in ("_validate_generation_mode", "_assisted_decoding"):
+        method = getattr(GenerationMixin, name)
+        if _is_ours(method):
+            setattr(GenerationMixin, name, method.__wrapped__)
+
+
+def _is_ours(method: Any) -> bool:
+    # Compared with itself, because `functools.wraps` copies the mark onto wrappers around ours.
+    return method.__dict__.get("_specblock_hook") is method
+
+
+def _wrap_validate(original: Any) -> Any:
+    @wraps(original)
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        drafter = generation_mode_kwargs.get("assistant_model")
+        if isinstance(drafter, TreeDrafter):
+            check_request(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
+        return original(self, generation_mode, generation_config, generation_mode_kwargs)
+
+    return _validate_generation_mode
+
+
+def _wrap_assisted_decoding(original: Any) -> Any:
+    @wraps(original)
+    def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
+        if not isinstance(assistant_model, TreeDrafter):
+            return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
+        for ignored in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer"):
+            kwargs.pop(ignored, None)
+        return generate_with_drafter(self, assistant_model, input_ids, *args, **kwargs)
+
+    return _assisted_decoding

@@ -1,0 +1,525 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The adapter around a stock transformers model: the only place that knows transformers' caches, masks and version
+differences.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+
+from .drafter import Pairs, TokenTable
+
+
+if TYPE_CHECKING:
+    from .tree import DraftTree
+    from .verification import Walk
+
+
+OLDEST, NEWEST = (5, 17), (5, 23)
+
+# What `generate()` hands on to the target and this adapter handles. Anything else would be dropped or go stale inside
+# a round.
+_KNOWN_INPUTS = {
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
+
+
+def check_transformers(version: str = transformers.__version__) -> None:
+    """
+    Refuse a transformers release that is too old, warn about one that nobody has tried.
+
+    Args:
+        version (`str`, *optional*, defaults to the installed release).
+
+    Raises:
+        ImportError: Below 5.17.
+    """
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if release < OLDEST:
+        raise ImportError(
+            f"specblock_hf needs transformers 5.17 or newer because it relies on that release's caches, and {version} "
+            "is installed; run pip install -U transformers."
+        )
+    if release > NEWEST:
+        warnings.warn(
+            f"specblock_hf was tested with transformers 5.17 to 5.23 and {version} is installed, whose caches may "
+            "differ; install transformers==5.23.* if a call fails.",
+            stacklevel=2,
+        )
+
+
+def check_target(target: PreTrainedModel) -> None:
+    """
+    Refuse targets whose trees cannot be verified exactly.
+
+    Raises:
+        ValueError: In one sentence: what, why and what to do.
+    """
+    name = type(target).__name__
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder and draft trees need a decoder-only target; drop assistant_model."
+        )
+    if target._is_stateful:
+        raise ValueError(
+            f"{name} keeps a recurrent state that cannot return to an earlier token of a draft tree; drop "
+            "assistant_model."
+        )
+    decoder = target.get_decoder()
+    taken = inspect.signature(target.forward).parameters
+    if not {"attention_mask", "position_ids"} <= taken.keys() or not hasattr(decoder, "layers"):
+        raise ValueError(
+            f"{name} takes no position_ids or does not list its layers as get_decoder().layers, which a draft tree "
+            "needs; drop assistant_model."
+        )
+    attention = decoder.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation={attention!r} does not take the 4D mask that verifies a draft tree; call "
+            'target.set_attn_implementation("sdpa") before generate().'
+        )
+    unknown = set(_layer_types(target)) - {"full_attention", "sliding_attention", "dummy"}
+    if unknown:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(sorted(unknown))}, which cannot score a draft tree exactly; drop "
+            "assistant_model."
+        )
+
+
+def _layer_types(target: PreTrainedModel) -> list[str]:
+    """
+    One of transformers' layer types for each layer that owns a part of the cache; "dummy" where 5.23 lists those that
+    do not.
+    """
+    return cache_utils.get_layer_types_and_kwargs(target.config.get_text_config(decoder=True))[0]
+
+
+@dataclass
+class Scored:
+    """
+    What a forward of the target says.
+
+    Args:
+        logits (`torch.Tensor` of shape `[B, N, V]`): At every node; at the last position only for a prompt.
+        features (`tuple` of `torch.Tensor` of shape `[B, N, d]`): One for each of the drafter's `feature_layers`.
+    """
+
+    logits: torch.Tensor
+    features: tuple[torch.Tensor, ...]
+
+
+class FeatureTaps:
+    """
+    Forward hooks that keep the target's states. A target may be called by others while a call is under way (another
+    thread; a processor such as classifier-free guidance), so the hooks listen only while armed and only to the thread
+    that armed them.
+
+    Args:
+        decoder (`nn.Module`): The target's decoder.
+        layers (sequence of `int`):
+            Indices into transformers' `hidden_states`: 0 is what enters the first layer, i what leaves layer i - 1,
+            and the number of layers the state after the final norm.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: Sequence[int]):
+        self._layers = tuple(layers)
+        self._states: dict[int, torch.Tensor] = {}
+        self._thread: int | None = None
+        self._handles = [self._hook(decoder, index) for index in sorted(set(layers))]
+
+    def _hook(self, decoder: nn.Module, index: int) -> torch.utils.hooks.RemovableHandle:
+        def keep(state: torch.Tensor) -> None:
+            if self._thread == threading.get_ident():
+                self._states[index] = state
+
+        if index == 0:
+            return decoder.layers[0].register_forward_pre_hook(
+                lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        if index == len(decoder.layers):
+            return decoder.register_forward_hook(lambda _, args, output: keep(output[0]))
+        return decoder.layers[index - 1].register_forward_hook(
+            lambda _, args, output: keep(output[0] if isinstance(output, tuple) else output)
+        )
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._thread = None
+
+    def take(self) -> tuple[torch.Tensor, ...]:
+        """The states of the last armed forward, in the order of `layers`; they are not kept any longer."""
+        states, self._states = self._states, {}
+        if len(states) < len(self._handles):
+            raise ValueError(
+                "the target's layers ran without the hooks that read their states, as they do once torch.compile has "
+                "seen them; pass the uncompiled model."
+            )
+        return tuple(states[index] for index in self._layers)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class TargetModel:
+    """
+    A target during one `generate()` call. Between rounds its cache holds every committed token but the last, which is
+    the root of the next tree. Use it as a context manager: leaving it takes the hooks off the target.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): A decoder-only model; not changed.
+        feature_layers (sequence of `int`): What the drafter reads; see [`FeatureTaps`].
+        input_ids (`torch.LongTensor` of shape `[1, P]`): The prompt; empty if it comes as `inputs_embeds`.
+        model_kwargs (`dict`): What `generate()` prepared for the target.
+        mask_length (`int`, *optional*): Length of an attention mask of ones that `generate()` dropped.
+        chunk_size (`int`, *optional*): Most prompt tokens of one forward.
+
+    Raises:
+        ValueError: More than one prompt, an unsupported cache or input, or nothing left to prefill.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        feature_layers: Sequence[int],
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any],
+        mask_length: int | None = None,
+        chunk_size: int | None = None,
+    ):
+        self.target = target
+        self.table = TokenTable.of(target)
+        self.cache = _checked_cache(input_ids, model_kwargs)
+        self._kwargs = model_kwargs
+        self._ids = input_ids
+        mask = model_kwargs.get("attention_mask")
+        self._new = self._count_new(mask.shape[1] if mask is not None else mask_length)
+        self._chunk_size = chunk_size or self._new
+        # Rows of the cache below the root and, where the prompt was padded, which of them count.
+        self._rows = self.cache.get_seq_length() + self._new
+        self._visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
+        self._next_position = model_kwargs["position_ids"][..., -1:].to(self.device) + 1
+        self._scored = 1
+        self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
+        self.base = torch.full((input_ids.shape[0],), self._rows, device=self.device)
+        if self._visible is not None:
+            self.base = self._visible.sum(1)
+        self.calls = 0
+        config = target.config.get_text_config(decoder=True)
+        types = _layer_types(target)
+        # Kind of mask -> (first layer that wants it, its window).
+        self._kinds = {
+            kind: (types.index(kind), config.sliding_window if kind == "sliding_attention" else None)
+            for kind in dict.fromkeys(types)
+            if kind != "dummy"
+        }
+        self._float_mask = target.get_decoder().config._attn_implementation == "eager"
+        self._taps = FeatureTaps(target.get_decoder(), feature_layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def __enter__(self) -> TargetModel:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._taps.remove()
+        self._record_past(False)
+
+    def first_position(self) -> int:
+        """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
+        cached = self._rows - self._new
+        return cached if self._visible is None else int(self._visible[:, :cached].sum(1).min())
+
+    def room(self) -> int | None:
+        """Free rows of the cache; `None` if it grows."""
+        return None
+
+    def prefill(self) -> Iterator[tuple[Scored, Pairs]]:
+        """
+        Read the prompt chunk by chunk. The token that follows the prompt is not known yet: it is -1 in the last
+        chunk's pairs, which [`~TargetModel.close_prompt`] completes. After the last chunk the prompt's last token
+        counts as a scored root.
+        """
+        self._record_past(False)
+        prompt = _PromptPairs(
+            self.table, self._ids, self._kwargs.get("inputs_embeds"), self._new, self._visible, self._rows
+        )
+        for start in range(0, self._new, self._chunk_size):
+            end = min(start + self._chunk_size, self._new)
+            scored = self._forward(**self._prompt_inputs(start, end))
+            if end == self._new:
+                # Only from here on: recording would keep every row of a long prompt in the sliding layers.
+                self._record_past(True)
+                self._rows -= 1
+                self.base = self.base - 1
+                self._next_position = self._next_position - 1
+                if self._visible is not None:
+                    self._visible = self._visible[:, :-1]
+            yield Scored(scored.logits[:, -1:], scored.features), prompt.pairs(scored.features, start, end)
+
+    def close_prompt(self, pairs: Pairs, walk: Walk) -> Pairs:
+        """The last chunk's pairs, completed by the first emitted token."""
+        rows = torch.arange(pairs.tokens.shape[0], device=self.device)
+        first = walk.tokens[:, 0].to(self.device)
+        pairs.tokens[rows, pairs.lengths - 1] = first
+        if pairs.given_embeds is not None:
+            pairs.given_embeds[rows, pairs.lengths - 1] = self.table.embed(first)
+        return pairs
+
+    def score(self, tree: DraftTree) -> Scored:
+        """
+        One forward over all nodes of a tree. Whatever the drafter wrote there, the root is the last committed token.
+
+        Args:
+            tree ([`DraftTree`]): N nodes wide.
+
+        Returns:
+            [`Scored`]: Logits `[B, N, V]` and features `[B, N, d]`.
+        """
+        depths = tree.depths().to(self.device)
+        self._scored = depths.shape[1]
+        return self._forward(
+            input_ids=torch.cat((self._last, tree.tokens[:, 1:].to(self.device)), dim=1),
+            position_ids=self._next_position + depths,
+            attention_mask=self._mask(tree, depths),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+
+    def commit(self, walk: Walk) -> None:
+        """
+        Keep the walked nodes' rows of the cache and drop the others.
+
+        Args:
+            walk ([`Walk`]): What the last scored tree, or the prompt, emitted.
+        """
+        nodes = walk.nodes[0].tolist()
+        kept = len(nodes)
+        if nodes != list(range(kept)):
+            self._compact(nodes)
+        # Sliding layers return to their window here, even if nothing is dropped.
+        self.cache.crop(kept - self._scored)
+        self._rows += kept
+        self.base = self.base + kept
+        self._next_position = self._next_position + kept
+        self._last = walk.tokens[:, -1:].to(self.device)
+        if self._visible is not None:
+            self._visible = nn.functional.pad(self._visible, (0, kept), value=True)
+
+    def _count_new(self, mask_length: int | None) -> int:
+        """Prompt tokens that the cache does not hold yet; `generate()` may be given all ids or only the new ones."""
+        embeds, cached = self._kwargs.get("inputs_embeds"), self.cache.get_seq_length()
+        if embeds is not None:
+            new = embeds.shape[1] - cached
+        elif self._ids.shape[1] == mask_length:
+            new = mask_length - cached
+        else:
+            new = self._ids.shape[1]
+        if new < 1:
+            raise ValueError(
+                f"past_key_values already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
+                "by one token or more, or pass a longer prompt."
+            )
+        return new
+
+    def _prompt_inputs(self, start: int, end: int) -> dict[str, Any]:
+        """The target's inputs for new prompt tokens `start` to `end`."""
+        mask, embeds = self._kwargs.get("attention_mask"), self._kwargs.get("inputs_embeds")
+        skipped, left = self._ids.shape[1] - self._new, self._new - end
+        ids = self._ids
+        if embeds is None:
+            ids = ids[:, skipped + start : skipped + end]
+        else:
+            embeds = embeds[:, embeds.shape[1] - self._new :][:, start:end]
+        return self.target.prepare_inputs_for_generation(
+            ids,
+            is_first_iteration=True,
+            **self._kwargs
+            | {
+                "inputs_embeds": embeds,
+                "attention_mask": mask if mask is None else mask[:, : mask.shape[1] - left],
+                "position_ids": self._kwargs["position_ids"][..., : self._kwargs["position_ids"].shape[-1] - left],
+            },
+        )
+
+    def _forward(self, **inputs: Any) -> Scored:
+        self.calls += 1
+        with self._taps.armed():
+            outputs = self.target(**inputs, return_dict=True)
+        return Scored(outputs.logits, self._taps.take())
+
+    def _mask(self, tree: DraftTree, depths: torch.LongTensor) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """The mask of a tree: one for each kind of layer; a lone root needs no more than plain decoding does."""
+        if self._scored == 1:
+            return None if self._visible is None else nn.functional.pad(self._visible, (0, 1), value=True).long()
+        seen = tree.ancestors().to(self.device)
+        masks = {kind: self._kind_mask(layer, window, seen, depths) for kind, (layer, window) in self._kinds.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _kind_mask(
+        self, layer: int, window: int | None, seen: torch.BoolTensor, depths: torch.LongTensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            layer (`int`):
+                Its stored rows are the mask's first columns; a sliding layer stores less than the whole prefix.
+            window (`int`, *optional*):
+                A node sees rows less than `window` rows before it, as plain decoding would count them.
+            seen (`torch.BoolTensor` of shape `[B, N, N]`): The tree's ancestors.
+            depths (`torch.LongTensor` of shape `[B, N]`): The tree's depths.
+
+        Returns:
+            `torch.Tensor` of shape `[B, 1, N, stored + N]`: Boolean, or additive for eager attention, which adds what
+            it is given.
+        """
+        stored = self.cache.layers[layer].keys.shape[-2]
+        rows = torch.arange(self._rows - stored, self._rows, device=self.device)
+        if self._visible is None:
+            prefix = seen.new_ones(seen.shape[0], 1, stored)
+        else:
+            prefix = self._visible[:, None, self._rows - stored :]
+        prefix = prefix.expand(-1, seen.shape[1], -1)
+        if window is not None:
+            prefix = prefix & ((self._rows + depths)[:, :, None] - rows < window)
+            seen = seen & (depths[:, :, None] - depths[:, None, :] < window)
+        mask = torch.cat((prefix, seen), dim=2).unsqueeze(1)
+        if not self._float_mask:
+            return mask
+        dtype = self.target.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def _compact(self, nodes: list[int]) -> None:
+        """Move the kept nodes' rows next to the prefix, in every layer that stores any."""
+        for layer in self.cache.layers:
+            if layer.keys is None:
+                continue
+            past = layer.keys.shape[-2] - self._scored
+            index = torch.tensor(nodes, device=layer.keys.device) + past
+            for rows in (layer.keys, layer.values):
+                rows[..., past : past + len(nodes), :] = rows.index_select(-2, index)
+
+    def _record_past(self, on: bool) -> None:
+        """
+        Sliding layers must not drop rows before a tree's rejected nodes are gone; transformers has no call to end
+        that.
+        """
+        if on:
+            self.cache.activate_past_recording()
+            return
+        for layer in self.cache.layers:
+            if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
+                layer.record_past = False
+
+
+class _PromptPairs:
+    """
+    The pairs of a prompt: every token's state with the token that follows it, padding removed.
+
+    Args:
+        table (`TokenTable`): The target's embedding.
+        ids (`torch.LongTensor` of shape `[B, P]`): The prompt; empty if it comes as embeddings.
+        embeds (`torch.Tensor` of shape `[B, P, d]`, *optional*): The prompt's embeddings.
+        new (`int`): How many of its last columns the target is about to read.
+        visible (`torch.BoolTensor` of shape `[B, rows]`, *optional*):
+            Which columns of cache and prompt count; `None` for all.
+        rows (`int`): Columns of cache and prompt.
+    """
+
+    def __init__(
+        self,
+        table: TokenTable,
+        ids: torch.LongTensor,
+        embeds: torch.Tensor | None,
+        new: int,
+        visible: torch.BoolTensor | None,
+        rows: int,
+    ):
+        self.table = table
+        self.padded = visible is not None
+        if visible is None:
+            visible = torch.ones(ids.shape[0], rows, dtype=torch.bool, device=table.device)
+        self.positions = (visible.cumsum(1) - 1)[:, -new:]
+        self.visible = visible[:, -new:]
+        self.tokens = torch.full(self.visible.shape, -1, device=table.device)
+        self.embeds = None if embeds is None else torch.zeros_like(embeds[:, -new:], device=table.device)
+        source, following = (ids, self.tokens) if self.embeds is None else (embeds, self.embeds)
+        for row, columns in enumerate(seen.nonzero().squeeze(1) for seen in self.visible):
+            following[row, columns[:-1]] = source[row, -new:].to(table.device)[columns[1:]]
+
+    def pairs(self, features: tuple[torch.Tensor, ...], start: int, end: int) -> Pairs:
+        """Those of the new tokens `start` to `end`, whose states are `features`, each `[B, end - start, d]`."""
+        visible = self.visible[:, start:end]
+        lengths = visible.sum(1)
+        order = (~visible).long().argsort(dim=1, stable=True)[:, : int(lengths.max()) if self.padded else None]
+
+        def packed(values: torch.Tensor) -> torch.Tensor:
+            if not self.padded:
+                return values
+            return values.take_along_dim(order.to(values.device).view(*order.shape, *[1] * (values.ndim - 2)), dim=1)
+
+        return Pairs(
+            tokens=packed(self.tokens[:, start:end]),
+            features=tuple(packed(feature) for feature in features),
+            positions=packed(self.positions[:, start:end]),
+            lengths=lengths,
+            table=self.table,
+            given_embeds=None if self.embeds is None else packed(self.embeds[:, start:end]),
+        )
+
+
+def _checked_cache(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> DynamicCache:
+    if input_ids.shape[0] > 1:
+        raise ValueError(
+            f"draft trees are verified for one prompt at a time and this batch has {input_ids.shape[0]}; call "
+            "generate() for each prompt, or drop assistant_model."
+        )
+    cache: Any = model_kwargs.get("past_key_values")
+    # A subclass may store its rows differently, so this is about the exact class.
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise ValueError(
+            f"past_key_values is {type(cache).__name__}, whose rows a draft tree cannot rearrange; pass a "
+            "DynamicCache that is not offloaded, or none."
+        )
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
+    if unknown:
+        raise ValueError(
+            f"generate() got {', '.join(unknown)}, which tree drafting does not pass on to the target; leave it out, "
+            "or drop assistant_model."
+        )
+    return cache

@@ -1,0 +1,99 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny random targets. Their weights are drawn wide, so that greedy text wanders instead of repeating one token."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+
+VOCAB = 32
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
+    "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=9),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=9,
+        tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    ),
+}
+KINDS = tuple(CONFIGS)
+ATTENTIONS = ("sdpa", "eager")
+
+
+@cache
+def tiny_target(kind: str, attention: str = "sdpa") -> PreTrainedModel:
+    """
+    A random fp32 target.
+
+    Args:
+        kind (`str`): "llama", "qwen3", "mistral" (all layers slide) or "gemma3" (every other layer slides).
+        attention (`str`, *optional*, defaults to `"sdpa"`): The attention backend.
+    """
+    torch.manual_seed(0)
+    config = CONFIGS[kind]()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def prompt_of(length: int, seed: int = 0) -> torch.LongTensor:
+    """A random prompt `[1, length]` without the padding token."""
+    return torch.randint(1, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[(kind, attention) for kind in KINDS for attention in ATTENTIONS], ids="-".join)
+def target(request) -> PreTrainedModel:
+    """Every kind of target with every attention backend."""
+    return tiny_target(*request.param)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_target("llama")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads():
+    """Tiny models lose more than they gain from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
