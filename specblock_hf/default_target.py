@@ -152,10 +152,12 @@ def cached_folder(root: Path, key: str, build: Callable[[Path], None], size: int
         OSError: The cache cannot be written; one sentence with the folder and what to do.
     """
     folder = root / key
+    if manifest_damage(folder) is None:
+        return folder  # without the lock: a shared cache may be read-only
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{key}.lock"):
-            damage = manifest_damage(folder) if folder.exists() else "absent"
+            damage = manifest_damage(folder)  # again: another process may have built it meanwhile
             if damage is not None:
                 if folder.exists():
                     logger.warning(f"The cached model in {folder} is damaged ({damage}); building it again.")
@@ -200,7 +202,7 @@ def manifest_damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
             if sha256(path) != expected["sha256"]:
                 return f"{name} has another content than was written"
-    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, AttributeError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
     return None
 

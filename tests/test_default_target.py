@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The default target's loader: one conversion, a cache that repairs itself, one clear sentence for what it cannot do."""
+"""The default target's loader: one conversion, a cache that repairs itself, one clear sentence for what goes wrong."""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The `specblock` command. A subcommand is a module with `add_arguments(parser)` and `run(args)`, imported on use.
+
+`run` returns the exit status, or `None` for 0. A `ValueError`, `OSError` or `ImportError` that leaves it ends the
+command with its message alone, because that is what the library raises for bad input; the rest keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+
+COMMANDS = {
+    "demo": ("specblock_hf.demo", "answer six prompts with and without a drafter, and compare"),
+    "doctor": ("specblock_hf.doctor", "check one target and drafter on this machine: is it worth using here?"),
+    "generate": ("specblock_hf.answer", "stream the answer to one prompt"),
+}
+"""Subcommand to (module, one line of help)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run one subcommand.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            The command line without the program's name; defaults to this process's.
+
+    Returns:
+        `int`: The exit status.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="specblock", description="SpecBlock drafters for transformers' generate().")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name in arguments[:1]:
+            module = import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"specblock {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,90 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`specblock doctor`: does this drafter fit this target, and is it worth using on this machine?"""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import GenerationMixin
+
+from .demo import PROMPTS, describe_setting, warm_up
+from .statistics import GenerationStatistics
+from .terminal import add_model_arguments, ask, encode, load_models
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    add_model_arguments(parser, positional=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="to time on (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Print what was checked and the verdict.
+
+    Returns:
+        `int`: 0 if the drafter is worth using here, 1 if not.
+    """
+    target, tokenizer, drafter = load_models(args)
+    print(describe_setting(target))
+    print(f"hook in generate(): {'installed' if hook_installed() else 'missing; call specblock_hf.install()'}")
+    print(f"compatible: yes ({type(drafter).__name__} reads hidden states {list(drafter.feature_layers)})")
+    prompt = PROMPTS[1][1]
+    warm_up(target, tokenizer, drafter, prompt)
+    prompt_ids = encode(tokenizer, prompt, target.device)
+    settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
+    plain = ask(target, tokenizer, prompt_ids, **settings)
+    drafted = ask(target, tokenizer, prompt_ids, drafter, **settings)
+    step, figures = plain.seconds / plain.new_tokens, drafter.last_statistics
+    speedup = drafted.tokens_per_second / plain.tokens_per_second
+    print("\n".join(diagnose(step, figures, speedup)))
+    return int(speedup <= 1)
+
+
+def hook_installed() -> bool:
+    """Whether `generate()` knows tree drafters in this process."""
+    methods = (GenerationMixin._validate_generation_mode, GenerationMixin._assisted_decoding)
+    return all("_specblock_hook" in vars(method) for method in methods)
+
+
+def diagnose(step: float, figures: GenerationStatistics, speedup: float) -> list[str]:
+    """
+    What a round costs, what it yields, and the verdict.
+
+    Args:
+        step (`float`): Seconds of plain decoding for one token.
+        figures ([`GenerationStatistics`]): Of a call with the drafter.
+        speedup (`float`): Tokens per second with the drafter over those without.
+
+    Returns:
+        `list[str]`: The lines to print.
+    """
+    if not figures.rounds:
+        return ["no round was timed because the answer ended at once; give a larger --max-new-tokens"]
+    parts = [
+        seconds / figures.rounds for seconds in (figures.draft_seconds, figures.verify_seconds, figures.host_seconds)
+    ]
+    draft, verify, host = (1000 * seconds for seconds in parts)
+    even = sum(parts) / step
+    verdict = (
+        f"yes, about {speedup:.2f}x" if speedup > 1 else f"no, {speedup:.2f}x is not faster than plain generate()"
+    )
+    return [
+        f"one plain step: {1000 * step:.1f} ms",
+        f"one round: {draft + verify + host:.1f} ms (draft {draft:.1f}, verify {verify:.1f}, host {host:.1f}; "
+        f"{figures.nodes_verified / figures.rounds:.0f} nodes)",
+        f"a round yields {figures.tau:.2f} tokens and costs as much as {even:.2f} plain steps",
+        f"use it here? {verdict}",
+    ]

@@ -1,0 +1,144 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the subcommands that answer prompts share: options that name a target and a drafter, loading both, asking."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from .default_target import DEFAULT_TARGET, load_default_target
+from .drafter import TreeDrafter
+from .drafters.specblock import SpecBlockDrafter
+
+
+DEFAULT_DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
+"""The trained drafter for the default target, which lies in the repository and not in the installed package."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """
+    Add the options that [`load_models`] reads.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Of a subcommand.
+        positional (`bool`, *optional*, defaults to `False`): Name target and drafter without dashes.
+    """
+    prefix, optional = ("", {"nargs": "?"}) if positional else ("--", {})
+    parser.add_argument(
+        f"{prefix}target", help=f"folder or Hub id (default: {DEFAULT_TARGET}, from a wheel)", **optional
+    )
+    parser.add_argument(
+        f"{prefix}drafter", help="folder or Hub id (default: the one for the default target)", **optional
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+
+
+def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TreeDrafter]:
+    """
+    The target, its tokenizer and a drafter that fits it, as the command line names them.
+
+    Raises:
+        FileNotFoundError: No drafter is named and the default one is not there.
+        ValueError: The drafter is for another target.
+    """
+    drafter_path = args.drafter or DEFAULT_DRAFTER
+    if args.drafter is None and not DEFAULT_DRAFTER.is_dir():
+        raise FileNotFoundError(
+            f"There is no trained drafter in {DEFAULT_DRAFTER}; name a folder or Hub id with --drafter, or train one."
+        )
+    dtype = getattr(torch, args.dtype)
+    if args.target is None:
+        target, tokenizer = load_default_target(dtype=dtype)
+    else:
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(args.target)
+    drafter = SpecBlockDrafter.from_pretrained(drafter_path, dtype=dtype).eval()
+    drafter.check_target(target)
+    return target.to(args.device), tokenizer, drafter.to(args.device)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    One finished `generate()` call.
+
+    Args:
+        ids (`torch.LongTensor` of shape `[1, T + n]`): Prompt and answer.
+        new_tokens (`int`): n.
+        seconds (`float`): Wall time of the call, prompt included.
+    """
+
+    ids: torch.LongTensor
+    new_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device) -> torch.LongTensor:
+    """The prompt's ids `[1, T]`: one user turn of the chat template, or the bare text for a tokenizer without one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    turns = [{"role": "user", "content": prompt}]
+    encoding = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return encoding["input_ids"].to(device)
+
+
+def ask(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: torch.LongTensor,
+    drafter: TreeDrafter | None = None,
+    stream: bool = True,
+    **generate_kwargs,
+) -> Answer:
+    """
+    Answer one prompt, printed while it is made.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        prompt_ids (`torch.LongTensor` of shape `[1, T]`): From [`encode`].
+        drafter ([`TreeDrafter`], *optional*): Without one it is plain `generate()`.
+        stream (`bool`, *optional*, defaults to `True`): Print the text.
+        **generate_kwargs: For `generate()`.
+    """
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    _synchronize(target.device)
+    start = time.perf_counter()
+    ids = target.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        assistant_model=drafter,
+        streamer=streamer,
+        **generate_kwargs,
+    )
+    _synchronize(target.device)
+    return Answer(ids, ids.shape[1] - prompt_ids.shape[1], time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
