@@ -32,6 +32,4 @@ def run(args: argparse.Namespace) -> None:
     target, tokenizer, drafter = load_models(args)
     prompt_ids = encode(tokenizer, args.prompt, target.device)
     answer = ask(target, tokenizer, prompt_ids, drafter, do_sample=False, max_new_tokens=args.max_new_tokens)
-    print(
-        f"\n{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} a second, tau {drafter.last_statistics.tau:.2f}"
-    )
+    print(f"\n{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} a second, tau {answer.statistics.tau:.2f}")

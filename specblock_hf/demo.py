@@ -83,14 +83,12 @@ class Comparison:
         category (`str`): Kind of prompt.
         plain (`Answer`): Without the drafter.
         drafted (`Answer`): With it.
-        statistics ([`GenerationStatistics`]): Of the call with the drafter.
         divergence ([`Divergence`], *optional*): `None` if both answers are the same, token for token.
     """
 
     category: str
     plain: Answer
     drafted: Answer
-    statistics: GenerationStatistics
     divergence: Divergence | None
 
     @property
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     for number, (category, text) in enumerate(prompts):
         print(f"\n=== {number + 1}/{len(prompts)} {category}: {text}\n")
         comparisons.append(compare(target, tokenizer, drafter, category, text, number % 2 == 1, settings))
-    print(f"\n=== first draft tree of prompt 1\n{first_tree(comparisons[0].statistics, tokenizer)}")
+    print(f"\n=== first draft tree of prompt 1\n{first_tree(comparisons[0].drafted.statistics, tokenizer)}")
     print("\n=== result\n" + "\n".join(report(comparisons)))
     print(f"wall time of the command: {time.perf_counter() - start:.0f} s")
     identical = all(comparison.divergence is None for comparison in comparisons)
@@ -164,10 +162,10 @@ def compare(
         answers[with_drafter] = ask(target, tokenizer, prompt_ids, drafter if with_drafter else None, **settings)
     plain, drafted = answers[False], answers[True]
     divergence = divergence_between(target, prompt_ids, plain.ids, drafted.ids, **settings)
-    comparison = Comparison(category, plain, drafted, drafter.last_statistics, divergence)
+    comparison = Comparison(category, plain, drafted, divergence)
     print(
         f"--- plain {plain.tokens_per_second:.1f} tokens/s, with the drafter {drafted.tokens_per_second:.1f} tokens/s "
-        f"({comparison.speedup:.2f}x), tau {comparison.statistics.tau:.2f}, identical: {divergence is None}"
+        f"({comparison.speedup:.2f}x), tau {comparison.drafted.statistics.tau:.2f}, identical: {divergence is None}"
     )
     return comparison
 
@@ -203,7 +201,7 @@ def report(comparisons: list[Comparison]) -> list[str]:
         comparisons (`list[Comparison]`): One for each prompt.
     """
     speedup = statistics.geometric_mean(comparison.speedup for comparison in comparisons)
-    pooled = pool([comparison.statistics for comparison in comparisons])
+    pooled = pool([comparison.drafted.statistics for comparison in comparisons])
     rounds = pooled.draft_seconds + pooled.verify_seconds + pooled.host_seconds or float("nan")
     lines = [
         f"plain {total_rate([c.plain for c in comparisons]):.1f} tokens/s, with the drafter "

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
     plain = ask(target, tokenizer, prompt_ids, **settings)
     drafted = ask(target, tokenizer, prompt_ids, drafter, **settings)
-    step, figures = plain.seconds / plain.new_tokens, drafter.last_statistics
+    step, figures = plain.seconds / plain.new_tokens, drafted.statistics
     speedup = drafted.tokens_per_second / plain.tokens_per_second
     print("\n".join(diagnose(step, figures, speedup)))
     return int(speedup <= 1)

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .default_target import DEFAULT_TARGET, load_default_target
 from .drafter import TreeDrafter
 from .drafters.specblock import SpecBlockDrafter
+from .statistics import GenerationStatistics
 
 
 DEFAULT_DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
@@ -40,12 +41,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = Fals
         parser (`argparse.ArgumentParser`): Of a subcommand.
         positional (`bool`, *optional*, defaults to `False`): Name target and drafter without dashes.
     """
-    prefix, optional = ("", {"nargs": "?"}) if positional else ("--", {})
+    prefix, count = ("", "?") if positional else ("--", None)
     parser.add_argument(
-        f"{prefix}target", help=f"folder or Hub id (default: {DEFAULT_TARGET}, from a wheel)", **optional
+        f"{prefix}target", help=f"folder or Hub id (default: {DEFAULT_TARGET}, from a wheel)", nargs=count
     )
     parser.add_argument(
-        f"{prefix}drafter", help="folder or Hub id (default: the one for the default target)", **optional
+        f"{prefix}drafter", help="folder or Hub id (default: the one for the default target)", nargs=count
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
     parser.add_argument(
@@ -86,11 +87,13 @@ class Answer:
         ids (`torch.LongTensor` of shape `[1, T + n]`): Prompt and answer.
         new_tokens (`int`): n.
         seconds (`float`): Wall time of the call, prompt included.
+        statistics ([`GenerationStatistics`]): Of the drafter; empty without one.
     """
 
     ids: torch.LongTensor
     new_tokens: int
     seconds: float
+    statistics: GenerationStatistics
 
     @property
     def tokens_per_second(self) -> float:
@@ -136,7 +139,11 @@ def ask(
         **generate_kwargs,
     )
     _synchronize(target.device)
-    return Answer(ids, ids.shape[1] - prompt_ids.shape[1], time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    statistics = GenerationStatistics()
+    if drafter is not None and drafter.last_statistics is not None:
+        statistics = drafter.last_statistics
+    return Answer(ids, ids.shape[1] - prompt_ids.shape[1], seconds, statistics)
 
 
 def _synchronize(device: torch.device) -> None:

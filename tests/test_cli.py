@@ -173,7 +173,8 @@ def comparison(plain_seconds, drafted_seconds, accepted, seconds=(1.0, 2.0, 1.0)
     ids = torch.zeros(1, 1, dtype=torch.long)
     figures = GenerationStatistics(rounds=len(accepted), accepted=accepted, cut=[False] * len(accepted))
     figures.draft_seconds, figures.verify_seconds, figures.host_seconds = seconds
-    return demo.Comparison("chat", Answer(ids, 60, plain_seconds), Answer(ids, 60, drafted_seconds), figures, None)
+    plain = Answer(ids, 60, plain_seconds, GenerationStatistics())
+    return demo.Comparison("chat", plain, Answer(ids, 60, drafted_seconds, figures), None)
 
 
 def test_the_report_pools_rounds_and_averages_ratios():
