@@ -1,0 +1,60 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A chat in the terminal, sampled and streamed, with what each answer cost. An empty line or Ctrl-D ends it."""
+
+from pathlib import Path
+
+from transformers import TextStreamer
+
+from specblock_hf.default_target import load_default_target
+from specblock_hf.drafters.specblock import SpecBlockDrafter
+
+
+DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
+
+
+def main():
+    target, tokenizer = load_default_target()
+    drafter = SpecBlockDrafter.from_pretrained(DRAFTER, dtype=target.dtype)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages = []
+    while question := read_line("> "):
+        messages.append({"role": "user", "content": question})
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = target.generate(
+            **inputs,
+            assistant_model=drafter,
+            streamer=streamer,
+            max_new_tokens=256,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
+        )
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        statistics = drafter.last_statistics
+        print(f"[{statistics.tokens_per_second:.1f} tokens/s, {statistics.tau:.2f} tokens a round]\n")
+
+
+def read_line(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()
