@@ -11,28 +11,260 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The draft tree: tokens, parents and log-probabilities of everything that one round proposes. Knows no model."""
+"""The draft tree: tokens, parents and log-probabilities of everything that one round proposes. Knows no model.
+
+Every operation works on padded batches, with shapes that follow from the shapes of its inputs, and reads nothing back
+from the device (except `to_text`), so that a whole round can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+from torch import nn
+
+
+# An odd multiplier with well-mixed bits (2^64 divided by the golden ratio, as a signed number).
+_PATH_FACTOR = -7046029254386353131
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that a picture of a tree needs."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
 
 
 @dataclass
 class DraftTree:
     """
-    A batch of draft trees, padded to the widest row. Parents come before their children; node 0 is the last committed token.
+    A batch of draft trees. Parents come before their children; node 0 is the last committed token. Padding (parent -2)
+    may lie between the nodes of a growing tree; after [`~DraftTree.prune`] it follows them. The token of padding is
+    any valid id.
 
     Args:
         tokens (`torch.LongTensor` of shape `[B, N]`): Target token ids.
-        parents (`torch.LongTensor` of shape `[B, N]`): Index of the parent in the same row; -1 for the root, -2 for padding.
-        log_probs (`torch.Tensor` of shape `[B, N]`): log q(token | parent) by the drafter; 0 for the root, -inf for padding.
-        origin (`torch.LongTensor` of shape `[B, N, 2]`): (drafter forward, slot) that proposed the node; -1, -1 for the root.
+        parents (`torch.LongTensor` of shape `[B, N]`):
+            Index of the parent in the same row; -1 for the root, -2 for padding.
+        log_probs (`torch.Tensor` of shape `[B, N]`):
+            log q(token | parent) by the drafter; 0 for the root, -inf for padding.
+        origin (`torch.LongTensor` of shape `[B, N, 2]`):
+            (drafter forward, slot) that proposed the node; -1, -1 for the root.
+        height (`int`, *optional*, defaults to `N - 1`):
+            No node of any row is deeper. It bounds the passes from child to parent, so state it where the host knows
+            it.
     """
 
     tokens: torch.LongTensor
     parents: torch.LongTensor
     log_probs: torch.Tensor
     origin: torch.LongTensor
+    height: int | None = None
+
+    @classmethod
+    def root(cls, tokens: torch.LongTensor) -> DraftTree:
+        """
+        Trees without a draft.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `[B]`): Each row's last committed token.
+        """
+        tokens = tokens.unsqueeze(1)
+        minus_one = torch.full_like(tokens, -1)
+        log_probs = torch.zeros_like(tokens, dtype=torch.float32)
+        return cls(tokens, minus_one, log_probs, minus_one.unsqueeze(-1).expand(-1, -1, 2), height=0)
+
+    @property
+    def num_nodes(self) -> torch.LongTensor:
+        """Nodes of each row, `[B]`, the root counted and padding not."""
+        return (self.parents > -2).sum(1)
+
+    @property
+    def max_depth(self) -> int:
+        """`height`, or the most that the number of nodes allows."""
+        return self.tokens.shape[1] - 1 if self.height is None else self.height
+
+    def depths(self) -> torch.LongTensor:
+        """Distance of every node from the root, `[B, N]`; 0 for padding."""
+        return self._path_sums((self.parents >= 0).long())
+
+    def cumulative_log_probs(self) -> torch.Tensor:
+        """Sum of the log-probs from the root to every node, `[B, N]`; -inf for padding, never above the parent's."""
+        # Rounding lifts log-probs above 0 and a broken drafter gives NaN; neither may put a node before its parent.
+        return self._path_sums(self.log_probs.clamp_max(0).nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+
+    def ancestors(self) -> torch.BoolTensor:
+        """Which nodes lie on each node's path, `[B, N, N]`: row sees column and itself. Padding sees only itself."""
+        itself = self._positions().expand_as(self.parents)
+        parent = torch.where(self.parents < 0, itself, self.parents)
+        path = [itself]
+        for _ in range(self.max_depth):
+            path.append(parent.gather(1, path[-1]))
+        size = self.tokens.shape[1]
+        seen = torch.zeros(*self.tokens.shape, size, dtype=torch.bool, device=self.tokens.device)
+        return seen.scatter_(2, torch.stack(path, dim=2), True)
+
+    def merge_duplicates(self, recompute: bool = True) -> DraftTree:
+        """
+        Merge nodes that spell the same tokens from the root, so that siblings are distinct. The earliest copy stays
+        where it is (which keeps parents before children), with the best copy's log-prob and all copies' children; the
+        others become padding.
+
+        Args:
+            recompute (`bool`, *optional*, defaults to `True`):
+                Keep every child's log-prob given its parent, so that a child of a less likely copy gains from the
+                merge. `False` keeps every child's cumulative log-prob instead, as the authors' release does.
+        """
+        # Copies are found by a hash of their path. Should two different paths ever collide, one draft is lost.
+        paths = self._path_sums(torch.where(self.parents >= 0, self.tokens + 1, 0), factor=_PATH_FACTOR)
+        ordered, order = paths.sort(dim=1, stable=True)
+        position = self._positions()
+        differs = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
+        first = torch.where(differs, position, 0).cummax(dim=1).values
+        # Padding hashes like the root, whose copy it thereby becomes.
+        kept_copy = torch.empty_like(order).scatter_(1, order, order.gather(1, first))
+        kept = kept_copy == position
+
+        parent = self.parents.clamp_min(0)
+        log_probs = self.log_probs if recompute else self.cumulative_log_probs()
+        log_probs = torch.full_like(log_probs, -torch.inf).scatter_reduce_(1, kept_copy, log_probs, "amax")
+        merged_parent = kept_copy.gather(1, parent)
+        if not recompute:
+            log_probs = log_probs - log_probs.gather(1, merged_parent)
+        parents = torch.where(self.parents >= 0, merged_parent, self.parents)
+        return replace(self, parents=torch.where(kept, parents, -2), log_probs=log_probs)
+
+    def prune(self, budget: int | Sequence[int]) -> DraftTree:
+        """
+        Keep each row's likeliest nodes by cumulative log-prob, ancestors included, and pack them: the likeliest path
+        first (the likeliest child, its likeliest child, ...), so that accepting a prefix of it leaves a verified cache
+        without holes; then the rest by likelihood.
+
+        Args:
+            budget (`int` or sequence of `int`): Most drafted nodes (the root not counted), of every row or of each.
+
+        Returns:
+            [`DraftTree`]: `1 + min(max(budget), N - 1)` nodes wide.
+        """
+        budgets = self._per_row(budget, "budget")
+        most = min(max(budgets), self.tokens.shape[1] - 1)
+        # No node scores above its parent and a stable sort leaves the parent first in ties, so every prefix is a tree.
+        order = self.cumulative_log_probs().sort(dim=1, descending=True, stable=True).indices[:, : most + 1]
+        tree = replace(self._take(order), height=min(self.max_depth, most))
+        if min(budgets) < most:
+            tree = tree._drop(tree._positions() > self._column(budgets))
+        return tree._take(tree._off_likeliest_path().sort(dim=1, stable=True).indices)
+
+    def limit_depth(self, depths: int | Sequence[int]) -> DraftTree:
+        """
+        Turn nodes that are too deep into padding.
+
+        Args:
+            depths (`int` or sequence of `int`): Depth of the deepest node to keep, of every row or of each.
+        """
+        limits = self._per_row(depths, "depths")
+        if min(limits) >= self.max_depth:
+            return self
+        return replace(self._drop(self.depths() > self._column(limits)), height=min(max(limits), self.max_depth))
+
+    def merge(self, other: DraftTree) -> DraftTree:
+        """
+        The union of two drafts below the same roots; a path of both keeps the larger log-prob. Not packed.
+
+        Args:
+            other ([`DraftTree`]): A tree of the same batch, such as continuations looked up in the text so far.
+        """
+        shift = self.tokens.shape[1] - 1
+        parents = torch.where(other.parents > 0, other.parents + shift, other.parents)[:, 1:]
+        union = DraftTree(
+            tokens=torch.cat((self.tokens, other.tokens[:, 1:]), dim=1),
+            parents=torch.cat((self.parents, parents), dim=1),
+            log_probs=torch.cat((self.log_probs, other.log_probs[:, 1:].to(self.log_probs)), dim=1),
+            origin=torch.cat((self.origin, other.origin[:, 1:]), dim=1),
+            height=max(self.max_depth, other.max_depth),
+        )
+        return union.merge_duplicates()
+
+    def to_text(self, tokenizer: Decoder, row: int = 0, accepted: Sequence[int] = ()) -> str:
+        """
+        Draw one row: a line per node with its text, its probability given its parent and its origin; accepted nodes
+        carry a star.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes one token at a time.
+            row (`int`, *optional*, defaults to 0): Which tree of the batch.
+            accepted (sequence of `int`, *optional*, defaults to `()`):
+                Nodes to mark, such as a walk's `nodes[row].tolist()`.
+        """
+        tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
+        probs, origin = self.log_probs[row].exp().tolist(), self.origin[row].tolist()
+        children = defaultdict(list)
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                children[parent].append(node)
+
+        lines = []
+        stack = [(0, "", "")]
+        while stack:
+            node, lead, branch = stack.pop()
+            line = f"{lead}{branch}{tokenizer.decode([tokens[node]])!r}"
+            if node:
+                line += f" {probs[node]:.3f} ({origin[node][0]}, {origin[node][1]})"
+            lines.append(f"{line} *" if node in accepted else line)
+            inner = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
+            likeliest_last = sorted(children[node], key=probs.__getitem__)
+            stack += [(child, inner, "├─ " if i else "└─ ") for i, child in enumerate(likeliest_last)]
+        return "\n".join(lines)
+
+    def _positions(self) -> torch.LongTensor:
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+
+    def _path_sums(self, values: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        """
+        Sum `values` `[B, N]` (0 at the root) from every node up to the root, the parent's sum times `factor`. A node's
+        sum is its parent's plus one rounded addition, so sums of values <= 0 never grow towards the leaves.
+        """
+        parent = self.parents.clamp_min(0)
+        sums = values
+        for _ in range(self.max_depth - 1):
+            sums = torch.add(values, sums.gather(1, parent), alpha=factor)
+        return sums
+
+    def _take(self, order: torch.LongTensor) -> DraftTree:
+        """The nodes at `order` `[B, M]`, which holds the parent of every node that it holds."""
+        new = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        place = torch.zeros_like(self.parents).scatter_(1, order, new)
+        parents = self.parents.gather(1, order)
+        return replace(
+            self,
+            tokens=self.tokens.gather(1, order),
+            parents=torch.where(parents >= 0, place.gather(1, parents.clamp_min(0)), parents),
+            log_probs=self.log_probs.gather(1, order),
+            origin=self.origin.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)),
+        )
+
+    def _drop(self, unwanted: torch.BoolTensor) -> DraftTree:
+        return replace(
+            self,
+            parents=self.parents.masked_fill(unwanted, -2),
+            log_probs=self.log_probs.masked_fill(unwanted, -torch.inf),
+        )
+
+    def _off_likeliest_path(self) -> torch.BoolTensor:
+        """Nodes `[B, N]` of a tree sorted by likelihood that are padding, a later child or below one."""
+        same = self.parents.unsqueeze(2) == self.parents.unsqueeze(1)
+        turns = same.tril(-1).any(2) | (self.parents < -1)
+        return self._path_sums(turns.long()) > 0
+
+    def _per_row(self, limit: int | Sequence[int], name: str) -> list[int]:
+        rows = self.tokens.shape[0]
+        limits = [limit] * rows if isinstance(limit, int) else list(limit)
+        if len(limits) != rows or min(limits) < 0:
+            raise ValueError(f"{name} is {limit} for {rows} rows; pass one number >= 0, or one for each row.")
+        return limits
+
+    def _column(self, limits: Sequence[int]) -> torch.LongTensor:
+        return torch.tensor(limits, device=self.tokens.device).unsqueeze(1)
