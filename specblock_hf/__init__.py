@@ -18,8 +18,11 @@ from .target import check_transformers
 
 check_transformers()
 
+from transformers import AutoConfig, AutoModel  # noqa: E402
+
 from .configuration_specblock import SpecBlockConfig  # noqa: E402
 from .drafter import DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
+from .drafters.specblock import SpecBlockDrafter  # noqa: E402
 from .generation import install, uninstall  # noqa: E402
 from .statistics import GenerationStatistics  # noqa: E402
 from .tree import DraftTree  # noqa: E402
@@ -27,6 +30,8 @@ from .verification import Walk, sample_and_walk  # noqa: E402
 
 
 install()
+AutoConfig.register("specblock", SpecBlockConfig, exist_ok=True)
+AutoModel.register(SpecBlockConfig, SpecBlockDrafter, exist_ok=True)
 
 __all__ = [
     "DraftState",
@@ -35,6 +40,7 @@ __all__ = [
     "Limits",
     "Pairs",
     "SpecBlockConfig",
+    "SpecBlockDrafter",
     "TokenTable",
     "TreeDrafter",
     "Walk",

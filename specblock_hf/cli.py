@@ -27,7 +27,8 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": ("specblock_hf.demo", "answer six prompts with and without a drafter, and compare"),
-    "doctor": ("specblock_hf.doctor", "check one target and drafter on this machine: is it worth using here?"),
+    "doctor": ("specblock_hf.doctor", "check a target and a drafter, and whether using them pays on this machine"),
+    "train": ("specblock_hf.training.command", "train a drafter on the target's own answers"),
     "generate": ("specblock_hf.answer", "stream the answer to one prompt"),
 }
 """Subcommand to (module, one line of help)."""

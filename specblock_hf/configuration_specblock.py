@@ -20,7 +20,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 class SpecBlockConfig(LlamaConfig):
     r"""
-    Configuration of a [`SpecBlockDrafter`] (SpecBlock, https://huggingface.co/papers/2605.07243). The decoder layers are Llama-type
+    Configuration of a [`SpecBlockDrafter`] (SpecBlock, https://huggingface.co/papers/2605.07243). The decoder layers
+    are Llama-type
     layers with the geometry of the target's, so every field of [`~transformers.LlamaConfig`] keeps its meaning.
 
     Args:
@@ -33,13 +34,17 @@ class SpecBlockConfig(LlamaConfig):
             `[2, N // 2, N - 3]` for a target of N layers, as in the authors' release.
         target_hidden_size (`int`, *optional*, defaults to `hidden_size`): Width of the target's states.
         target_num_layers (`int`, *optional*): N, to refuse a target of another depth.
-        target_name_or_path (`str`, *optional*): The target that the drafter was trained for; written into the model card.
-        num_rank_classes (`int`, *optional*, defaults to 4): Buckets of the rank head: rank 1, 2-4, 5-10, beyond (section 3.2).
+        target_name_or_path (`str`, *optional*): The target that the drafter was trained for; written into the model
+            card.
+        num_rank_classes (`int`, *optional*, defaults to 4): Buckets of the rank head: rank 1, 2-4, 5-10, beyond
+            (section 3.2).
         rank_hidden_size (`int`, *optional*, defaults to 256): Width of the rank head's hidden layer.
         rank_top_k (`int`, *optional*, defaults to 20): Logits that the rank head's features are computed from.
-        num_blocks (`int`, *optional*, defaults to 2): M, drafter forwards that build one tree. Any value works at inference.
+        num_blocks (`int`, *optional*, defaults to 2): M, drafter forwards that build one tree. Any value works at
+            inference.
         branching (`list[int]`, *optional*, defaults to `[2, 4, 10, 0]`):
-            Children of a slot for each predicted rank bucket, the greedy one counted; 0 gives up (section 3.2; `[2, 4, 6, 4]` is
+            Children of a slot for each predicted rank bucket, the greedy one counted; 0 gives up (section 3.2; `[2,
+            4, 6, 4]` is
             the release's second map).
         root_width (`int`, *optional*, defaults to 10): Children of the root, whatever its bucket.
         probability_cuts (`bool`, *optional*, defaults to `False`): Narrow confident slots as the authors' runner does.
@@ -86,7 +91,8 @@ class SpecBlockConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
-                f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocab_size ({self.vocab_size}); "
+                f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocabulary of "
+                f"{self.vocab_size} tokens; "
                 "pass a draft vocabulary that is a subset of the target's."
             )
         if len(self.branching) != self.num_rank_classes:

@@ -11,9 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The line between drafters and the decoding loop: what a drafter is told, what it answers, and for how long it remembers.
+"""The line between drafters and the decoding loop: what a drafter is told, what it answers, and for how long it
+remembers.
 
-One round of decoding is `tree = drafter.propose(state, pairs, limits)`, a verification by the target, and new `Pairs`. A drafter
+One round of decoding is `tree = drafter.propose(state, pairs, limits)`, a verification by the target, and new
+`Pairs`. A drafter
 never sees `generate()`, the target's cache or the verification rule; the loop never sees the drafter's network.
 """
 
@@ -83,7 +85,8 @@ class TokenTable:
 @dataclass
 class Pairs:
     """
-    What the target has learned since the drafter was last asked: features at position i together with the token x_{i+1} that
+    What the target has learned since the drafter was last asked: features at position i together with the token
+    x_{i+1} that
     followed. Columns beyond a row's length are padding on the right.
 
     Args:
@@ -110,9 +113,17 @@ class Pairs:
         return self.table.embed(self.tokens.clamp_min(0))
 
     @classmethod
-    def of(cls, tree: DraftTree, features: tuple[torch.Tensor, ...], walk: Walk, base: torch.LongTensor, table) -> Pairs:
+    def of(
+        cls,
+        tree: DraftTree,
+        features: tuple[torch.Tensor, ...],
+        walk: Walk,
+        base: torch.LongTensor,
+        table: TokenTable,
+    ) -> Pairs:
         """
-        The pairs that one verified round teaches: (state of the root, first emitted token), (state of that token, second), ...
+        The pairs that one verified round teaches: (state of the root, first emitted token), (state of that token,
+        second), ...
 
         Args:
             tree (`DraftTree`): The verified tree; only its depths matter.
@@ -150,7 +161,8 @@ class Limits:
 @dataclass
 class DraftState:
     """
-    What one `generate()` call makes a drafter remember. Drafters subclass it; nothing of it ever lives on a module, so that one
+    What one `generate()` call makes a drafter remember. Drafters subclass it; nothing of it ever lives on a module,
+    so that one
     drafter serves several threads.
 
     Args:
@@ -158,7 +170,8 @@ class DraftState:
         batch_size (`int`): Rows of the batch.
         max_length (`int`): Most positions that the drafter can be told about, prompt included.
         first_position (`int`, *optional*, defaults to 0): Position of the first pair (above 0 for a continued cache).
-        generator (`torch.Generator`, *optional*): Private randomness of sampled drafts; the global one belongs to the target.
+        generator (`torch.Generator`, *optional*): Private randomness of sampled drafts; the global one belongs to the
+            target.
     """
 
     table: TokenTable
@@ -194,9 +207,11 @@ class TreeDrafter(ABC):
 
     Attributes:
         feature_layers (`tuple[int, ...]`):
-            Which of the target's `hidden_states` the drafter reads, in transformers' indexing: 0 is the embedding, i the output of
+            Which of the target's `hidden_states` the drafter reads, in transformers' indexing: 0 is the embedding, i
+            the output of
             decoder layer i - 1, and the number of layers the state after the final norm.
-        last_statistics ([`GenerationStatistics`], *optional*): Of the last finished call; with several threads the last one wins.
+        last_statistics ([`GenerationStatistics`], *optional*): Of the last finished call; with several threads the
+        last one wins.
         lock (`DrafterLock`): Held around `propose` and around any in-place change of the weights.
     """
 
@@ -227,7 +242,10 @@ class TreeDrafter(ABC):
 
     @abstractmethod
     def loss(self, batch) -> dict[str, torch.Tensor]:
-        """The drafter's training objective and its parts, for the trainer and the online updater alike; `"loss"` is the total."""
+        """
+        The drafter's training objective and its parts, for the trainer and the online updater alike; `"loss"` is the
+        total.
+        """
 
     @abstractmethod
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Loading without surprises: every weight of a checkpoint must be asked for, and every weight asked for must be there."""
+"""
+Loading without surprises: every weight of a checkpoint must be asked for, and every weight asked for must be
+there.
+"""
 
 from __future__ import annotations
 

@@ -12,16 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The SpecBlock network (https://huggingface.co/papers/2605.07243, sections 3.1 and 3.2) and nothing else: it knows no tree.
+The SpecBlock network (https://huggingface.co/papers/2605.07243, sections 3.1 and 3.2) and nothing else: it knows no
+tree.
 
-A *row* is one starting point: a condition `c` (target features, or the drafter's own state of an earlier slot) and the token `x`
+A *row* is one starting point: a condition `c` (target features, or the drafter's own state of an earlier slot) and
+the token `x`
 that followed. One forward turns every row into K slots that predict the K tokens after `x`:
 
-    z_k = W_f [norm_c(c) ; norm_t(E x) ; norm_q(Q_k)]                     prefix broadcast: c and x are the same for every k
+    z_k = W_f [norm_c(c) ; norm_t(E x) ; norm_q(Q_k)]                     prefix broadcast: c and x are the same for
+    every k
     x^1 = Layer_1(z),   x^l = Layer_l(W_s [x^{l-1}_k ; x^{l-1}_{k-1}])    layer-wise shift, with x_{-1} := x_0
     logits_k = W_lm norm(x_k),   rank_k = MLP([norm(x_k) ; phi_k])
 
-Slot k of the row at position i sits at RoPE index i + 1 + k, in every block. Keys are laid out row-major, slot by slot, so that
+Slot k of the row at position i sits at RoPE index i + 1 + k, in every block. Keys are laid out row-major, slot by
+slot, so that
 "all slots of earlier rows and the slots up to one's own" is plain causal attention over the flattened slots.
 """
 
@@ -43,7 +47,8 @@ NUM_RANK_FEATURES = NUM_LISTED_LOG_PROBS + 5
 
 class BlockCache:
     """
-    Keys and values of one `generate()` call: first the committed columns of every row of the batch, then scratch columns of the
+    Keys and values of one `generate()` call: first the committed columns of every row of the batch, then scratch
+    columns of the
     forwards that draft, which the next committed forward overwrites. Written in place; it grows by doubling.
 
     Args:
@@ -68,7 +73,8 @@ class BlockCache:
         Say where the next forward writes.
 
         Args:
-            offsets (`int` or `torch.LongTensor` of shape `[B]`): First column to write, the same for all rows or one for each.
+            offsets (`int` or `torch.LongTensor` of shape `[B]`): First column to write, the same for all rows or one
+                for each.
             width (`int`): Columns `[0, width)` are what the next forward attends to, its own included.
         """
         self.offsets, self.width = offsets, width
@@ -198,7 +204,10 @@ class SpecBlockModel(StrictPreTrainedModel):
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Target features `[..., F * d_target]`, concatenated in the order of `feature_layers`, to conditions `[..., d]`."""
+        """
+        Target features `[..., F * d_target]`, concatenated in the order of `feature_layers`, to conditions `[...,
+        d]`.
+        """
         return self.input_layer.condition_proj(features)
 
     def forward(
@@ -216,7 +225,8 @@ class SpecBlockModel(StrictPreTrainedModel):
             token_embeds (`torch.Tensor` of shape `[B, R, d]`): The target's embedding of each row's token.
             conditions (`torch.Tensor` of shape `[B, R, d]`):
                 `project_features(...)` in the first block, a slot's state as this method returned it in a later one.
-            position_ids (`torch.LongTensor` of shape `[B, R]`): Position i of the committed pair that the row hangs on.
+            position_ids (`torch.LongTensor` of shape `[B, R]`): Position i of the committed pair that the row hangs
+                on.
             attention_mask (`torch.BoolTensor` of shape `[B, 1, R * K, columns]`, *optional*):
                 True where a slot sees a column. Without one, attention is causal over the flattened slots.
             cache (`BlockCache` or `GraphCache`, *optional*): Where keys and values of earlier rows are, and these go.
@@ -264,7 +274,8 @@ class SpecBlockModel(StrictPreTrainedModel):
 
     def rank_logits(self, normed: torch.Tensor, top_logits: torch.Tensor) -> torch.Tensor:
         """
-        Logits of the rank head. Gradients stop at its inputs, so that it learns to read the drafter and never bends it.
+        Logits of the rank head. Gradients stop at its inputs, so that it learns to read the drafter and never bends
+        it.
 
         Args:
             normed (`torch.Tensor` of shape `[..., d]`): Normed states.
@@ -279,14 +290,16 @@ class SpecBlockModel(StrictPreTrainedModel):
 
 def rank_features(top_logits: torch.Tensor) -> torch.Tensor:
     """
-    The 15 numbers that tell the rank head how sure the draft head is (section 3.2; taken from the top logits alone, as in the
+    The 15 numbers that tell the rank head how sure the draft head is (section 3.2; taken from the top logits alone,
+    as in the
     authors' training).
 
     Args:
         top_logits (`torch.Tensor` of shape `[..., T]`): In decreasing order, T at least 10.
 
     Returns:
-        `torch.Tensor` of shape `[..., 15]`: 10 log-probabilities, the gaps 1-2, 1-3, 1-5, the first probability, the entropy.
+        `torch.Tensor` of shape `[..., 15]`: 10 log-probabilities, the gaps 1-2, 1-3, 1-5, the first probability, the
+            entropy.
     """
     log_probs = top_logits - top_logits.logsumexp(-1, keepdim=True)
     probs = log_probs.exp()
@@ -295,7 +308,9 @@ def rank_features(top_logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([log_probs[..., :NUM_LISTED_LOG_PROBS], gaps, probs[..., :1], entropy], dim=-1)
 
 
-def committed_mask(rows: int, size: int, offsets: int | torch.LongTensor, width: int, device) -> torch.BoolTensor | None:
+def committed_mask(
+    rows: int, size: int, offsets: int | torch.LongTensor, width: int, device
+) -> torch.BoolTensor | None:
     """
     Who sees whom in a forward over new committed pairs: everything before, and one's own row up to one's own slot.
 
@@ -323,8 +338,10 @@ class BlockPath:
 
     Args:
         visible (`torch.LongTensor` of shape `[B, R]`):
-            First-block columns that a row sees: those of all earlier pairs, and at its own pair the slots before the cut.
-        rows (`list[torch.LongTensor]` of shape `[B, R]`): For every later block on the way, the row of it that is on the path.
+            First-block columns that a row sees: those of all earlier pairs, and at its own pair the slots before the
+            cut.
+        rows (`list[torch.LongTensor]` of shape `[B, R]`): For every later block on the way, the row of it that is on
+            the path.
         cuts (`list[torch.LongTensor]` of shape `[B, R]`): The slots of that row that are.
         widths (`list[int]`): Rows of that block.
     """
@@ -364,7 +381,8 @@ class BlockPath:
             size (`int`): Slots K of a row.
 
         Returns:
-            `torch.BoolTensor` of shape `[B, 1, R * K, columns]`, the columns of one block after those of the block before.
+            `torch.BoolTensor` of shape `[B, 1, R * K, columns]`, the columns of one block after those of the block
+                before.
         """
         device = self.visible.device
         parts = [torch.arange(first_width, device=device) < self.visible.unsqueeze(-1)]

@@ -478,7 +478,8 @@ class _PromptPairs:
         self.visible = visible[:, -new:]
         self.tokens = torch.full(self.visible.shape, -1, device=table.device)
         self.embeds = None if embeds is None else torch.zeros_like(embeds[:, -new:], device=table.device)
-        source, following = (ids, self.tokens) if self.embeds is None else (embeds, self.embeds)
+        source: Any = ids if embeds is None else embeds
+        following = self.tokens if self.embeds is None else self.embeds
         for row, columns in enumerate(seen.nonzero().squeeze(1) for seen in self.visible):
             following[row, columns[:-1]] = source[row, -new:].to(table.device)[columns[1:]]
 

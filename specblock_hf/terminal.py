@@ -54,6 +54,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = Fals
     )
 
 
+def load_target(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A target and its tokenizer by folder or Hub id; the default target if there is no name."""
+    if name is None:
+        return load_default_target(dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+
+
 def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TreeDrafter]:
     """
     The target, its tokenizer and a drafter that fits it, as the command line names them.
@@ -68,11 +75,7 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
             f"There is no trained drafter in {DEFAULT_DRAFTER}; name a folder or Hub id with --drafter, or train one."
         )
     dtype = getattr(torch, args.dtype)
-    if args.target is None:
-        target, tokenizer = load_default_target(dtype=dtype)
-    else:
-        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target, tokenizer = load_target(args.target, dtype)
     drafter = SpecBlockDrafter.from_pretrained(drafter_path, dtype=dtype).eval()
     drafter.check_target(target)
     return target.to(args.device), tokenizer, drafter.to(args.device)

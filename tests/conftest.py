@@ -41,7 +41,7 @@ SIZES = {
     "initializer_range": 0.3,
     "bos_token_id": None,
     "eos_token_id": None,
-    "pad_token_id": 0,
+    "pad_token_id": None,
 }
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -75,8 +75,8 @@ def tiny_target(kind: str, attention: str = "sdpa") -> PreTrainedModel:
 
 
 def prompt_of(length: int, seed: int = 0) -> torch.LongTensor:
-    """A random prompt `[1, length]` without the padding token."""
-    return torch.randint(1, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+    """A random prompt `[1, length]`."""
+    return torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=[(kind, attention) for kind in KINDS for attention in ATTENTIONS], ids="-".join)

@@ -118,9 +118,7 @@ def test_training_forward(golden):
         hidden = first_block(golden, cache)
         path = BlockPath(visible=rows * size + cut)
         embeds = golden.table.embed(tokens[:, (torch.arange(pairs) + cut).clamp_max(pairs - 1) + 1])
-        shifted[cut] = golden.drafter(
-            embeds, hidden[:, :, cut - 1], rows, training_mask(path, pairs, size), cache
-        )
+        shifted[cut] = golden.drafter(embeds, hidden[:, :, cut - 1], rows, training_mask(path, pairs, size), cache)
         golden.check(f"train/block2_cut{cut}", shifted[cut])
         if cut == golden.dims["cuts"][0]:
             second = golden.dims["cuts"][1]
@@ -135,7 +133,10 @@ def test_training_forward(golden):
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_incremental_drafting(golden, chunk):
-    """The very methods that `propose` calls: committed pairs in steps of 1, 3 and 2, then later blocks from many starts."""
+    """
+    The very methods that `propose` calls: committed pairs in steps of 1, 3 and 2, then later blocks from many
+    starts.
+    """
     drafter = golden.drafter
     state = drafter.begin(golden.table, 1, 4)  # room for less than will come: the cache has to grow
     prefix = golden.dims["P"]

@@ -39,7 +39,8 @@ PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask
 @dataclass
 class SpecBlockState(DraftState):
     """
-    Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one number
+    Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one
+    number
     for a batch of one, which the host knows, a tensor `[B]` for more.
     """
 
@@ -85,18 +86,16 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
                 trained_for = config.target_name_or_path or "another target"
                 raise ValueError(
                     f"This drafter was trained for {trained_for}: its {what} is {ours}, that of this "
-                    f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train one "
-                    "with `specblock train`."
+                    f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train "
+                    "one with `specblock train`."
                 )
         if max(self.feature_layers) > text.num_hidden_layers:
             raise ValueError(
-                f"This drafter reads hidden state {max(self.feature_layers)} of a target with {text.num_hidden_layers} "
-                "layers; load the drafter that belongs to this target."
+                f"This drafter reads hidden state {max(self.feature_layers)} of a target with "
+                f"{text.num_hidden_layers} layers; load the drafter that belongs to this target."
             )
 
-    def begin(
-        self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0
-    ) -> SpecBlockState:
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> SpecBlockState:
         committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device=self.device)
         columns = min(max_length, PREFILL_PAIRS) * self.config.block_size
         cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The SpecBlock objective: valid-prefix masked cross-entropy over blocks and slots, and the rank head's (section 3.3)."""
+"""
+The SpecBlock objective: valid-prefix masked cross-entropy over blocks and slots, and the rank head's (section
+3.3).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,8 @@ def specblock_loss(
     """
     The objective on one batch.
 
-    Only surviving rows are computed: a later block starts where every slot before its cut guessed right, because only there can a
+    Only surviving rows are computed: a later block starts where every slot before its cut guessed right, because only
+    there can a
     tree that is being verified have reached it; a slot goes through the head only while its chain is alive.
 
     Args:
@@ -68,7 +72,8 @@ def specblock_loss(
         cuts (`list[int]`): Cut M of every transition from a block to the next, each from 1 to K.
 
     Returns:
-        `dict[str, torch.Tensor]`: `loss`, `draft_loss`, `rank_loss`, and without gradient `agreed` and `counted` of shape
+        `dict[str, torch.Tensor]`: `loss`, `draft_loss`, `rank_loss`, and without gradient `agreed` and `counted` of
+        shape
         `[blocks, K]`: surviving rows whose guess is the text's token, and surviving rows.
     """
     cache = GraphCache(drafter.config.num_hidden_layers)
@@ -82,7 +87,8 @@ def specblock_loss(
         scores = _score_block(drafter, batch, block, rank_weight > 0, cuts[number] if number < len(cuts) else 0)
         first = scores["counted"][0].clamp_min(1)
         decay = SLOT_DECAY ** torch.arange(len(scores["draft"]), device=first.device)
-        # Every slot is divided by the number of first slots, not by its own survivors: the mean is the paper's expectation, and
+        # Every slot is divided by the number of first slots, not by its own survivors: the mean is the paper's
+        # expectation, and
         # a late slot with one survivor weighs as little as its noise deserves.
         draft_loss = draft_loss + (scores["draft"] * decay).sum() / first
         rank_loss = rank_loss + scores["rank"].sum() / first
@@ -128,10 +134,11 @@ def _later_block(
     return TrainingBlock(hidden, pairs, shift, starts.gather(1, rows), path)
 
 
-def _score_block(
-    drafter, batch: TargetBatch, block: TrainingBlock, rank: bool, cut: int
-) -> dict[str, torch.Tensor]:
-    """Sums over surviving rows of every slot, and the rows whose chain is right up to `cut` (that slot itself may err)."""
+def _score_block(drafter, batch: TargetBatch, block: TrainingBlock, rank: bool, cut: int) -> dict[str, torch.Tensor]:
+    """
+    Sums over surviving rows of every slot, and the rows whose chain is right up to `cut` (that slot itself may
+    err).
+    """
     alive, survivors = block.valid, block.valid
     last = batch.tokens.shape[1] - 1
     sums: dict[str, list] = {"draft": [], "rank": [], "agreed": [], "counted": []}

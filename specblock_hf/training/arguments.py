@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 @dataclass
 class DrafterTrainingArguments:
     """
-    How a drafter is trained. Defaults follow the paper (https://huggingface.co/papers/2605.07243, section 4.1) where it says
+    How a drafter is trained. Defaults follow the paper (https://huggingface.co/papers/2605.07243, section 4.1) where
+    it says
     something, and what measured better where it does not.
 
     Args:
@@ -32,10 +33,12 @@ class DrafterTrainingArguments:
             Peak rate (paper: 5e-5 over some 300k dialogues; a small target on little text wants about 1e-3).
         warmup_ratio (`float`, *optional*, defaults to 0.015): Share of steps with a rising rate; a cosine follows.
         max_grad_norm (`float`, *optional*, defaults to 0.5): Gradients are clipped to this norm.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW, which runs without weight decay.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW, which runs without weight
+            decay.
         num_blocks (`int`, *optional*, defaults to 3): Blocks that are trained (paper: 3).
         rank_weight (`float`, *optional*, defaults to 1.0): Weight of the rank head's loss.
-        rank_start_ratio (`float`, *optional*, defaults to 0.1): Share of steps before the rank head and later blocks join.
+        rank_start_ratio (`float`, *optional*, defaults to 0.1): Share of steps before the rank head and later blocks
+            join.
         held_out (`float`, *optional*, defaults to 0.02): Share of prompts kept for evaluation.
         max_length (`int`, *optional*, defaults to 1024): Longest conversation in tokens.
         log_steps (`int`, *optional*, defaults to 20): Steps between lines of the log.

@@ -58,7 +58,9 @@ def read_rows(path: str | Path) -> Iterator[dict]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); repair or remove that line.") from error
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error}); repair or remove that line."
+                ) from error
 
 
 def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> list[Example]:
@@ -68,7 +70,8 @@ def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
     Args:
         path (`str` or `Path`): JSON-lines file.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's; its chat template renders the prompt.
-        max_length (`int`, *optional*, defaults to 1024): Longest conversation in tokens; longer ones are cut at the end.
+        max_length (`int`, *optional*, defaults to 1024): Longest conversation in tokens; longer ones are cut at the
+            end.
     """
     examples = []
     for row in read_rows(path):
@@ -86,7 +89,10 @@ def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
 
 
 def split_examples(examples: list[Example], held_out: float = 0.02) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; a prompt with several answers stays on one side, whatever the order of the file."""
+    """
+    Training and held-out examples; a prompt with several answers stays on one side, whatever the order of the
+    file.
+    """
     limit = int(held_out * 16**8)
     train = [e for e in examples if int(e.key[:8], 16) >= limit]
     held = [e for e in examples if int(e.key[:8], 16) < limit]

@@ -37,7 +37,8 @@ class TargetView:
 
     Args:
         features (`torch.Tensor` of shape `[T, F, d]`): The states that the drafter reads, one per feature layer.
-        top_ids (`torch.Tensor` of shape `[A, k]`): The target's likeliest tokens where the answer's tokens were predicted.
+        top_ids (`torch.Tensor` of shape `[A, k]`): The target's likeliest tokens where the answer's tokens were
+            predicted.
         top_probs (`torch.Tensor` of shape `[A, k]`): Their probabilities at temperature 1, over the whole vocabulary.
     """
 
@@ -53,7 +54,8 @@ def view_target(
     """
     Run the target once over some conversations of similar length.
 
-    Right padding needs no mask: a causal target's states never depend on what follows. Only the answer's positions go through
+    Right padding needs no mask: a causal target's states never depend on what follows. Only the answer's positions go
+    through
     the head, which for a small target costs as much as the layers.
     """
     lengths = [len(e.input_ids) for e in examples]

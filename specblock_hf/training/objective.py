@@ -24,15 +24,18 @@ from torch import nn
 @dataclass
 class TargetBatch:
     """
-    B texts as the target sees them. Token t of a row is x_t; pair i is (features at x_i, x_{i+1}), so there is one pair less than
+    B texts as the target sees them. Token t of a row is x_t; pair i is (features at x_i, x_{i+1}), so there is one
+    pair less than
     tokens. A drafter's first guess at pair i is about x_{i+2}.
 
     Args:
         tokens (`torch.LongTensor` of shape `[B, T]`): The texts, padded on the right.
         embeds (`torch.Tensor` of shape `[B, T, d]`): The target's embeddings of `tokens`.
-        features (`torch.Tensor` of shape `[B, T, F * d]`): The target's states at `tokens`, one block per feature layer.
+        features (`torch.Tensor` of shape `[B, T, F * d]`): The target's states at `tokens`, one block per feature
+            layer.
         lengths (`torch.LongTensor` of shape `[B]`): Tokens of each text.
-        top_ids (`torch.LongTensor` of shape `[B, T, k]`): Draft-vocabulary ids of the likeliest tokens at place t, -1 outside the
+        top_ids (`torch.LongTensor` of shape `[B, T, k]`): Draft-vocabulary ids of the likeliest tokens at place t, -1
+            outside the
             draft vocabulary.
         top_probs (`torch.Tensor` of shape `[B, T, k]`): The target's probabilities of them, given x_0 .. x_{t-1}.
         scored (`torch.BoolTensor` of shape `[B, T]`): Where x_t is part of an answer, so that its prediction counts.
@@ -48,13 +51,17 @@ class TargetBatch:
 
     @property
     def counted(self) -> torch.BoolTensor:
-        """`[B, T]`: places whose prediction is trained, that is scored ones whose likeliest token the drafter can say."""
+        """
+        `[B, T]`: places whose prediction is trained, that is scored ones whose likeliest token the drafter can
+        say.
+        """
         return self.scored & (self.top_ids[..., 0] >= 0)
 
 
 def soft_cross_entropy(logits: torch.Tensor, ids: torch.LongTensor, probs: torch.Tensor) -> torch.Tensor:
     """
-    Cross-entropy against the target's likeliest tokens, renormalised on those that lie in the draft vocabulary (section 3.3).
+    Cross-entropy against the target's likeliest tokens, renormalised on those that lie in the draft vocabulary
+    (section 3.3).
 
     Args:
         logits (`torch.Tensor` of shape `[n, draft_vocab_size]`): Of the drafter.
@@ -73,7 +80,8 @@ def soft_cross_entropy(logits: torch.Tensor, ids: torch.LongTensor, probs: torch
 
 def rank_buckets(logits: torch.Tensor, ids: torch.LongTensor) -> torch.LongTensor:
     """
-    The bucket of the target's token in the drafter's order: 0 for rank 1, 1 for 2-4, 2 for 5-10, 3 beyond (section 3.2).
+    The bucket of the target's token in the drafter's order: 0 for rank 1, 1 for 2-4, 2 for 5-10, 3 beyond (section
+    3.2).
 
     Args:
         logits (`torch.Tensor` of shape `[n, draft_vocab_size]`): Of the drafter.

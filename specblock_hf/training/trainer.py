@@ -88,7 +88,8 @@ def collate(
         examples (`Sequence[Example]`): B conversations.
         views (`Sequence[TargetView]`): The target's view of each.
         table (`TokenTable`): The target's embedding.
-        draft_ids (`torch.LongTensor` of shape `[vocab_size]`): Draft id of every target id, -1 outside the draft vocabulary.
+        draft_ids (`torch.LongTensor` of shape `[vocab_size]`): Draft id of every target id, -1 outside the draft
+            vocabulary.
     """
     lengths = torch.tensor([len(e.input_ids) for e in examples])
     shape = (len(examples), int(lengths.max()))
@@ -168,7 +169,10 @@ class DrafterTrainer:
         return self.args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def train(self) -> None:
-        """Train to the end, from the newest checkpoint in the output folder if there is one; saves the drafter there."""
+        """
+        Train to the end, from the newest checkpoint in the output folder if there is one; saves the drafter
+        there.
+        """
         self.resume()
         self.drafter.train()
         with tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step") as bar:

@@ -1,0 +1,103 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The accepted length that a drafter would reach, from stored target views alone: no target forward is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..drafter import Limits, Pairs, TokenTable, TreeDrafter
+from ..training.data import Example
+from ..training.features import TargetView
+from ..verification import sample_and_walk
+
+
+@dataclass
+class SimulatedAcceptance:
+    """
+    Rounds over texts that the target has written greedily.
+
+    Args:
+        accepted (`list[int]`): Accepted length A of every round that the end of the text did not cut.
+    """
+
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def tau(self) -> float:
+        """Tokens emitted per verification, the target's own one included; `nan` before the first round."""
+        return 1 + sum(self.accepted) / len(self.accepted) if self.accepted else float("nan")
+
+    def at_depth(self, depth: int) -> float:
+        """Share of the rounds whose accepted length reached `depth`."""
+        return sum(a >= depth for a in self.accepted) / max(1, len(self.accepted))
+
+
+@torch.no_grad()
+def simulate_acceptance(
+    drafter: TreeDrafter,
+    table: TokenTable,
+    examples: Sequence[Example],
+    views: Sequence[TargetView],
+    budget: int,
+    max_new_tokens: int = 96,
+) -> SimulatedAcceptance:
+    """
+    Draft along known texts as `generate()` would, every round with the drafter's real tree.
+
+    Args:
+        drafter ([`TreeDrafter`]): The drafter.
+        table ([`TokenTable`]): The target's embedding and head.
+        examples (`Sequence[Example]`): Greedy answers; sampled ones would measure another law.
+        views (`Sequence[TargetView]`): The target's view of each.
+        budget (`int`): Most drafted nodes of a tree.
+        max_new_tokens (`int`, *optional*, defaults to 96): Answer tokens that are walked.
+    """
+    result = SimulatedAcceptance()
+    for example, view in zip(examples, views, strict=True):
+        text = example.input_ids[: example.answer_start + max_new_tokens]
+        result.accepted += _walk_text(drafter, table, text, example.answer_start, view.features, budget)
+    return result
+
+
+def _walk_text(
+    drafter: TreeDrafter, table: TokenTable, text: list[int], start: int, features: torch.Tensor, budget: int
+) -> list[int]:
+    ids = torch.tensor([text], device=table.device)
+
+    def pairs_between(first: int, last: int) -> Pairs:
+        states = features[first:last].to(table.device)
+        return Pairs(
+            tokens=ids[:, first + 1 : last + 1],
+            features=tuple(states[None, :, i] for i in range(states.shape[1])),
+            positions=torch.arange(first, last, device=table.device)[None],
+            lengths=torch.tensor([last - first], device=table.device),
+            table=table,
+        )
+
+    state = drafter.begin(table, 1, len(text))
+    done, end = 0, start  # pairs told, and the last token that both sides know
+    accepted = []
+    # A round whose tree could reach past the text would count as cut, so the last deepest tree ends inside it.
+    while end + 2 < len(text):
+        tree = drafter.propose(state, pairs_between(done, end), Limits((budget,), (len(text) - end - 2,)))
+        coming = iter(text[end + 1 :])
+        walk = sample_and_walk(tree, [True], lambda row, node, coming=coming: next(coming), lambda row, token: False)
+        emitted = int(walk.lengths[0])
+        done, end = end, end + emitted
+        accepted.append(emitted - 1)
+    return accepted
