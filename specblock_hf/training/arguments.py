@@ -50,7 +50,7 @@ class DrafterTrainingArguments:
     """
 
     output_dir: str
-    epochs: float = 20
+    epochs: float = 20.0
     batch_tokens: int = 4096
     learning_rate: float = 5e-5
     warmup_ratio: float = 0.015
