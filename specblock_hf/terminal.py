@@ -72,7 +72,7 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
     drafter_path = args.drafter or DEFAULT_DRAFTER
     if args.drafter is None and not DEFAULT_DRAFTER.is_dir():
         raise FileNotFoundError(
-            f"There is no trained drafter in {DEFAULT_DRAFTER}; name a folder or Hub id with --drafter, or train one."
+            f"There is no trained drafter in {DEFAULT_DRAFTER}; name the folder or Hub id of one, or train one first."
         )
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_target(args.target, dtype)
