@@ -30,6 +30,7 @@ from ..drafter import TokenTable
 from ..drafters.specblock import SpecBlockDrafter
 from ..evaluation.simulate import simulate_acceptance
 from ..terminal import load_target
+from .attention import NAME as CPU_ATTENTION
 from .arguments import DrafterTrainingArguments
 from .data import Example, load_examples, split_examples
 from .features import FeatureStore, TargetView, view_target
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
     parser.add_argument("--init-from", help="drafter to start from instead of random weights")
     parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
+    parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
     parser.add_argument("--views", help="keep the target's states here and compute them once: for small targets")
     parser.add_argument("--eval-examples", type=int, default=24, help="held-out answers per evaluation (%(default)s)")
     for field in dataclasses.fields(DrafterTrainingArguments):
@@ -76,8 +78,19 @@ def run(args: argparse.Namespace) -> None:
     train, held_out = split_examples(examples, arguments.held_out)
     drafter = _make_drafter(args, target, train)
     views = _views(args.views, "train", train, target, drafter.feature_layers)
+    # Views are kept of all answers, so that runs on parts of them can share one folder.
+    chosen = [i for i, e in enumerate(train) if e.greedy or not args.greedy_only]
     evaluate = _evaluation(args, arguments, drafter, table, held_out, target)
-    DrafterTrainer(drafter, table, train, views, arguments, evaluate).train()
+    if table.device.type == "cpu":
+        drafter.set_attn_implementation(CPU_ATTENTION)
+    DrafterTrainer(
+        drafter,
+        table,
+        [train[i] for i in chosen],
+        lambda indices: views([chosen[i] for i in indices]),
+        arguments,
+        evaluate,
+    ).train()
 
 
 def _make_drafter(args: argparse.Namespace, target: PreTrainedModel, train: list[Example]) -> SpecBlockDrafter:

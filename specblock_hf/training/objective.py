@@ -71,11 +71,28 @@ def soft_cross_entropy(logits: torch.Tensor, ids: torch.LongTensor, probs: torch
     Returns:
         `torch.Tensor` of shape `[n]`, in nats.
     """
-    logits = logits.float()
     inside = probs * (ids >= 0)
-    weights = inside / inside.sum(-1, keepdim=True)
-    chosen = logits.gather(-1, ids.clamp_min(0))
-    return logits.logsumexp(-1) - (weights * chosen).sum(-1)
+    return _SoftCrossEntropy.apply(logits, ids.clamp_min(0), inside / inside.sum(-1, keepdim=True))
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """
+    Makes the gradient (softmax minus target) along with the value: over a vocabulary, every pass saved over the logits counts.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, ids: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
+        work = logits.detach().to(torch.float32, copy=True)
+        total = work.logsumexp(-1)
+        loss = total - (weights * work.gather(-1, ids)).sum(-1)
+        work.sub_(total[:, None]).exp_().scatter_add_(-1, ids, -weights)
+        ctx.save_for_backward(work.to(logits.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None].to(gradient.dtype), None, None
 
 
 def rank_buckets(logits: torch.Tensor, ids: torch.LongTensor) -> torch.LongTensor:
