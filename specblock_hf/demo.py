@@ -175,7 +175,7 @@ def describe_setting(target: PreTrainedModel) -> str:
     device = (
         torch.cuda.get_device_name(target.device)
         if target.device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
+        else f"{torch.get_num_threads()} CPU thread(s)"
     )
     return (
         f"{target.name_or_path} in {str(target.dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}, "
