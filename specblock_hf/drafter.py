@@ -28,6 +28,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
+
+from .statistics import GenerationStatistics
 
 
 if TYPE_CHECKING:
@@ -35,6 +38,15 @@ if TYPE_CHECKING:
 
     from .tree import DraftTree
     from .verification import Walk
+
+
+UNRECORDED_LAYER = -1
+"""Stands in `feature_layers` where a checkpoint does not say what it reads; see [`TreeDrafter.feature_layers_for`]."""
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, ...]:
+    """What EAGLE-3 and SpecBlock read of a target of N layers: hidden states 2, N // 2 and N - 3."""
+    return (2, num_layers // 2, num_layers - 3)
 
 
 class TokenTable:
@@ -145,6 +157,29 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class DraftingPlan:
+    """
+    How much a round drafts. Larger plans accept more and cost more; [`calibrate`] finds the one that pays.
+
+    Args:
+        tree_budget (`int`): Most drafted nodes of a tree.
+        num_forwards (`int`): Most forwards of the drafter in a round (SpecBlock: blocks M).
+        max_starts (`int`, *optional*):
+            Most rows of a forward after the first; `None` for as many as the drafter's rule asks.
+    """
+
+    tree_budget: int
+    num_forwards: int
+    max_starts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tree_budget < 0 or self.num_forwards < 1 or (self.max_starts is not None and self.max_starts < 1):
+            raise ValueError(
+                f"{self} cannot be drafted; give a budget of 0 or more and at least one forward and start."
+            )
+
+
+@dataclass(frozen=True)
 class Limits:
     """
     How large this round's tree may be. Kept on the host: the loop knows both numbers without asking the device.
@@ -152,10 +187,14 @@ class Limits:
     Args:
         nodes (`tuple[int, ...]`): Most drafted nodes of each row, the root not counted; 0 asks for no draft.
         depth (`tuple[int, ...]`): Deepest drafted node of each row; a deeper one could never be emitted.
+        num_forwards (`int`): As in [`DraftingPlan`].
+        max_starts (`int`, *optional*): As in [`DraftingPlan`].
     """
 
     nodes: tuple[int, ...]
     depth: tuple[int, ...]
+    num_forwards: int = 1
+    max_starts: int | None = None
 
 
 @dataclass
@@ -208,20 +247,35 @@ class TreeDrafter(ABC):
     Attributes:
         feature_layers (`tuple[int, ...]`):
             Which of the target's `hidden_states` the drafter reads, in transformers' indexing: 0 is the embedding, i
-            the output of
-            decoder layer i - 1, and the number of layers the state after the final norm.
-        last_statistics ([`GenerationStatistics`], *optional*): Of the last finished call; with several threads the
-        last one wins.
+            the output of decoder layer i - 1, and the number of layers the state after the final norm.
+            `UNRECORDED_LAYER` where that follows from the target's depth.
+        drafting_plan ([`DraftingPlan`], *optional*):
+            How much a round drafts; `None` asks `default_plan`. A call's own `generation_config.drafting_plan` goes
+            first.
+        last_statistics ([`GenerationStatistics`], *optional*):
+            Of the last finished call; with several threads the last one wins.
         lock (`DrafterLock`): Held around `propose` and around any in-place change of the weights.
     """
 
+    config: PreTrainedConfig
     feature_layers: tuple[int, ...] = ()
-    last_statistics = None
+    drafting_plan: DraftingPlan | None = None
+    last_statistics: GenerationStatistics | None = None
     lock: DrafterLock
+
+    def default_plan(self, device: torch.device) -> DraftingPlan:
+        """What to draft on a device that was not calibrated for."""
+        return DraftingPlan(self.config.tree_budget, 1)
 
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
         """Raise a `ValueError` with one sentence if the drafter cannot draft for `target`."""
+
+    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
+        """`feature_layers`, or the usual ones for this target's depth where the checkpoint does not record them."""
+        if UNRECORDED_LAYER not in self.feature_layers:
+            return self.feature_layers
+        return default_feature_layers(target.config.get_text_config().num_hidden_layers)
 
     @abstractmethod
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> DraftState:

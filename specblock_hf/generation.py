@@ -34,7 +34,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .drafter import Limits, Pairs, TreeDrafter
+from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .statistics import Clock, GenerationStatistics
 from .target import TargetModel, check_target
 from .tree import DraftTree
@@ -167,17 +167,21 @@ def _decided_on_host(rule: StoppingCriteria) -> bool:
     return type(rule) is EosTokenCriteria
 
 
-def draft_budget(drafter: Any) -> int:
-    """Most drafted nodes of a tree: the drafter's own `tree_budget` if it has one, otherwise its configuration's."""
-    return drafter.tree_budget if hasattr(drafter, "tree_budget") else drafter.config.tree_budget
+def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, device: torch.device) -> DraftingPlan:
+    """
+    How much the rounds of a call draft: what the call's `generation_config.drafting_plan` says, otherwise what the
+    drafter was given or calibrated to, otherwise its default for the device.
+    """
+    # A field of ours, which a configuration has only where somebody set it.
+    return vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
 
 
-def round_limits(budget: int, remaining: Sequence[int]) -> Limits:
+def round_limits(plan: DraftingPlan, remaining: Sequence[int]) -> Limits:
     """
     How large a round's tree may be.
 
     Args:
-        budget (`int`): Drafted nodes that a verification is worth.
+        plan ([`DraftingPlan`]): What a round may cost.
         remaining (sequence of `int`):
             Tokens that each row may still emit; the last of them is always the target's own.
 
@@ -185,11 +189,16 @@ def round_limits(budget: int, remaining: Sequence[int]) -> Limits:
         [`Limits`]: No drafts for a row that has one token left.
     """
     depths = tuple(max(tokens - 1, 0) for tokens in remaining)
-    return Limits(nodes=tuple(budget if depth else 0 for depth in depths), depth=depths)
+    nodes = tuple(plan.tree_budget if depth else 0 for depth in depths)
+    return Limits(nodes, depths, plan.num_forwards, plan.max_starts)
 
 
 def decode(
-    target: TargetModel, drafter: TreeDrafter, choice: TokenChoice, verify: Verifier = sample_and_walk
+    target: TargetModel,
+    drafter: TreeDrafter,
+    choice: TokenChoice,
+    plan: DraftingPlan,
+    verify: Verifier = sample_and_walk,
 ) -> GenerationStatistics:
     """
     Draft, verify, commit, until every row has stopped (Algorithm 1 of https://huggingface.co/papers/2605.07243).
@@ -198,13 +207,13 @@ def decode(
         target ([`TargetModel`]): Before its prefill.
         drafter ([`TreeDrafter`]): Held by its lock while it drafts.
         choice ([`TokenChoice`]): Chooses, stops and keeps the tokens.
+        plan ([`DraftingPlan`]): How much a round drafts.
         verify ([`Verifier`], *optional*, defaults to [`sample_and_walk`]): The rule that accepts drafted tokens.
 
     Returns:
         [`GenerationStatistics`]: Of this call.
     """
     clock, statistics = Clock(target.device), GenerationStatistics()
-    budget = draft_budget(drafter)
     batch_size = target.base.shape[0]
     state = drafter.begin(
         target.table,
@@ -228,7 +237,7 @@ def decode(
 
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
-        limits = round_limits(budget, [choice.remaining])
+        limits = round_limits(plan, [choice.remaining])
         with drafter.lock:
             tree = drafter.propose(state, pairs, limits)
         clock.lap("draft")
@@ -269,9 +278,15 @@ def generate_with_drafter(
     mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     with TargetModel(
-        target, drafter.feature_layers, input_ids, model_kwargs, mask_length, generation_config.prefill_chunk_size
+        target,
+        drafter.feature_layers_for(target),
+        input_ids,
+        model_kwargs,
+        mask_length,
+        generation_config.prefill_chunk_size,
     ) as scorer:
-        drafter.last_statistics = decode(scorer, drafter, choice)
+        plan = drafting_plan(drafter, generation_config, scorer.device)
+        drafter.last_statistics = decode(scorer, drafter, choice, plan)
     return choice.output(scorer.cache)
 
 

@@ -41,6 +41,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specblock_hf
 from specblock_hf import GenerationStatistics
+from specblock_hf.drafter import DraftingPlan
 from specblock_hf.generation import _decided_on_host, round_limits
 
 
@@ -123,7 +124,7 @@ def test_a_round_without_drafts_is_one_row(llama):
 
 
 def test_limits_of_several_rows():
-    limits = round_limits(16, [5, 1, 0])
+    limits = round_limits(DraftingPlan(16, 1), [5, 1, 0])
     assert (limits.nodes, limits.depth) == ((16, 0, 0), (4, 0, 0))
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_specblock import SpecBlockConfig
-from ..drafter import DrafterLock, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from ..drafter import DrafterLock, DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
 from ..expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
 from ..modeling_specblock import BlockCache, BlockPath, SpecBlockModel, committed_mask
 from ..training.objective import TargetBatch
@@ -75,6 +75,13 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
     def feature_layers(self) -> tuple[int, ...]:
         return tuple(self.config.feature_layers)
 
+    def default_plan(self, device: torch.device) -> DraftingPlan:
+        config = self.config
+        if device.type == "cpu":
+            # A verified node costs real time there: half a step for a dozen in float32.
+            return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
+        return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
+
     def check_target(self, target: PreTrainedModel) -> None:
         text, config = target.config.get_text_config(), self.config
         for what, ours, theirs in (
@@ -117,12 +124,12 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
         branching = Branching(tuple(config.branching), config.root_width, config.probability_cuts)
         size, first_width = config.block_size, state.cache.width
         path, starts = None, Starts.root(tree)
-        for forward in range(config.num_blocks):
+        for forward in range(limits.num_forwards):
             outputs = self._block_outputs(hidden, branching.most(forward == 0))
             tree, candidates = rank_guided(tree, starts, outputs, branching, forward)
-            if forward + 1 == config.num_blocks or (forward + 1) * size > max(limits.depth):
+            if forward + 1 == limits.num_forwards or (forward + 1) * size > max(limits.depth):
                 break
-            starts = limit_starts(candidates, tree, config.max_starts)
+            starts = limit_starts(candidates, tree, limits.max_starts)
             if path is None:
                 # The committed columns end with the drafting pair's own K; a start sees those up to its slot.
                 own = torch.as_tensor(state.committed, device=self.device).reshape(-1, 1) - size

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..drafter import Limits, Pairs, TokenTable, TreeDrafter
+from ..drafter import DraftingPlan, Limits, Pairs, TokenTable, TreeDrafter
 from ..training.data import Example
 from ..training.features import TargetView
-from ..verification import sample_and_walk
+from ..verification import Select, sample_and_walk
 
 
 @dataclass
@@ -53,7 +53,7 @@ def simulate_acceptance(
     table: TokenTable,
     examples: Sequence[Example],
     views: Sequence[TargetView],
-    budget: int,
+    plan: DraftingPlan,
     max_new_tokens: int = 96,
 ) -> SimulatedAcceptance:
     """
@@ -64,18 +64,27 @@ def simulate_acceptance(
         table ([`TokenTable`]): The target's embedding and head.
         examples (`Sequence[Example]`): Greedy answers; sampled ones would measure another law.
         views (`Sequence[TargetView]`): The target's view of each.
-        budget (`int`): Most drafted nodes of a tree.
+        plan ([`DraftingPlan`]): How much a round drafts.
         max_new_tokens (`int`, *optional*, defaults to 96): Answer tokens that are walked.
     """
     result = SimulatedAcceptance()
     for example, view in zip(examples, views, strict=True):
         text = example.input_ids[: example.answer_start + max_new_tokens]
-        result.accepted += _walk_text(drafter, table, text, example.answer_start, view.features, budget)
+        result.accepted += _walk_text(drafter, table, text, example.answer_start, view.features, plan)
     return result
 
 
+def _replay(text: list[int]) -> Select:
+    coming = iter(text)
+    return lambda row, node: next(coming)
+
+
+def _never(row: int, token: int) -> bool:
+    return False
+
+
 def _walk_text(
-    drafter: TreeDrafter, table: TokenTable, text: list[int], start: int, features: torch.Tensor, budget: int
+    drafter: TreeDrafter, table: TokenTable, text: list[int], start: int, features: torch.Tensor, plan: DraftingPlan
 ) -> list[int]:
     ids = torch.tensor([text], device=table.device)
 
@@ -94,9 +103,9 @@ def _walk_text(
     accepted = []
     # A round whose tree could reach past the text would count as cut, so the last deepest tree ends inside it.
     while end + 2 < len(text):
-        tree = drafter.propose(state, pairs_between(done, end), Limits((budget,), (len(text) - end - 2,)))
-        coming = iter(text[end + 1 :])
-        walk = sample_and_walk(tree, [True], lambda row, node, coming=coming: next(coming), lambda row, token: False)
+        limits = Limits((plan.tree_budget,), (len(text) - end - 2,), plan.num_forwards, plan.max_starts)
+        tree = drafter.propose(state, pairs_between(done, end), limits)
+        walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted
         accepted.append(emitted - 1)

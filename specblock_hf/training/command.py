@@ -26,12 +26,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_specblock import SpecBlockConfig
-from ..drafter import TokenTable
+from ..drafter import DraftingPlan, TokenTable
 from ..drafters.specblock import SpecBlockDrafter
 from ..evaluation.simulate import simulate_acceptance
 from ..terminal import load_target
-from .attention import NAME as CPU_ATTENTION
 from .arguments import DrafterTrainingArguments
+from .attention import NAME as CPU_ATTENTION
 from .data import Example, load_examples, split_examples
 from .features import FeatureStore, TargetView, view_target
 from .trainer import DrafterTrainer, draft_vocabulary
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(name, dest=field.name, required=True, help="folder of checkpoints, log and drafter")
         elif isinstance(field.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
-        elif field.default is dataclasses.MISSING:
+        elif field.default_factory is not dataclasses.MISSING:
             parser.add_argument(name, type=int, nargs="+", default=field.default_factory())
         elif isinstance(field.default, tuple):
             parser.add_argument(name, type=float, nargs=len(field.default), default=field.default)
@@ -137,7 +137,8 @@ def _evaluation(
         numbers = {}
         with torch.autocast(table.device.type, torch.bfloat16, enabled=arguments.bf16):
             for budget in arguments.eval_budgets:
-                result = simulate_acceptance(trained, table, greedy, views, budget)
+                plan = DraftingPlan(budget, drafter.config.num_blocks)
+                result = simulate_acceptance(trained, table, greedy, views, plan)
                 numbers[f"tau_{budget}"] = round(result.tau, 4)
         return numbers
 

@@ -77,7 +77,8 @@ def soft_cross_entropy(logits: torch.Tensor, ids: torch.LongTensor, probs: torch
 
 class _SoftCrossEntropy(torch.autograd.Function):
     """
-    Makes the gradient (softmax minus target) along with the value: over a vocabulary, every pass saved over the logits counts.
+    Makes the gradient (softmax minus target) along with the value: over a vocabulary, every pass saved over the
+    logits counts.
     """
 
     @staticmethod

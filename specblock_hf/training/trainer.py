@@ -24,6 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -234,7 +235,11 @@ class DrafterTrainer:
         return numbers
 
     def log(self, window: list[dict], seconds: float, bar: tqdm) -> None:
-        row = {"step": self.step, "tokens": self.tokens_seen, "learning_rate": self.learning_rate(self.step - 1)}
+        row: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "learning_rate": self.learning_rate(self.step - 1),
+        }
         for name in ("loss", "draft_loss", "rank_loss", "grad_norm"):
             row[name] = round(torch.stack([w[name] for w in window]).mean().item(), 4)
         blocks = max(len(w["counted"]) for w in window)
