@@ -20,8 +20,9 @@ check_transformers()
 
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
+from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
 from .configuration_specblock import SpecBlockConfig  # noqa: E402
-from .drafter import DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
+from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
 from .drafters.specblock import SpecBlockDrafter  # noqa: E402
 from .generation import install, uninstall  # noqa: E402
 from .statistics import GenerationStatistics  # noqa: E402
@@ -34,6 +35,9 @@ AutoConfig.register("specblock", SpecBlockConfig, exist_ok=True)
 AutoModel.register(SpecBlockConfig, SpecBlockDrafter, exist_ok=True)
 
 __all__ = [
+    "Calibration",
+    "CostCurves",
+    "DraftingPlan",
     "DraftState",
     "DraftTree",
     "GenerationStatistics",
@@ -44,6 +48,7 @@ __all__ = [
     "TokenTable",
     "TreeDrafter",
     "Walk",
+    "calibrate",
     "install",
     "sample_and_walk",
     "uninstall",

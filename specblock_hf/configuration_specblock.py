@@ -50,6 +50,9 @@ class SpecBlockConfig(LlamaConfig):
         probability_cuts (`bool`, *optional*, defaults to `False`): Narrow confident slots as the authors' runner does.
         tree_budget (`int`, *optional*, defaults to 60): Most drafted nodes of a tree.
         max_starts (`int`, *optional*): Most starts of a later block; `None` takes them all, as the release does.
+        acceptance (`list[list[float]]`, *optional*):
+            Measured tau of several plans, each row `[tree_budget, num_blocks, max_starts, tau]` with 0 starts for all;
+            [`calibrate`] chooses among them.
 
     Example:
 
@@ -79,6 +82,7 @@ class SpecBlockConfig(LlamaConfig):
     probability_cuts: bool = False
     tree_budget: int = 60
     max_starts: int | None = None
+    acceptance: list[list[float]] | None = None
 
     def __post_init__(self, **kwargs):
         if self.branching is None:

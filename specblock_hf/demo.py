@@ -25,6 +25,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .calibration import Calibration, calibrate
 from .drafter import TreeDrafter
 from .evaluation.divergence import Divergence, divergence_between
 from .statistics import GenerationStatistics
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     print(describe_setting(target))
     settings = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
     warm_up(target, tokenizer, drafter, prompts[0][1])
+    print(describe_calibration(calibrate(target, drafter)))
     comparisons = []
     for number, (category, text) in enumerate(prompts):
         print(f"\n=== {number + 1}/{len(prompts)} {category}: {text}\n")
@@ -180,6 +182,18 @@ def describe_setting(target: PreTrainedModel) -> str:
     return (
         f"{target.name_or_path} in {str(target.dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+
+
+def describe_calibration(calibration: Calibration) -> str:
+    """The chosen plan and what it should bring."""
+    plan = calibration.plan
+    if plan.tree_budget == 0:
+        return "calibrated: no tree pays here, so generate() runs without drafts"
+    starts = "" if plan.num_forwards == 1 else f" from up to {plan.max_starts or 'all'} starts"
+    return (
+        f"calibrated: {plan.tree_budget} drafted nodes, {plan.num_forwards} drafter forward(s) a round{starts}; "
+        f"expected speedup {calibration.speedup:.2f}"
     )
 
 

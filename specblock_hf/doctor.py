@@ -19,7 +19,8 @@ import argparse
 
 from transformers import GenerationMixin
 
-from .demo import PROMPTS, describe_setting, warm_up
+from .calibration import calibrate
+from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
 from .statistics import GenerationStatistics
 from .terminal import add_model_arguments, ask, encode, load_models
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"compatible: yes ({type(drafter).__name__} reads hidden states {list(drafter.feature_layers)})")
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
+    print(describe_calibration(calibrate(target, drafter)))
     prompt_ids = encode(tokenizer, prompt, target.device)
     settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
     plain = ask(target, tokenizer, prompt_ids, **settings)

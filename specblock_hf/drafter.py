@@ -267,6 +267,10 @@ class TreeDrafter(ABC):
         """What to draft on a device that was not calibrated for."""
         return DraftingPlan(self.config.tree_budget, 1)
 
+    def acceptance(self) -> list[tuple[DraftingPlan, float]]:
+        """Plans to choose from and the tau of each; without figures the default plans, with a tau of 2."""
+        return [(self.default_plan(torch.device(kind)), 2.0) for kind in ("cpu", "cuda")]
+
     @abstractmethod
     def check_target(self, target: PreTrainedModel) -> None:
         """Raise a `ValueError` with one sentence if the drafter cannot draft for `target`."""

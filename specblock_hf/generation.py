@@ -238,8 +238,11 @@ def decode(
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
         limits = round_limits(plan, [choice.remaining])
-        with drafter.lock:
-            tree = drafter.propose(state, pairs, limits)
+        if any(limits.nodes):
+            with drafter.lock:
+                tree = drafter.propose(state, pairs, limits)
+        else:  # the last token of a call, or a plan that does not draft at all: the drafter need not know of it
+            tree = DraftTree.root(pairs.tokens.gather(1, pairs.lengths.clamp_min(1).unsqueeze(1) - 1).squeeze(1))
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")

@@ -48,7 +48,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = Fals
     parser.add_argument(
         f"{prefix}drafter", help="folder or Hub id (default: the one for the default target)", nargs=count
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the target (default: %(default)s)"
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
@@ -76,7 +78,8 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
         )
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_target(args.target, dtype)
-    drafter = SpecBlockDrafter.from_pretrained(drafter_path, dtype=dtype).eval()
+    # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
+    drafter = SpecBlockDrafter.from_pretrained(drafter_path, dtype="auto").eval()
     drafter.check_target(target)
     return target.to(args.device), tokenizer, drafter.to(args.device)
 

@@ -36,6 +36,19 @@ from .specblock_loss import specblock_loss
 PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask to (K * 256) x (K * all pairs)
 
 
+# Of a drafter with little training, for one whose configuration does not say: nodes, blocks, starts (0: all), tau.
+TYPICAL_ACCEPTANCE = (
+    (4, 1, 0, 1.6),
+    (8, 1, 0, 1.8),
+    (12, 1, 0, 1.9),
+    (8, 2, 4, 1.85),
+    (12, 2, 4, 2.0),
+    (16, 2, 8, 2.15),
+    (32, 2, 8, 2.35),
+    (60, 2, 0, 2.6),
+)
+
+
 @dataclass
 class SpecBlockState(DraftState):
     """
@@ -81,6 +94,12 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
             # A verified node costs real time there: half a step for a dozen in float32.
             return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
         return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
+
+    def acceptance(self) -> list[tuple[DraftingPlan, float]]:
+        rows = self.config.acceptance or TYPICAL_ACCEPTANCE
+        return [
+            (DraftingPlan(int(nodes), int(blocks), int(starts) or None), tau) for nodes, blocks, starts, tau in rows
+        ]
 
     def check_target(self, target: PreTrainedModel) -> None:
         text, config = target.config.get_text_config(), self.config
@@ -210,7 +229,13 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
         return [p for module in modules for p in module.parameters()]
 
     def loss(
-        self, batch: TargetBatch, num_blocks: int = 3, rank_weight: float = 1.0, cuts: list[int] | None = None
+        self,
+        batch: TargetBatch,
+        num_blocks: int = 3,
+        rank_weight: float = 1.0,
+        cuts: list[int] | None = None,
+        starts_share: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         The training objective; see [`specblock_loss`].
@@ -220,7 +245,9 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
             num_blocks (`int`, *optional*, defaults to 3): Blocks that are trained (paper: 3).
             rank_weight (`float`, *optional*, defaults to 1.0): Weight of the rank head's loss.
             cuts (`list[int]`, *optional*): Cut of every transition; drawn uniformly from 1 to K if not given.
+            starts_share (`float`, *optional*, defaults to 1.0): Share of a later block's starts that are trained.
+            generator (`torch.Generator`, *optional*): Draws them.
         """
         if cuts is None:
             cuts = [random.randint(1, self.config.block_size) for _ in range(num_blocks - 1)]
-        return specblock_loss(self, batch, num_blocks, rank_weight, cuts)
+        return specblock_loss(self, batch, num_blocks, rank_weight, cuts, starts_share, generator)

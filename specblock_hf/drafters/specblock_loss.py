@@ -55,7 +55,13 @@ class TrainingBlock:
 
 
 def specblock_loss(
-    drafter: SpecBlockDrafter, batch: TargetBatch, num_blocks: int, rank_weight: float, cuts: list[int]
+    drafter: SpecBlockDrafter,
+    batch: TargetBatch,
+    num_blocks: int,
+    rank_weight: float,
+    cuts: list[int],
+    starts_share: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     The objective on one batch.
@@ -70,6 +76,8 @@ def specblock_loss(
         num_blocks (`int`): Blocks that are trained.
         rank_weight (`float`): Weight of the rank head's loss; 0 skips it.
         cuts (`list[int]`): Cut M of every transition from a block to the next, each from 1 to K.
+        starts_share (`float`, *optional*, defaults to 1.0): Share of a later block's starts that are trained.
+        generator (`torch.Generator`, *optional*): Draws them.
 
     Returns:
         `dict[str, torch.Tensor]`: `loss`, `draft_loss`, `rank_loss`, and without gradient `agreed` and `counted` of
@@ -83,6 +91,8 @@ def specblock_loss(
     agreed, counted = [], []
     for number in range(num_blocks):
         if number > 0:
+            if starts_share < 1:
+                alive = alive & (torch.rand(alive.shape, generator=generator).to(alive.device) < starts_share)
             block = _later_block(drafter, batch, cache, block, alive, cuts[number - 1])
         scores = _score_block(drafter, batch, block, rank_weight > 0, cuts[number] if number < len(cuts) else 0)
         first = scores["counted"][0].clamp_min(1)

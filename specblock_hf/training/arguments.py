@@ -36,6 +36,7 @@ class DrafterTrainingArguments:
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW, which runs without weight
             decay.
         num_blocks (`int`, *optional*, defaults to 3): Blocks that are trained (paper: 3).
+        starts_share (`float`, *optional*, defaults to 1.0): Share of a later block's possible starts that are trained.
         rank_weight (`float`, *optional*, defaults to 1.0): Weight of the rank head's loss.
         rank_start_ratio (`float`, *optional*, defaults to 0.1): Share of steps before the rank head and later blocks
             join.
@@ -57,6 +58,7 @@ class DrafterTrainingArguments:
     max_grad_norm: float = 0.5
     betas: tuple[float, float] = (0.9, 0.95)
     num_blocks: int = 3
+    starts_share: float = 1.0
     rank_weight: float = 1.0
     rank_start_ratio: float = 0.1
     held_out: float = 0.02

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Attention for training on a CPU: queries in chunks, key heads shared, plain matrix products. At the lengths of a training
-batch it takes about two thirds of the time of the fused CPU kernel, which spends most of it in its backward pass.
+Attention for training on a CPU: queries in chunks, key heads shared, plain matrix products. At the lengths of a
+training batch it takes two thirds of the time of the fused CPU kernel, which spends most of it in its backward pass.
 """
 
 from __future__ import annotations

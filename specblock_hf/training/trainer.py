@@ -218,6 +218,8 @@ class DrafterTrainer:
                 num_blocks=args.num_blocks if joined else 1,
                 rank_weight=args.rank_weight if joined else 0.0,
                 cuts=cuts,
+                starts_share=args.starts_share,
+                generator=torch.Generator().manual_seed(rng.getrandbits(32)),
             )
         out["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters_of("full"), args.max_grad_norm)
