@@ -1,0 +1,114 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""EAGLE-3 as a drafter: the network of `modeling_eagle3.py`, a level of the tree with every forward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..configuration_eagle3 import Eagle3Config
+from ..drafter import DrafterLock, DraftingPlan, Limits, Pairs, TokenTable, TreeDrafter
+from ..expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
+from ..modeling_eagle3 import Eagle3Model
+from ..modeling_specblock import BlockPath
+from ..tree import DraftTree
+from .specblock import SpecBlockDrafter, SpecBlockState
+
+
+class Eagle3Drafter(Eagle3Model, TreeDrafter):
+    """
+    A drafter that predicts one token a forward and gives children to the likeliest nodes of each level of its tree
+    (EAGLE-3, https://huggingface.co/papers/2503.01840). In SpecBlock's terms: blocks of one slot, every slot as wide
+    as the beam, and as many starts as the beam is wide.
+
+    Args:
+        config ([`Eagle3Config`]): The drafter's configuration.
+
+    Example:
+
+    ```python
+    >>> from specblock_hf import AutoDrafter
+
+    >>> drafter = AutoDrafter.from_pretrained("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B")
+    >>> output = target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)
+    ```
+    """
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__(config)
+        self.lock = DrafterLock()
+
+    # Taking committed pairs in and starting again below tree nodes is the same for blocks of any size.
+    feature_layers = SpecBlockDrafter.feature_layers
+    check_target = SpecBlockDrafter.check_target
+    _commit = SpecBlockDrafter._commit
+    _last_rows = SpecBlockDrafter._last_rows
+    _later_block = SpecBlockDrafter._later_block
+
+    def default_plan(self, device: torch.device) -> DraftingPlan:
+        config = self.config
+        if device.type == "cpu":
+            # A verified node costs real time there, and every level is a forward of its own.
+            return DraftingPlan(min(12, config.tree_budget), min(4, config.num_blocks), min(4, config.beam_width))
+        return DraftingPlan(config.tree_budget, config.num_blocks, config.beam_width)
+
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> SpecBlockState:
+        if self.config.own_embedding:
+            table = TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
+        return SpecBlockDrafter.begin(self, table, batch_size, max_length, first_position=first_position)
+
+    def extend(self, state: SpecBlockState, pairs: Pairs) -> None:
+        for _ in self._commit(state, replace(pairs, table=state.table)):
+            pass
+
+    def propose(self, state: SpecBlockState, pairs: Pairs, limits: Limits) -> DraftTree:
+        hidden, positions = self._last_rows(self._commit(state, replace(pairs, table=state.table)), pairs)
+        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
+        tree = DraftTree.root(pairs.tokens.gather(1, last).squeeze(1).to(self.device))
+        width = min(self.config.beam_width, self.config.draft_vocab_size)
+        branching = Branching((width,), root_width=width)
+        beam = width if limits.max_starts is None else min(width, limits.max_starts)
+        levels = min(limits.num_forwards, max(limits.depth)) if max(limits.nodes) else 0
+        first_width, starts, path = state.cache.width, Starts.root(tree), None
+        for level in range(levels):
+            if level:
+                if path is None:
+                    committed = torch.as_tensor(state.committed, device=self.device).reshape(-1, 1)
+                    path = BlockPath(visible=committed + starts.slot)
+                else:
+                    path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
+                hidden = self._later_block(state, hidden, starts, path, positions + level, first_width)
+            tree, candidates = rank_guided(tree, starts, self._block_outputs(hidden, width), branching, level)
+            starts = limit_starts(candidates, tree, beam)
+        return tree.limit_depth(limits.depth).prune(limits.nodes)
+
+    def _block_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
+        """The best tokens of every row `[B, S, 1, d]`; there is one rank bucket."""
+        _, logits = self.draft_logits(hidden)
+        best = logits.topk(width, dim=-1)
+        log_probs = best.values.float() - logits.float().logsumexp(-1, keepdim=True)
+        return BlockOutputs(best.indices + self.d2t[best.indices], log_probs, torch.zeros_like(best.indices[..., 0]))
+
+    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+        return list((self.lm_head if scope == "head" else self).parameters())
+
+    def loss(self, batch) -> dict[str, torch.Tensor]:
+        raise ValueError(
+            "EAGLE-3 drafters are loaded and run but not trained by this library; train a SpecBlockDrafter with "
+            "`specblock train`, or train EAGLE-3 elsewhere and load the result."
+        )

@@ -1,0 +1,380 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""EAGLE-3 against tensors and trees computed by its authors' own code, and in the decoding loop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES, VOCAB, prompt_of, tiny_target
+from safetensors.torch import load_file
+
+from specblock_hf import Limits, Pairs, TokenTable
+from specblock_hf.auto import AutoDrafter
+from specblock_hf.configuration_eagle3 import Eagle3Config
+from specblock_hf.drafters.eagle3 import Eagle3Drafter
+from specblock_hf.modeling_specblock import BlockCache
+from specblock_hf.tree import DraftTree
+from specblock_hf.verification import sample_and_walk
+
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "eagle3"
+TOLERANCE = 5e-5  # absolute, as the fixtures state it; values are of order 1 to 10
+TREE_TOLERANCE = 2e-4  # of a cumulative log-prob
+GREEDY = {"do_sample": False}
+
+
+class Golden:
+    """A drafter with the golden weights, read from one layout; its inputs and what the authors' code made of them."""
+
+    def __init__(self, layout: str):
+        self.drafter = AutoDrafter.from_pretrained(FOLDER / f"checkpoint_{layout}").eval()
+        self.inputs = load_file(FOLDER / "inputs.safetensors")
+        self.expected = load_file(FOLDER / "expected.safetensors")
+        self.facts = json.loads((FOLDER / "expected.json").read_text())
+        embedding = torch.nn.Embedding.from_pretrained(self.inputs["target_embed_tokens.weight"])
+        self.table = TokenTable(embedding, torch.nn.Identity(), self.drafter.config.vocab_size)
+
+    def check(self, name: str, made: torch.Tensor) -> None:
+        error = (made - self.expected[name]).abs().max().item()
+        print(f"{name}: max abs error {error:.1e}")
+        assert error <= TOLERANCE
+
+    def pairs(self, first: int, last: int) -> Pairs:
+        """Committed pairs `first` to `last - 1`."""
+        return Pairs(
+            tokens=self.inputs["tokens"][:, first + 1 : last + 1],
+            features=self.inputs["target_hidden"][:, first:last].split(self.drafter.config.target_hidden_size, dim=-1),
+            positions=torch.arange(first, last)[None],
+            lengths=torch.tensor([last - first]),
+            table=self.table,
+        )
+
+    def tree(self, name: str) -> dict[tuple[int, ...], float]:
+        """A recorded tree: cumulative log-prob of each path of tokens."""
+        tokens, parents = self.expected[f"{name}/tokens"].tolist(), self.expected[f"{name}/parent"].tolist()
+        return by_path(tokens, parents, self.expected[f"{name}/cum_logprob"].tolist())
+
+
+def by_path(tokens: list[int], parents: list[int], cumulative: list[float]) -> dict[tuple[int, ...], float]:
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(tokens, parents, strict=True):
+        paths.append((*paths[parent], token) if parent >= 0 else (token,))
+    assert len(set(paths)) == len(paths)
+    return dict(zip(paths, cumulative, strict=True))
+
+
+def paths_of(tree: DraftTree, row: int = 0) -> dict[tuple[int, ...], float]:
+    kept = int(tree.num_nodes[row])
+    return by_path(
+        tree.tokens[row, :kept].tolist(),
+        tree.parents[row, :kept].tolist(),
+        tree.cumulative_log_probs()[row, :kept].tolist(),
+    )
+
+
+@pytest.fixture(scope="module", params=["safeailab", "speculators"])
+def golden(request) -> Golden:
+    return Golden(request.param)
+
+
+@torch.no_grad()
+def test_forward_and_fed_back_steps(golden):
+    drafter, pairs = golden.drafter, golden.facts["S"]
+    tokens, features = golden.inputs["tokens"], golden.inputs["target_hidden"][:, :pairs]
+    conditions = drafter.project_features(features)
+    golden.check("prefix/fc_out", conditions)
+    cache = BlockCache(drafter.config, 1, 4, torch.float32, torch.device("cpu"))
+    cache.seek(0, pairs)
+    rows = torch.arange(pairs)[None]
+    hidden = drafter(golden.table.embed(tokens[:, 1 : pairs + 1]), conditions, rows, cache=cache)
+    golden.check("prefix/hidden", hidden[:, :, 0])
+    golden.check("prefix/logits", drafter.draft_logits(hidden)[1][:, :, 0])
+    token, state = _best_token(drafter, hidden), hidden[:, -1:, 0]
+    for step, (fed, position) in enumerate(
+        zip(golden.facts["chain_tokens_fed"], golden.facts["chain_positions"], strict=True)
+    ):
+        assert token == fed
+        cache.seek(position, position + 1)
+        hidden = drafter(golden.table.embed(torch.tensor([[token]])), state, torch.tensor([[position]]), cache=cache)
+        golden.check(f"chain/step{step}/hidden", hidden[:, :, 0])
+        golden.check(f"chain/step{step}/logits", drafter.draft_logits(hidden)[1][:, 0, 0])
+        token, state = _best_token(drafter, hidden), hidden[:, -1:, 0]
+
+
+def _best_token(drafter: Eagle3Drafter, hidden: torch.Tensor) -> int:
+    return int(drafter.draft_to_target[drafter.draft_logits(hidden[:, -1, 0])[1].argmax(-1)])
+
+
+def use(golden: Golden, total: int, depth: int, top_k: int) -> Limits:
+    """The authors' three numbers."""
+    golden.drafter.config.beam_width = top_k
+    return Limits(nodes=(total - 1,), depth=(100,), num_forwards=depth + 1)
+
+
+def compare(golden: Golden, name: str, tree: DraftTree) -> None:
+    ours, theirs = paths_of(tree), golden.tree(name)
+    matched = len(ours.keys() & theirs.keys())
+    error = max(abs(ours[path] - theirs[path]) for path in ours.keys() & theirs.keys())
+    print(f"{name}: {matched} of {len(theirs)} nodes, max abs error of a cumulative log-prob {error:.1e}")
+    assert ours.keys() == theirs.keys() and error <= TREE_TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_trees(golden, chunk):
+    drafter, pairs = golden.drafter, golden.facts["S"]
+    limits = use(golden, golden.facts["total_token"], golden.facts["depth"], golden.facts["top_k"])
+    state = drafter.begin(golden.table, 1, 4)
+    start = 0
+    if chunk:
+        drafter.extend(state, golden.pairs(0, chunk))
+        start = chunk
+    tree = drafter.propose(state, golden.pairs(start, pairs), limits)
+    compare(golden, "tree_first/greedy", tree)
+    assert state.committed == golden.facts["kv_len_after_first_greedy"]
+    assert state.calls == (2 if chunk else 1) + golden.facts["depth"]
+    tree = drafter.propose(state, golden.pairs(pairs, pairs + 3), limits)
+    compare(golden, "tree_second/greedy", tree)
+    assert state.committed == golden.facts["kv_len_after_second_greedy"]
+
+    limits = use(golden, 60, 7, 10)
+    tree = drafter.propose(drafter.begin(golden.table, 1, 4), golden.pairs(0, pairs), limits)
+    compare(golden, "tree_first_60_7_10/greedy", tree)
+
+
+@torch.no_grad()
+def test_the_recorded_logits_accept_the_recorded_tokens(golden):
+    limits = use(golden, golden.facts["total_token"], golden.facts["depth"], golden.facts["top_k"])
+    tree = golden.drafter.propose(golden.drafter.begin(golden.table, 1, 4), golden.pairs(0, golden.facts["S"]), limits)
+    # The recorded rows are in the recorded tree's order.
+    rows = {path: row for row, path in enumerate(golden.tree("tree_first/greedy"))}
+    ours = list(paths_of(tree))
+    argmax = golden.inputs["verify/target_logits"].argmax(-1).tolist()
+    walk = sample_and_walk(tree, [True], lambda _, node: argmax[rows[ours[node]]], lambda *_: False)
+    verify = golden.facts["verify"]
+    assert walk.tokens[0].tolist() == [*verify["accepted"], verify["bonus"]]
+    assert walk.lengths.tolist() == [verify["accept_length"] + 1]
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_are_drafted_alone(golden):
+    drafter = golden.drafter
+    limits = use(golden, 20, 4, 4)
+    lengths = (9, 14)
+    alone = [
+        paths_of(drafter.propose(drafter.begin(golden.table, 1, 4), golden.pairs(0, length), limits))
+        for length in lengths
+    ]
+    pairs = golden.pairs(0, 14)
+    both = Pairs(
+        tokens=pairs.tokens.expand(2, -1),
+        features=tuple(f.expand(2, -1, -1) for f in pairs.features),
+        positions=pairs.positions.expand(2, -1),
+        lengths=torch.tensor(lengths),
+        table=golden.table,
+    )
+    double = replace(limits, nodes=limits.nodes * 2, depth=limits.depth * 2)
+    tree = drafter.propose(drafter.begin(golden.table, 2, 4), both, double)
+    for row, expected in enumerate(alone):
+        ours = paths_of(tree, row)
+        assert ours.keys() == expected.keys()
+        assert max(abs(ours[path] - expected[path]) for path in ours) <= TREE_TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("nodes", "depth", "levels"), [(0, 5, 0), (5, 0, 0), (5, 1, 1), (3, 2, 2), (19, 99, 5)])
+def test_limits_bound_the_tree_and_the_work(golden, nodes, depth, levels):
+    use(golden, 20, 4, 4)
+    state = golden.drafter.begin(golden.table, 1, 4)
+    tree = golden.drafter.propose(state, golden.pairs(0, 6), Limits((nodes,), (depth,), num_forwards=5))
+    assert tree.num_nodes.item() - 1 == min(nodes, 4 + (levels - 1) * 16 if levels else 0)
+    assert tree.depths().max() <= depth
+    assert state.calls == max(levels, 1)
+
+
+@torch.no_grad()
+def test_a_plan_narrows_the_beam(golden):
+    limits = use(golden, 200, 2, 4)
+    wide = golden.drafter.propose(golden.drafter.begin(golden.table, 1, 4), golden.pairs(0, 6), limits)
+    narrow = replace(limits, max_starts=1)
+    tree = golden.drafter.propose(golden.drafter.begin(golden.table, 1, 4), golden.pairs(0, 6), narrow)
+    assert (wide.num_nodes.item(), tree.num_nodes.item()) == (1 + 4 + 16 + 16, 1 + 4 + 4 + 4)
+    assert paths_of(tree).keys() < paths_of(wide).keys()
+    on_gpu = golden.drafter.default_plan(torch.device("cuda"))
+    assert (on_gpu.tree_budget, on_gpu.num_forwards, on_gpu.max_starts) == (59, 8, 4)
+
+
+def eagle_config(**overrides) -> Eagle3Config:
+    sizes = {name: SIZES[name] for name in SIZES if name not in ("num_hidden_layers", "initializer_range")}
+    fields = {"draft_vocab_size": 24, "head_dim": 8, "num_blocks": 4, "beam_width": 3, "tree_budget": 12}
+    return Eagle3Config(**(sizes | fields | overrides), initializer_range=0.3)
+
+
+def random_drafter(kind: type[Eagle3Drafter] = Eagle3Drafter, **overrides) -> Eagle3Drafter:
+    torch.manual_seed(3)
+    drafter = kind(eagle_config(**overrides)).eval()
+    drafter.set_draft_vocabulary(torch.randperm(VOCAB)[: drafter.config.draft_vocab_size])
+    return drafter
+
+
+class OracleEagle3(Eagle3Drafter):
+    """Runs its network and then lifts, at every row, the token that the target will write there."""
+
+    text: list[int] = []
+
+    def forward(self, token_embeds, conditions, position_ids, *args, **kwargs):
+        self.rows = position_ids
+        return super().forward(token_embeds, conditions, position_ids, *args, **kwargs)
+
+    def draft_logits(self, hidden):
+        normed, logits = super().draft_logits(hidden)
+        rows = self.rows[:, -logits.shape[1] :]
+        text = torch.tensor(self.text + [self.text[-1]] * 20)
+        right = self.draft_to_target == text[rows + 2].unsqueeze(-1)
+        return normed, logits + 50.0 * right.unsqueeze(2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"norm_before_residual": True, "norm_before_fc": True}, {"own_embedding": True}, {"attention_bias": True}],
+    ids=["plain", "norms", "embedding", "bias"],
+)
+def test_random_weights_leave_the_text_alone(target, overrides):
+    prompt = prompt_of(7)
+    drafter = random_drafter(**overrides)
+    expected = target.generate(prompt, max_new_tokens=24, **GREEDY)
+    output = target.generate(prompt, max_new_tokens=24, assistant_model=drafter, **GREEDY)
+    assert torch.equal(output, expected)
+    assert drafter.last_statistics.nodes_verified > drafter.last_statistics.rounds
+    torch.manual_seed(11)
+    expected = target.generate(prompt, max_new_tokens=16, do_sample=True, temperature=0.8, top_k=0)
+    torch.manual_seed(11)
+    output = target.generate(
+        prompt, max_new_tokens=16, do_sample=True, temperature=0.8, top_k=0, assistant_model=drafter
+    )
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_drafters_own_attention_backend_changes_nothing(llama, attention):
+    drafter = random_drafter()
+    drafter.set_attn_implementation(attention)
+    pairs = Pairs(
+        tokens=prompt_of(6),
+        features=tuple(torch.ones(1, 6, 32).cumsum(1) * (layer + 1) for layer in range(3)),
+        positions=torch.arange(6)[None],
+        lengths=torch.tensor([6]),
+        table=TokenTable.of(llama),
+    )
+    with torch.no_grad():
+        tree = drafter.propose(drafter.begin(pairs.table, 1, 4), pairs, Limits((12,), (9,), num_forwards=4))
+        drafter.set_attn_implementation("sdpa")
+        expected = drafter.propose(drafter.begin(pairs.table, 1, 4), pairs, Limits((12,), (9,), num_forwards=4))
+    assert torch.equal(tree.tokens, expected.tokens) and torch.equal(tree.parents, expected.parents)
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_an_oracle_is_accepted_wherever_its_vocabulary_reaches(target, eos):
+    prompt = prompt_of(7)
+    text = target.generate(prompt, max_new_tokens=30, **GREEDY)[0].tolist()
+    options = {"eos_token_id": text[7 + 13]} if eos else {}
+    expected = target.generate(prompt, max_new_tokens=30, **options, **GREEDY)
+    drafter = random_drafter(OracleEagle3, draft_vocab_size=30)
+    drafter.text = text
+    output = target.generate(prompt, max_new_tokens=30, assistant_model=drafter, **options, **GREEDY)
+    assert torch.equal(output, expected)
+    known, accepted, position, end = set(drafter.draft_to_target.tolist()), [], 7, expected.shape[1] - 1
+    while position < end:
+        kept = 0
+        while kept < 4 and position + kept + 1 <= end and text[position + kept + 1] in known:
+            kept += 1
+        emitted = min(kept + 1, end - position)
+        accepted.append(emitted - 1)
+        position += emitted
+    assert drafter.last_statistics.accepted == accepted
+    assert max(accepted) == 4 or eos
+
+
+def test_layers_follow_from_the_targets_depth_where_they_are_not_recorded(llama):
+    drafter = random_drafter()
+    assert drafter.feature_layers == (-1, -1, -1)
+    assert drafter.feature_layers_for(llama) == (2, 2, 1)
+    drafter = random_drafter(target_num_layers=4)
+    assert drafter.feature_layers == drafter.feature_layers_for(llama) == (2, 2, 1)
+    assert random_drafter(feature_layers=[0, 3, 4]).feature_layers_for(llama) == (0, 3, 4)
+
+
+def test_every_token_of_the_own_embedding_is_read(llama):
+    drafter = random_drafter(own_embedding=True)
+    llama_table = TokenTable.of(llama)
+    state = drafter.begin(llama_table, 1, 4)
+    assert state.table.embedding is drafter.embed_tokens and state.table.head is not None
+    with torch.no_grad():
+        pairs = Pairs(
+            prompt_of(5),
+            tuple(torch.ones(1, 5, 32) for _ in range(3)),
+            torch.arange(5)[None],
+            torch.tensor([5]),
+            llama_table,
+        )
+        limits = Limits((12,), (9,), num_forwards=4)
+        before = drafter.propose(state, pairs, limits)
+        drafter.embed_tokens.weight.copy_(llama.get_input_embeddings().weight)
+        after = drafter.propose(drafter.begin(llama_table, 1, 4), pairs, limits)
+        shared = random_drafter()
+        shared.load_state_dict({k: v for k, v in drafter.state_dict().items() if k != "embed_tokens.weight"})
+        expected = shared.propose(shared.begin(llama_table, 1, 4), pairs, limits)
+    assert torch.equal(after.tokens, expected.tokens) and not torch.equal(before.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"num_hidden_layers": 2}, r"^An EAGLE-3 drafter has one layer and num_hidden_layers is 2; "),
+        ({"draft_vocab_size": 33}, r"^draft_vocab_size \(33\) is larger than the target's vocab_size \(32\); "),
+        (
+            {"target_hidden_size": 64},
+            r"^The target's embedding is 64 wide and the drafter's states 32; .*own_embedding",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(overrides, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        eagle_config(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        ({"vocab_size": 40}, "vocabulary is 40"),
+        ({"hidden_size": 64, "head_dim": 16}, "hidden size is 64"),
+        ({"target_num_layers": 6}, "number of layers is 6"),
+        ({"feature_layers": [2, 3, 5]}, "hidden state 5"),
+    ],
+)
+def test_a_drafter_for_another_target_is_refused(overrides, what):
+    target = tiny_target("llama")
+    with pytest.raises(ValueError, match=what):
+        target.generate(prompt_of(5), max_new_tokens=4, assistant_model=random_drafter(**overrides))
+
+
+def test_parameters_of_a_scope():
+    drafter = random_drafter(norm_before_fc=True)
+    assert [p.shape for p in drafter.parameters_of("head")] == [(24, 32)]
+    assert len(drafter.parameters_of("full")) == len(list(drafter.parameters())) == 14
