@@ -85,7 +85,8 @@ def specblock_loss(
         `[blocks, K]`: surviving rows whose guess is the text's token, and surviving rows.
     """
     cache = GraphCache(drafter.config.num_hidden_layers)
-    block, alive = _first_block(drafter, batch, cache), None
+    block = _first_block(drafter, batch, cache)
+    alive = block.valid
     draft_loss = block.hidden.new_zeros((), dtype=torch.float32)
     rank_loss = draft_loss.clone()
     agreed, counted = [], []

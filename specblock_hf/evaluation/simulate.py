@@ -101,12 +101,13 @@ def _walk_text(
     state = drafter.begin(table, 1, len(text))
     done, end = 0, start  # pairs told, and the last token that both sides know
     accepted = []
-    # A round whose tree could reach past the text would count as cut, so the last deepest tree ends inside it.
+    # As in `generate()`, no tree is deeper than what may still be emitted, the last of which is the target's own.
     while end + 2 < len(text):
         limits = Limits((plan.tree_budget,), (len(text) - end - 2,), plan.num_forwards, plan.max_starts)
         tree = drafter.propose(state, pairs_between(done, end), limits)
         walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted
-        accepted.append(emitted - 1)
+        if end + 1 < len(text):  # else the end of the text has cut this round
+            accepted.append(emitted - 1)
     return accepted

@@ -51,9 +51,21 @@ class Example:
 
 
 def read_rows(path: str | Path) -> Iterator[dict]:
-    """The rows of a JSON-lines file, `.gz` or plain."""
+    """
+    The rows of a JSON-lines file, `.gz` or plain, or of all such files of a folder in the order of their names.
+
+    Args:
+        path (`str` or `Path`): File, or folder with files `*.jsonl` or `*.jsonl.gz`.
+
+    Raises:
+        ValueError: A line is not JSON; the message names it.
+    """
     path = Path(path)
-    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as lines:
+    if path.is_dir():
+        for file in sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]):
+            yield from read_rows(file)
+        return
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 yield json.loads(line)
@@ -63,26 +75,55 @@ def read_rows(path: str | Path) -> Iterator[dict]:
                 ) from error
 
 
+def as_messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    """A prompt as a conversation; a string is one turn of the user's."""
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
+def prompt_key(messages: list[dict[str, str]]) -> str:
+    """Digest of a conversation, the same in every process and on every machine."""
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """
+    What the target reads before it answers: the tokenizer's chat template, or the bare texts if it has none.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
+        messages (`list[dict[str, str]]`): Turns with `role` and `content`.
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
 def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> list[Example]:
     """
     Read answers as `specblock regenerate` writes them: `prompt`, `answer_ids`, `temperature` in every row.
 
     Args:
-        path (`str` or `Path`): JSON-lines file.
+        path (`str` or `Path`): JSON-lines file, or a folder of them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's; its chat template renders the prompt.
         max_length (`int`, *optional*, defaults to 1024): Longest conversation in tokens; longer ones are cut at the
             end.
+
+    Raises:
+        ValueError: A row lacks one of the three, or no row holds an answer of two tokens.
     """
     examples = []
-    for row in read_rows(path):
-        prompt = row["prompt"]
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    for number, row in enumerate(read_rows(path), 1):
+        if not {"prompt", "answer_ids", "temperature"} <= row.keys():
+            raise ValueError(
+                f"row {number} of {path} has only {', '.join(row)}, and training needs prompt, answer_ids and "
+                "temperature; write answers with `specblock regenerate`."
+            )
+        messages = as_messages(row["prompt"])
+        prompt_ids = render_prompt(tokenizer, messages)
         ids = (prompt_ids + row["answer_ids"])[:max_length]
         if len(ids) - len(prompt_ids) < 2:  # nothing that a drafter could predict
             continue
-        key = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
-        examples.append(Example(ids, len(prompt_ids), row["temperature"] == 0.0, key))
+        examples.append(Example(ids, len(prompt_ids), row["temperature"] == 0.0, prompt_key(messages)))
     if not examples:
         raise ValueError(f"{path} holds no answer of two tokens or more; regenerate it with `specblock regenerate`.")
     return examples

@@ -15,9 +15,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,12 +109,14 @@ class FeatureStore:
             "feature_layers": list(feature_layers),
             "top_k": top_k,
             "target": target.config.name_or_path,
+            "dtype": str(target.dtype),
             "examples": len(self.examples),
+            "digest": self._digest(),
         }
         meta_path = self.folder / "meta.json"
         if meta_path.exists() and (found := json.loads(meta_path.read_text())) != meta:
             raise ValueError(f"{self.folder} holds views of {found}, not of {meta}; remove it or name another folder.")
-        meta_path.write_text(json.dumps(meta))
+        _write_aside(meta_path, lambda path: path.write_text(json.dumps(meta)))
         tokens = sum(len(e.input_ids) for e in self.examples)
         with tqdm(total=tokens, unit="tok", desc="target views") as bar:
             for shard in range(self.num_shards):
@@ -133,11 +136,20 @@ class FeatureStore:
             tensors[f"{slot}.features"] = view.features.contiguous()
             tensors[f"{slot}.top_ids"] = view.top_ids
             tensors[f"{slot}.top_probs"] = view.top_probs
-        partial = self.path(shard).with_suffix(".partial")
-        save_file(tensors, partial)
-        os.replace(partial, self.path(shard))
+        _write_aside(self.path(shard), lambda path: save_file(tensors, path))
+
+    def _digest(self) -> str:
+        """Views are of these very texts, not of as many others."""
+        return hashlib.sha256(json.dumps([e.input_ids for e in self.examples]).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> TargetView:
         shard, slot = self.place[index]
         with safe_open(self.path(shard), framework="pt") as file:
             return TargetView(*(file.get_tensor(f"{slot}.{name}") for name in ("features", "top_ids", "top_probs")))
+
+
+def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    write(partial)
+    os.replace(partial, path)

@@ -83,7 +83,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, ids: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
-        work = logits.detach().to(torch.float32, copy=True)
+        work = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        weights = weights.to(work.dtype)
         total = work.logsumexp(-1)
         loss = total - (weights * work.gather(-1, ids)).sum(-1)
         work.sub_(total[:, None]).exp_().scatter_add_(-1, ids, -weights)

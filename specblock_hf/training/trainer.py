@@ -144,6 +144,8 @@ class DrafterTrainer:
         args: DrafterTrainingArguments,
         evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     ):
+        if not examples:
+            raise ValueError("there is no conversation to train on; give more answers or hold fewer of them out.")
         self.drafter = drafter
         self.table = table
         self.examples = examples
@@ -158,8 +160,12 @@ class DrafterTrainer:
         )
         self.step = 0
         self.tokens_seen = 0
-        self.draft_ids = torch.full((table.vocab_size,), -1, dtype=torch.long)
-        self.draft_ids[drafter.draft_to_target.cpu()] = torch.arange(drafter.config.draft_vocab_size)
+        self.read_draft_vocabulary()
+
+    def read_draft_vocabulary(self) -> None:
+        """Keep the draft id of every target id on the CPU, where batches are made; -1 outside the draft vocabulary."""
+        self.draft_ids = torch.full((self.table.vocab_size,), -1, dtype=torch.long)
+        self.draft_ids[self.drafter.draft_to_target.cpu()] = torch.arange(self.drafter.config.draft_vocab_size)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -273,20 +279,21 @@ class DrafterTrainer:
             shutil.rmtree(old)
 
     def checkpoints(self) -> list[Path]:
-        found = [p for p in self.folder.glob("checkpoint-*") if p.suffix != ".partial"]
-        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+        return sorted(self.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
     def resume(self) -> None:
         """Take up the newest checkpoint of the output folder, if there is one, and cut the log back to it."""
         found = self.checkpoints()
-        if not found:
-            return
-        weights = load_file(found[-1] / "model.safetensors")
-        self.drafter.load_state_dict(weights)
-        state = torch.load(found[-1] / "trainer.pt", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        log = self.folder / "log.jsonl"
+        if found:
+            weights = load_file(found[-1] / "model.safetensors")
+            self.drafter.load_state_dict(weights)
+            self.read_draft_vocabulary()
+            state = torch.load(found[-1] / "trainer.pt", weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        log, partial = self.folder / "log.jsonl", self.folder / "log.partial"
         if log.exists():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            log.write_text("".join(line + "\n" for line in kept))
+            # A kill may have cut the last line off; the steps behind the checkpoint are about to be taken again.
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
+            os.replace(partial, log)
