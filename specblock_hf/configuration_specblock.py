@@ -18,6 +18,10 @@ from __future__ import annotations
 from transformers import LlamaConfig, PreTrainedConfig
 
 
+NUM_LISTED_LOG_PROBS = 10
+"""Log-probabilities of the likeliest tokens that the rank head reads (section 3.2)."""
+
+
 class SpecBlockConfig(LlamaConfig):
     r"""
     Configuration of a [`SpecBlockDrafter`] (SpecBlock, https://huggingface.co/papers/2605.07243). The decoder layers
@@ -93,17 +97,38 @@ class SpecBlockConfig(LlamaConfig):
             layers = self.target_num_layers
             self.feature_layers = [2, layers // 2, layers - 3] if layers else [2, 4, 5]
         super().__post_init__(**kwargs)
-        if self.draft_vocab_size > self.vocab_size:
+        if self.block_size < 1:
             raise ValueError(
-                f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocabulary of "
-                f"{self.vocab_size} tokens; "
-                "pass a draft vocabulary that is a subset of the target's."
+                f"block_size is {self.block_size}; a forward predicts at least one token, so give 1 or more."
+            )
+        if self.rank_top_k < NUM_LISTED_LOG_PROBS:
+            raise ValueError(
+                f"rank_top_k is {self.rank_top_k} but the rank head reads {NUM_LISTED_LOG_PROBS} log-probabilities; "
+                f"give {NUM_LISTED_LOG_PROBS} or more (the paper's training: 20)."
             )
         if len(self.branching) != self.num_rank_classes:
             raise ValueError(
                 f"branching has {len(self.branching)} entries but the rank head has {self.num_rank_classes} buckets; "
                 "give one number of children per bucket."
             )
+        self._check_draft_vocabulary()
+
+    def _check_draft_vocabulary(self) -> None:
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocabulary of "
+                f"{self.vocab_size} tokens; pass a draft vocabulary that is a subset of the target's."
+            )
+        for name, needed in (
+            ("rank_top_k", self.rank_top_k),
+            ("root_width", self.root_width),
+            ("branching", max(self.branching)),
+        ):
+            if needed > self.draft_vocab_size:
+                raise ValueError(
+                    f"{name} asks for {needed} tokens of a slot but draft_vocab_size is {self.draft_vocab_size}; "
+                    f"enlarge the draft vocabulary or lower {name}."
+                )
 
     @classmethod
     def for_target(cls, target_config: PreTrainedConfig, **overrides) -> SpecBlockConfig:

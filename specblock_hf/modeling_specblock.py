@@ -37,11 +37,10 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .configuration_specblock import SpecBlockConfig
+from .configuration_specblock import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .loading import StrictPreTrainedModel
 
 
-NUM_LISTED_LOG_PROBS = 10
 NUM_RANK_FEATURES = NUM_LISTED_LOG_PROBS + 5
 
 
@@ -63,8 +62,9 @@ class BlockCache:
         self, config: SpecBlockConfig, batch_size: int, columns: int, dtype: torch.dtype, device: torch.device
     ):
         shape = (batch_size, config.num_key_value_heads, columns, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        # Zeros, because a ragged batch attends over columns that it masks and has not written: NaN would come through.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.offsets: int | torch.LongTensor = 0
         self.width = 0
 
@@ -96,7 +96,7 @@ class BlockCache:
 
 
 def _grown(store: torch.Tensor, columns: int) -> torch.Tensor:
-    new = store.new_empty((*store.shape[:2], columns, store.shape[3]))
+    new = store.new_zeros((*store.shape[:2], columns, store.shape[3]))
     new[:, :, : store.shape[2]] = store
     return new
 
@@ -238,8 +238,11 @@ class SpecBlockModel(StrictPreTrainedModel):
         size = self.config.block_size
         slots = torch.arange(1, size + 1, device=position_ids.device)
         position_embeddings = self.rotary_emb(token_embeds, (position_ids.unsqueeze(-1) + slots).flatten(1))
-        if attention_mask is not None and self.config._attn_implementation == "eager":
-            # The eager backend adds its mask to the scores.
+        if self.config._attn_implementation == "eager":
+            # The eager backend adds its mask to the scores, and without one lets everybody see everything.
+            if attention_mask is None:
+                slots_seen = torch.ones(rows * size, rows * size, dtype=torch.bool, device=position_ids.device)
+                attention_mask = slots_seen.tril()[None, None]
             lowest = torch.finfo(token_embeds.dtype).min
             attention_mask = torch.zeros_like(attention_mask, dtype=token_embeds.dtype).masked_fill(
                 ~attention_mask, lowest
