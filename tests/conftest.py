@@ -46,12 +46,12 @@ SIZES = {
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
-    "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=9),
+    "mistral": lambda: MistralConfig(**SIZES, head_dim=8, sliding_window=6),
     "gemma3": lambda: Gemma3TextConfig(
         **SIZES,
         head_dim=8,
         query_pre_attn_scalar=8,
-        sliding_window=9,
+        sliding_window=6,
         tie_word_embeddings=False,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     ),
@@ -61,17 +61,18 @@ ATTENTIONS = ("sdpa", "eager")
 
 
 @cache
-def tiny_target(kind: str, attention: str = "sdpa") -> PreTrainedModel:
+def tiny_target(kind: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """
-    A random fp32 target.
+    A random target.
 
     Args:
         kind (`str`): "llama", "qwen3", "mistral" (all layers slide) or "gemma3" (every other layer slides).
         attention (`str`, *optional*, defaults to `"sdpa"`): The attention backend.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the weights.
     """
     torch.manual_seed(0)
     config = CONFIGS[kind]()
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
 
 
 def prompt_of(length: int, seed: int = 0) -> torch.LongTensor:

@@ -58,6 +58,22 @@ class Told(DraftState):
         return torch.cat([pairs.features[layer][0, : int(pairs.lengths[0])] for pairs in self.pairs])
 
 
+class WatchedLock(DrafterLock):
+    """Knows how often it is held."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = 0
+
+    def __enter__(self):
+        super().__enter__()
+        self.held += 1
+
+    def __exit__(self, *exc_info):
+        self.held -= 1
+        super().__exit__(*exc_info)
+
+
 class ToldDrafter(TreeDrafter):
     """
     Keeps every state in `states` and leaves the tree to `draft`.
@@ -72,7 +88,7 @@ class ToldDrafter(TreeDrafter):
         self.config = PreTrainedConfig(vocab_size=vocab_size)
         self.config.tree_budget = tree_budget
         self.feature_layers = feature_layers
-        self.lock = DrafterLock()
+        self.lock = WatchedLock()
         self.states: list[Told] = []
 
     def check_target(self, target) -> None:
@@ -84,6 +100,7 @@ class ToldDrafter(TreeDrafter):
         return self.states[-1]
 
     def extend(self, state, pairs) -> None:
+        assert self.lock.held
         state.pairs.append(pairs)
 
     def propose(self, state, pairs, limits) -> DraftTree:

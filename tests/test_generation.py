@@ -108,12 +108,14 @@ def test_max_new_tokens_is_never_overshot(llama, new_tokens, plan):
     drafter = oracle(llama, plan, text)
     output = llama.generate(prompt_of(7), max_new_tokens=new_tokens, assistant_model=drafter, **GREEDY)
     assert output[0].tolist() == text[: 7 + new_tokens]
-    emitted = 1
-    for limits, kept in zip(drafter.states[0].limits, drafter.last_statistics.accepted, strict=True):
-        # No deeper than could be emitted; no draft at all where one token is left.
-        assert limits.depth == (new_tokens - emitted - 1,)
-        assert limits.nodes == ((60,) if limits.depth[0] else (0,))
+    emitted, asked = 1, list(drafter.states[0].limits)
+    for kept in drafter.last_statistics.accepted:
+        # No deeper than could be emitted; not asked at all where one token is left.
+        if new_tokens - emitted > 1:
+            limits = asked.pop(0)
+            assert (limits.nodes, limits.depth) == ((60,), (new_tokens - emitted - 1,))
         emitted += kept + 1
+    assert not asked
     assert emitted == new_tokens
 
 
@@ -206,6 +208,14 @@ def test_custom_criteria_are_called_as_plain_decoding_calls_them(llama, length, 
         return witness.seen
 
     assert seen(oracle(llama)) == seen(GarbageDrafter(VOCAB)) == seen(None)
+
+
+def test_a_custom_criterion_does_not_outvote_eos(llama):
+    text = plain_text(llama)
+    eos = text[7 + 5]
+    options = {"stopping_criteria": [Witness(30)], "eos_token_id": eos, "max_new_tokens": 40, **GREEDY}
+    output = llama.generate(prompt_of(7), assistant_model=oracle(llama), **options)
+    assert output[0].tolist() == text[: text.index(eos, 7) + 1]
 
 
 def test_max_time_stops_after_the_token_under_way(llama):

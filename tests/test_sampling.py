@@ -58,6 +58,19 @@ def test_the_same_seed_gives_the_same_tokens_at_every_accepted_length(target):
         assert drafter.last_statistics.accepted[:9] == list(range(9))
 
 
+def test_processors_see_fp32_whatever_the_target_computes_in():
+    target = tiny_target("llama", "sdpa", torch.bfloat16)
+    output = target.generate(
+        prompt_of(7),
+        max_new_tokens=8,
+        assistant_model=GarbageDrafter(VOCAB),
+        return_dict_in_generate=True,
+        output_scores=True,
+        **EVERYTHING,
+    )
+    assert [scores.dtype for scores in output.scores] == [torch.float32] * 8
+
+
 class Coins:
     """
     Stands in for `torch.multinomial`: shows the prescribed faces and multiplies their probabilities.

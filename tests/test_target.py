@@ -98,7 +98,7 @@ def test_every_node_is_scored_as_its_path_alone_would_be(kind, attention, drawn)
     with scorer_for(target, prompt_of(7)) as scorer, torch.no_grad():
         start(scorer, 3)
         text.append(3)
-        # Later trees rest on rows that the earlier walks moved. Text and trees outgrow the sliding window of 9.
+        # Later trees rest on rows that the earlier walks moved; text and trees outgrow the window of 6.
         for parents, tokens, node in drawn:
             scored = scorer.score(make_tree(tokens, parents))
             for other in range(len(parents)):
@@ -126,8 +126,8 @@ def test_masks_take_the_form_that_each_backend_reads():
     assert sdpa.dtype == torch.bool and sdpa.shape == (1, 1, 4, 13 + 4)
     assert sdpa[..., :13].all() and torch.equal(sdpa[0, 0, :, 13:], nodes)
     assert torch.equal(eager, torch.where(sdpa, 0.0, torch.finfo(torch.float32).min))
-    # A window of 9 stores 8 rows; a node of depth 1 no longer sees the first of them, one of depth 2 the first two.
-    seen = torch.tensor([[1] * 8, [0] + [1] * 7, [0] + [1] * 7, [0, 0] + [1] * 6]).bool()
+    # A window of 6 stores 5 rows; a node of depth 1 no longer sees the first of them, one of depth 2 the first two.
+    seen = torch.tensor([[1] * 5, [0] + [1] * 4, [0] + [1] * 4, [0, 0] + [1] * 3]).bool()
     assert torch.equal(masks["mistral", "sdpa"][0, 0], torch.cat((seen, nodes), dim=1))
     assert list(masks["gemma3", "sdpa"]) == ["sliding_attention", "full_attention"]
     assert torch.equal(masks["gemma3", "sdpa"]["sliding_attention"], masks["mistral", "sdpa"])
@@ -164,6 +164,22 @@ def test_a_drafter_is_told_every_state_with_the_token_that_followed(target, chun
             min(chunk or 12, 12 - i * (chunk or 12)) for i in range(chunks)
         ]
         assert statistics.target_calls == chunks + statistics.rounds
+
+
+def test_logits_of_the_whole_prompt_do_no_harm(llama):
+    plain = llama.generate(prompt_of(9), max_new_tokens=12, do_sample=False)
+    # As from a target that cannot leave any out.
+    options = {"logits_to_keep": 0, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(llama.generate(prompt_of(9), assistant_model=GarbageDrafter(VOCAB), **options), plain)
+
+
+def test_inference_mode(target):
+    text = target.generate(prompt_of(9), max_new_tokens=24, do_sample=False)[0].tolist()
+    with torch.inference_mode():
+        output = target.generate(
+            prompt_of(9), max_new_tokens=24, do_sample=False, assistant_model=OracleDrafter(VOCAB, text)
+        )
+    assert output[0].tolist() == text
 
 
 def test_feature_indices_mean_what_transformers_means(target):
