@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..configuration_specblock import SpecBlockConfig
@@ -36,6 +37,17 @@ from .data import Example, load_examples, split_examples
 from .features import FeatureStore, TargetView, view_target
 from .trainer import DrafterTrainer, draft_vocabulary
 
+
+PLANS = tuple(
+    DraftingPlan(*values)
+    for values in (
+        *((budget, 1) for budget in (2, 4, 6, 8, 12, 16, 24)),
+        *((budget, 2, starts) for budget in (8, 12, 16) for starts in (2, 4)),
+        *((budget, 2, starts) for budget in (24, 32, 60) for starts in (4, 8)),
+        (60, 2),
+    )
+)
+"""What a drafter's acceptance is measured with: from the smallest plan that can pay on a CPU to the paper's."""
 
 TOP_K = 64  # the target's likeliest tokens that the drafter learns from
 
@@ -91,6 +103,26 @@ def run(args: argparse.Namespace) -> None:
         arguments,
         evaluate,
     ).train()
+    finish(args, drafter.to(target.dtype), table, held_out, target)
+
+
+def finish(
+    args: argparse.Namespace,
+    drafter: SpecBlockDrafter,
+    table: TokenTable,
+    held_out: list[Example],
+    target: PreTrainedModel,
+) -> None:
+    """Measure what every plan accepts, which [`calibrate`] chooses by, and save the drafter in the target's dtype."""
+    drafter.set_attn_implementation("sdpa")
+    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
+    views = _views(args.views, "held-out", greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+    drafter.config.acceptance = []
+    for plan in tqdm(PLANS, desc="acceptance of every plan", disable=not greedy):
+        tau = simulate_acceptance(drafter, table, greedy, views, plan).tau
+        row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, round(tau, 4)]
+        drafter.config.acceptance.append(row)
+    drafter.save_pretrained(Path(args.output_dir) / "final")
 
 
 def _make_drafter(args: argparse.Namespace, target: PreTrainedModel, train: list[Example]) -> SpecBlockDrafter:
