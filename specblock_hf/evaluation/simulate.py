@@ -104,7 +104,8 @@ def _walk_text(
     # As in `generate()`, no tree is deeper than what may still be emitted, the last of which is the target's own.
     while end + 2 < len(text):
         limits = Limits((plan.tree_budget,), (len(text) - end - 2,), plan.num_forwards, plan.max_starts)
-        tree = drafter.propose(state, pairs_between(done, end), limits)
+        with drafter.lock:
+            tree = drafter.propose(state, pairs_between(done, end), limits)
         walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted

@@ -231,7 +231,8 @@ class DrafterTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters_of("full"), args.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        self.optimizer.step()
+        with self.drafter.lock:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tokens_seen += int(batch.scored.sum())
         return {name: value.detach() for name, value in out.items()} | {"grad_norm": norm}
