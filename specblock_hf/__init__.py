@@ -20,9 +20,13 @@ check_transformers()
 
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
+from .auto import AutoDrafter  # noqa: E402
 from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
+from .configuration_eagle3 import Eagle3Config  # noqa: E402
 from .configuration_specblock import SpecBlockConfig  # noqa: E402
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
+from .drafters.eagle3 import Eagle3Drafter  # noqa: E402
+from .drafters.lookup import JoinedDrafter, LookupDrafter  # noqa: E402
 from .drafters.specblock import SpecBlockDrafter  # noqa: E402
 from .generation import install, uninstall  # noqa: E402
 from .statistics import GenerationStatistics  # noqa: E402
@@ -32,16 +36,23 @@ from .verification import Walk, sample_and_walk  # noqa: E402
 
 install()
 AutoConfig.register("specblock", SpecBlockConfig, exist_ok=True)
+AutoConfig.register("eagle3", Eagle3Config, exist_ok=True)
 AutoModel.register(SpecBlockConfig, SpecBlockDrafter, exist_ok=True)
+AutoModel.register(Eagle3Config, Eagle3Drafter, exist_ok=True)
 
 __all__ = [
+    "AutoDrafter",
     "Calibration",
     "CostCurves",
     "DraftingPlan",
     "DraftState",
     "DraftTree",
+    "Eagle3Config",
+    "Eagle3Drafter",
     "GenerationStatistics",
+    "JoinedDrafter",
     "Limits",
+    "LookupDrafter",
     "Pairs",
     "SpecBlockConfig",
     "SpecBlockDrafter",

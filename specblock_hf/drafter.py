@@ -298,13 +298,16 @@ class TreeDrafter(ABC):
             [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow.
         """
 
-    @abstractmethod
     def loss(self, batch) -> dict[str, torch.Tensor]:
         """
         The drafter's training objective and its parts, for the trainer and the online updater alike; `"loss"` is the
         total.
-        """
 
-    @abstractmethod
+        Raises:
+            `TypeError`: The drafter has no weights.
+        """
+        raise TypeError(f"{type(self).__name__} has no weights to train; train the drafter that it goes with.")
+
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
-        """The parameters that an update of this scope may change."""
+        """The parameters that an update of this scope may change; none for a drafter without weights."""
+        return []
