@@ -21,7 +21,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .conversion import Layout, layout_of, read_config, read_tensors_of
-from .drafter import TreeDrafter
 from .drafters.eagle3 import Eagle3Drafter
 from .drafters.specblock import SpecBlockDrafter
 from .hub import LOCATION_OPTIONS, DrafterFiles, read_tensors
@@ -58,7 +57,7 @@ class AutoDrafter:
         *,
         target: PreTrainedModel | PreTrainedConfig | None = None,
         **kwargs,
-    ) -> TreeDrafter:
+    ) -> SpecBlockDrafter | Eagle3Drafter:
         """
         Load a drafter: SpecBlock in our layout or the authors' own, EAGLE-3 in ours, SafeAILab's, SGLang's or that of
         `speculators`.

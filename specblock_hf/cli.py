@@ -30,6 +30,9 @@ COMMANDS = {
     "doctor": ("specblock_hf.doctor", "check a target and a drafter, and whether using them pays on this machine"),
     "train": ("specblock_hf.training.command", "train a drafter on the target's own answers"),
     "generate": ("specblock_hf.answer", "stream the answer to one prompt"),
+    "inspect": ("specblock_hf.commands.inspect", "say what a drafter is and whether it fits a target"),
+    "convert": ("specblock_hf.commands.convert", "write a drafter in another layout"),
+    "push": ("specblock_hf.commands.push", "upload a drafter with its card to the Hub"),
 }
 """Subcommand to (module, one line of help)."""
 

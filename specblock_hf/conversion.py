@@ -112,8 +112,9 @@ def read_config(
     inner = config.get("transformer_layer_config", {}) if layout == Layout.SPECULATORS else config
     if layout == Layout.SPECULATORS and inner.get("model_type", "llama") != "llama":
         raise ValueError(f"{name} has {inner['model_type']} layers and only Llama layers can be read.")
-    lacking = [key for key in _REQUIRED if key not in inner]
-    lacking += [key for key in ("draft_vocab_size",) if key not in config]
+    lacking = [key for key in _REQUIRED if inner.get(key) is None]
+    own = ("diffspec_draft_token_num", "num_hidden_layers") if layout == Layout.SPECBLOCK else ()
+    lacking += [key for key in ("draft_vocab_size", *own) if config.get(key) is None]
     if lacking:
         raise ValueError(f"config.json of {name} lacks {', '.join(lacking)}; take it from the original repository.")
     fields = {key: inner[key] for key in (*_REQUIRED, *_OPTIONAL) if inner.get(key) is not None}

@@ -18,27 +18,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    try_to_load_from_cache,
+)
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 
 LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 TEMPLATES = Path(__file__).parent / "templates"
-CARD, PROVENANCE, RESULTS, CUSTOM_GENERATE = (
-    "README.md",
-    "provenance.json",
-    "results.json",
-    "custom_generate/generate.py",
-)
+CARD, PROVENANCE, CUSTOM_GENERATE = "README.md", "provenance.json", "custom_generate/generate.py"
 PACKAGES = ("specblock_hf", "transformers", "torch", "huggingface_hub", "safetensors")
 
 
@@ -177,5 +186,194 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-class HubMixin:
-    """Makes `save_pretrained` and `push_to_hub` of a model publish it as a drafter."""
+@dataclass(frozen=True)
+class CardFacts:
+    """
+    What a model card says that a drafter's configuration does not.
+
+    Args:
+        license (`str`, *optional*): Of the weights; the target's usually binds them.
+        language (`tuple[str, ...]`, *optional*): Codes of the languages of the training data.
+        datasets (`tuple[str, ...]`, *optional*): Hub ids or names of the training data.
+        training (`dict`, *optional*): Hyperparameters by name, such as `specblock train` leaves in `arguments.json`.
+        results (`dict`, *optional*):
+            What was measured: `hardware`, `dtype`, `versions` (a dict) and `rows`, each with `suite`, `prompts`,
+            `temperature`, `tau` and `speedup`.
+
+    Raises:
+        ValueError: `results` lacks one of these, so that a number would stand without its conditions.
+    """
+
+    license: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    training: Mapping[str, Any] | None = None
+    results: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.results is None:
+            return
+        lacking = [key for key in ("hardware", "dtype", "versions", "rows") if not self.results.get(key)]
+        for row in self.results.get("rows") or []:
+            lacking += [key for key in ("suite", "prompts", "temperature", "tau", "speedup") if key not in row]
+        if lacking:
+            raise ValueError(
+                f"The results lack {', '.join(dict.fromkeys(lacking))}, and a card shows no number without its "
+                "conditions; measure again with a tool that records them."
+            )
+
+
+def model_card(config: PreTrainedConfig, name: str, facts: CardFacts, parameters: int | None = None) -> ModelCard:
+    """
+    Args:
+        config ([`SpecBlockConfig`] or [`Eagle3Config`]): The drafter's.
+        name (`str`): Hub id, for the title and the example.
+        facts (`CardFacts`): What the configuration does not say.
+        parameters (`int`, *optional*): How many weights the drafter has; without, the card says that there are none.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: From the package's template. Its numbers come from `facts.results` alone.
+    """
+    data = ModelCardData(
+        library_name="specblock_hf",
+        pipeline_tag="text-generation",
+        base_model=config.target_name_or_path,
+        base_model_relation="adapter" if config.target_name_or_path else None,
+        tags=["speculative-decoding", config.model_type, "drafter"],
+        license=facts.license,
+        datasets=list(facts.datasets) or None,
+        language=list(facts.language) or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "drafter_card.md"),
+        name=name,
+        config=config,
+        facts=facts,
+        parameters=parameters,
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Which versions, which commit of this package (if it runs from a checkout) and which command wrote a folder."""
+    root = Path(__file__).parents[1]
+    commit = None
+    if (root / ".git").exists():
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        commit = head.stdout.strip() or None
+    return {
+        "versions": {package: version(package) for package in PACKAGES},
+        "commit": commit,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    card: ModelCard | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload drafter",
+) -> CommitInfo:
+    """
+    Upload a saved drafter in one commit, and with it the file that `custom_generate="repo"` needs.
+
+    Args:
+        folder (`str` or `os.PathLike`): What `save_pretrained` wrote.
+        repo_id (`str`): Made if it is not there.
+        card ([`~huggingface_hub.ModelCard`], *optional*):
+            Goes in place of the folder's card. Without one, a card that the repository has already is left alone.
+        private (`bool`, *optional*): Of a new repository.
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.HfApi`].
+        revision (`str`, *optional*): Branch; made if it is not there.
+        create_pr (`bool`, *optional*, defaults to `False`): Ask for the change instead of making it.
+        commit_message (`str`, *optional*, defaults to `"Upload drafter"`).
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    root = Path(folder)
+    files: dict[str, Path | bytes] = {
+        path.relative_to(root).as_posix(): path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    }
+    if card is not None:
+        files[CARD] = str(card).encode()
+    elif CARD in files and api.file_exists(repo_id, CARD, revision=revision):
+        del files[CARD]
+    template = Template((TEMPLATES / "custom_generate.py.txt").read_text(encoding="utf-8"))
+    files[CUSTOM_GENERATE] = template.substitute(repo_id=repo_id).encode()
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, content) for name, content in files.items()],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+class HubModel(PreTrainedModel):
+    """A [`~transformers.PreTrainedModel`] that writes its card and provenance where it is saved, and uploads both."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args,
+        push_to_hub: bool = False,
+        facts: CardFacts | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`], with a model card and `provenance.json`. A card that lies
+        in the folder already is kept unless `facts` are given.
+
+        Args:
+            facts (`CardFacts`, *optional*): What the card says beside the configuration.
+        """
+        folder = Path(save_directory)
+        names = ("repo_id", "private", "revision", "create_pr", "commit_message")
+        upload = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        repo_id = upload.pop("repo_id", folder.name)
+        if is_main_process:
+            (folder / PROVENANCE).write_text(json.dumps(provenance(), indent=2) + "\n", encoding="utf-8")
+            if facts is not None or not (folder / CARD).exists():
+                self.model_card(repo_id, facts).save(folder / CARD)
+        if push_to_hub:
+            publish(folder, repo_id, token=kwargs.get("token"), **upload)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        facts: CardFacts | None = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs,
+    ) -> CommitInfo:
+        """
+        Upload the drafter with its card and provenance.
+
+        Args:
+            repo_id (`str`): Made if it is not there.
+            facts (`CardFacts`, *optional*): What the card says beside the configuration.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Largest file of weights.
+            **kwargs: `private`, `token`, `revision`, `create_pr` and `commit_message`; see [`publish`].
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, repo_id=repo_id)
+            card = self.model_card(repo_id, facts) if facts is not None else None
+            return publish(folder, repo_id, card=card, **kwargs)
+
+    def model_card(self, name: str, facts: CardFacts | None = None) -> ModelCard:
+        """The card under that name; see [`model_card`]."""
+        parameters = sum(weight.numel() for weight in self.parameters())
+        return model_card(self.config, name, facts or CardFacts(), parameters)

@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
 
-from .hub import DrafterFiles, HubMixin
+from .hub import DrafterFiles, HubModel
 
 
 def refuse_misfits(name: object, kind: str, missing: Iterable, unexpected: Iterable, misshapen: Iterable) -> None:
@@ -52,7 +52,7 @@ def refuse_misfits(name: object, kind: str, missing: Iterable, unexpected: Itera
         )
 
 
-class StrictPreTrainedModel(HubMixin, PreTrainedModel):
+class StrictPreTrainedModel(HubModel):
     """A [`~transformers.PreTrainedModel`] that refuses a checkpoint which does not fit it tensor by tensor."""
 
     @classmethod
@@ -61,16 +61,20 @@ class StrictPreTrainedModel(HubMixin, PreTrainedModel):
         As [`~transformers.PreTrainedModel.from_pretrained`], but strict.
 
         Raises:
-            ValueError: A tensor is missing, unexpected, misshapen or not a number; the message names it.
+            ValueError: A tensor is missing, unexpected, misshapen or not a number, which the message names; or a file
+                is damaged.
             OSError: A file cannot be had, or is not what the Hub says it is.
         """
         name = pretrained_model_name_or_path
         if name is not None:
             # Puts the files into the cache that the loader below reads, and compares their hashes.
             DrafterFiles.of(name, kwargs).weights()
-        model, info = super().from_pretrained(
-            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
         name = name or model.config.name_or_path
         refuse_misfits(name, cls.__name__, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         broken = [

@@ -137,8 +137,11 @@ class Eagle3Model(StrictPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `[B, R, 1, d]`: The states before the final norm, as a block of one slot.
         """
-        if attention_mask is not None and self.config._attn_implementation == "eager":
-            # The eager backend adds its mask to the scores.
+        if self.config._attn_implementation == "eager":
+            # The eager backend adds its mask to the scores, and without one lets everybody see everything.
+            if attention_mask is None:
+                rows = token_embeds.shape[1]
+                attention_mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=position_ids.device).tril()
             lowest = torch.finfo(token_embeds.dtype).min
             attention_mask = torch.zeros_like(attention_mask, dtype=token_embeds.dtype).masked_fill(
                 ~attention_mask, lowest

@@ -20,9 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specblock_hf.configuration_specblock import SpecBlockConfig
+from specblock_hf.auto import AutoDrafter
 from specblock_hf.drafter import Pairs, TokenTable
-from specblock_hf.drafters.specblock import SpecBlockDrafter
 from specblock_hf.expansion import Starts
 from specblock_hf.modeling_specblock import BlockPath, GraphCache
 
@@ -37,26 +36,12 @@ class Golden:
 
     def __init__(self, name: str):
         folder = FIXTURES / name
-        official = json.loads((folder / "checkpoint" / "config.json").read_text())
-        config = SpecBlockConfig(
-            vocab_size=official["vocab_size"],
-            draft_vocab_size=official["draft_vocab_size"],
-            hidden_size=official["hidden_size"],
-            intermediate_size=official["intermediate_size"],
-            num_hidden_layers=official["num_hidden_layers"],
-            num_attention_heads=official["num_attention_heads"],
-            num_key_value_heads=official["num_key_value_heads"],
-            rms_norm_eps=official["rms_norm_eps"],
-            block_size=official["diffspec_draft_token_num"],
-            rope_parameters={"rope_type": "default", "rope_theta": float(official.get("rope_theta", 10000.0))},
-        )
-        self.drafter = SpecBlockDrafter(config).eval()
-        self.drafter.load_state_dict(load_file(folder / "checkpoint" / "model.safetensors"))
+        self.drafter = AutoDrafter.from_pretrained(folder / "checkpoint").eval()
         self.inputs = load_file(folder / "inputs.safetensors")
         self.expected = load_file(folder / "expected.safetensors")
         self.dims = json.loads((folder / "expected.json").read_text())["dims"]
         embedding = torch.nn.Embedding.from_pretrained(self.inputs["target_embed_tokens.weight"])
-        self.table = TokenTable(embedding, torch.nn.Identity(), config.vocab_size)
+        self.table = TokenTable(embedding, torch.nn.Identity(), self.drafter.config.vocab_size)
         self.worst = 0.0
 
     def check(self, prefix: str, hidden: torch.Tensor) -> None:

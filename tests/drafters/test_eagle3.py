@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,7 @@ import torch
 from conftest import SIZES, VOCAB, prompt_of, tiny_target
 from safetensors.torch import load_file
 
-from specblock_hf import Limits, Pairs, TokenTable
-from specblock_hf.auto import AutoDrafter
+from specblock_hf import AutoDrafter, Limits, Pairs, TokenTable
 from specblock_hf.configuration_eagle3 import Eagle3Config
 from specblock_hf.drafters.eagle3 import Eagle3Drafter
 from specblock_hf.modeling_specblock import BlockCache
@@ -94,8 +94,10 @@ def golden(request) -> Golden:
 
 
 @torch.no_grad()
-def test_forward_and_fed_back_steps(golden):
-    drafter, pairs = golden.drafter, golden.facts["S"]
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_forward_and_fed_back_steps(golden, attention):
+    drafter, pairs = copy.deepcopy(golden.drafter), golden.facts["S"]
+    drafter.set_attn_implementation(attention)
     tokens, features = golden.inputs["tokens"], golden.inputs["target_hidden"][:, :pairs]
     conditions = drafter.project_features(features)
     golden.check("prefix/fc_out", conditions)
@@ -173,9 +175,11 @@ def test_the_recorded_logits_accept_the_recorded_tokens(golden):
 
 
 @torch.no_grad()
-def test_rows_of_a_batch_are_drafted_alone(golden):
-    drafter = golden.drafter
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_of_a_batch_are_drafted_alone(golden, attention):
     limits = use(golden, 20, 4, 4)
+    drafter = copy.deepcopy(golden.drafter)
+    drafter.set_attn_implementation(attention)
     lengths = (9, 14)
     alone = [
         paths_of(drafter.propose(drafter.begin(golden.table, 1, 4), golden.pairs(0, length), limits))

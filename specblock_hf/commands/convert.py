@@ -1,0 +1,48 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`specblock convert`: a drafter in another layout."""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import AutoConfig
+
+from ..auto import AutoDrafter
+from ..conversion import Layout, write_checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("drafter", help="folder or Hub id, in any layout that can be read")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument(
+        "--to",
+        choices=[layout.value for layout in Layout],
+        default=Layout.OURS.value,
+        help="layout: ours, the SpecBlock authors', or for EAGLE-3 one of the other three (default: %(default)s)",
+    )
+    parser.add_argument("--target", help="folder or Hub id; fills in what the layout read from does not record")
+    parser.add_argument("--revision", help="branch, tag or commit of the drafter")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert, and say what was written."""
+    target = AutoConfig.from_pretrained(args.target) if args.target else None
+    drafter = AutoDrafter.from_pretrained(args.drafter, target=target, revision=args.revision)
+    if args.to == Layout.OURS:
+        drafter.save_pretrained(args.output)
+    else:
+        write_checkpoint(drafter, args.output, Layout(args.to))
+    print(f"{type(drafter).__name__} written to {args.output} in the layout {args.to}")

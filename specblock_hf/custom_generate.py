@@ -1,0 +1,69 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Decoding with a drafter through `generate(custom_generate=...)`, which needs no hook in transformers. A repository that
+`push_to_hub` made holds a file that calls this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from .drafter import TreeDrafter
+from .generation import check_request, generate_with_drafter
+
+
+def generate_without_hook(
+    target: PreTrainedModel,
+    drafter: TreeDrafter,
+    *,
+    streamer: BaseStreamer | None = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: Any = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **kwargs: Any,
+):
+    """
+    `target.generate(**kwargs, assistant_model=drafter)` for a process without the hook.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model whose text is wanted.
+        drafter ([`TreeDrafter`]): Drafts for it.
+        streamer, stop_strings, tokenizer, stopping_criteria (*optional*): As in `generate()`.
+        **kwargs: Everything else of `generate()`.
+
+    Raises:
+        ValueError: As with the hook, for what cannot be decoded exactly.
+    """
+    if stop_strings is not None:
+        # A callable `custom_generate` loses the tokenizer, so the criterion is made here.
+        stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+        stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+
+    def decode(model: PreTrainedModel, input_ids: torch.LongTensor, *, generation_config, **inputs: Any):
+        check_request(model, drafter, generation_config.get_generation_mode(drafter), generation_config, {})
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        return generate_with_drafter(
+            model, drafter, input_ids, generation_config=generation_config, streamer=streamer, **inputs
+        )
+
+    return target.generate(custom_generate=decode, stopping_criteria=stopping_criteria, **kwargs)
+
+
+__all__ = ["generate_without_hook"]
