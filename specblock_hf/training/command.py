@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_specblock import SpecBlockConfig
 from ..drafter import DraftingPlan, TokenTable
+from ..drafters.lookup import JoinedDrafter, LookupDrafter
 from ..drafters.specblock import SpecBlockDrafter
 from ..evaluation.simulate import simulate_acceptance
 from ..terminal import load_target
@@ -116,12 +117,14 @@ def finish(
     """Measure what every plan accepts, which [`calibrate`] chooses by, and save the drafter in the target's dtype."""
     drafter.set_attn_implementation("sdpa")
     greedy = [e for e in held_out if e.greedy][: args.eval_examples]
-    views = _views(args.views, "held-out", greedy, target, drafter.feature_layers)(list(range(len(greedy))))
-    drafter.config.acceptance = []
-    for plan in tqdm(PLANS, desc="acceptance of every plan", disable=not greedy):
-        tau = simulate_acceptance(drafter, table, greedy, views, plan).tau
-        row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, round(tau, 4)]
-        drafter.config.acceptance.append(row)
+    if greedy:
+        views = _views(args.views, "held-out", greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+        joined = JoinedDrafter(drafter, LookupDrafter(target.config))
+        drafter.config.acceptance = []
+        for plan in tqdm(PLANS, desc="acceptance of every plan"):
+            taus = [simulate_acceptance(d, table, greedy, views, plan).tau for d in (drafter, joined)]
+            row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
+            drafter.config.acceptance.append(row)
     drafter.save_pretrained(Path(args.output_dir) / "final")
 
 

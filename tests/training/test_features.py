@@ -1,0 +1,100 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The target's view of a text: the same in a padded batch and from disk, and never a view of another text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_target
+from training_for_tests import Told, example_of
+
+from specblock_hf.training import features
+from specblock_hf.training.features import FeatureStore, view_target
+
+
+LAYERS, TOP = (0, 2, 4), 6
+
+
+def examples():
+    tokens = Told(5, 20).tokens.tolist()
+    return [example_of(t[:n], s) for t, n, s in zip(tokens, (20, 9, 13, 17, 6), (4, 3, 12, 1, 2), strict=True)]
+
+
+def assert_same_view(ours, theirs):
+    torch.testing.assert_close(ours.features, theirs.features)
+    assert torch.equal(ours.top_ids, theirs.top_ids)
+    torch.testing.assert_close(ours.top_probs, theirs.top_probs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@torch.no_grad()
+def test_views_equal_one_forward_over_each_text(kind):
+    target = tiny_target(kind)
+    views = view_target(target, examples(), LAYERS, TOP)
+    for example, view in zip(examples(), views, strict=True):
+        out = target(torch.tensor([example.input_ids]), output_hidden_states=True)
+        expected = torch.stack([out.hidden_states[i][0] for i in LAYERS], dim=1)
+        torch.testing.assert_close(view.features, expected, rtol=1e-4, atol=1e-4)
+        # The prediction of token t is made at t - 1, and only the answer's are kept.
+        head = target.get_output_embeddings()(out.hidden_states[-1][0, example.answer_start - 1 : -1])
+        probs = head.softmax(-1).topk(TOP)
+        assert torch.equal(view.top_ids, probs.indices.int())
+        torch.testing.assert_close(view.top_probs, probs.values, rtol=1e-3, atol=1e-5)
+        assert len(view.top_ids) == len(example.input_ids) - example.answer_start
+
+
+def test_views_from_disk(tmp_path, llama):
+    texts = examples()
+    store = FeatureStore(tmp_path, texts, shard_size=2)
+    store.build(llama, LAYERS, TOP)
+    assert store.num_shards == 3 and len(list(tmp_path.glob("views-*.safetensors"))) == 3
+    for index, view in enumerate(view_target(llama, texts, LAYERS, TOP)):
+        assert_same_view(store[index], view)
+
+
+def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path, llama, monkeypatch):
+    store = FeatureStore(tmp_path, examples(), shard_size=2)
+    seen = []
+    original = view_target
+
+    def interrupted(target, chunk, *args):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(chunk))
+        return original(target, chunk, *args)
+
+    monkeypatch.setattr(features, "view_target", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.build(llama, LAYERS, TOP)
+    assert len(list(tmp_path.glob("views-*.safetensors"))) == 2
+    monkeypatch.setattr(features, "view_target", lambda *args: seen.append(len(args[1])) or original(*args))
+    store.build(llama, LAYERS, TOP)
+    assert seen == [2, 2, 1]
+    store.build(llama, LAYERS, TOP)
+    assert seen == [2, 2, 1]
+
+
+def test_views_of_something_else_are_refused(tmp_path, llama):
+    texts = examples()
+    FeatureStore(tmp_path, texts).build(llama, LAYERS, TOP)
+    others = [replace(texts[0], input_ids=[*texts[0].input_ids[:-1], 1 - texts[0].input_ids[-1] % 2]), *texts[1:]]
+    assert others[0].input_ids != texts[0].input_ids
+    for changed, layers, top in ((others, LAYERS, TOP), (texts, (0, 1, 4), TOP), (texts, LAYERS, TOP + 1)):
+        with pytest.raises(ValueError, match="remove it or name another folder"):
+            FeatureStore(tmp_path, changed).build(llama, layers, top)
+    assert json.loads((tmp_path / "meta.json").read_text())["feature_layers"] == list(LAYERS)
