@@ -70,7 +70,7 @@ def view_target(
     for row, example in enumerate(examples):
         predicting = slice(example.answer_start - 1, lengths[row] - 1)
         logits = head(out.last_hidden_state[row, predicting]).float()
-        values, top_ids = logits.topk(top_k, dim=-1)
+        values, top_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         top_probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
         features = torch.stack([hidden[i][row, : lengths[row]] for i in feature_layers], dim=1)
         views.append(TargetView(features, top_ids.to(torch.int32), top_probs.to(torch.float32)))

@@ -1,0 +1,282 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The training loop: batches that follow from the step alone, runs that survive any kill, a log without repetition."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
+
+from specblock_hf import SpecBlockDrafter, TokenTable, cli
+from specblock_hf.training import command
+from specblock_hf.training.arguments import DrafterTrainingArguments
+from specblock_hf.training.features import view_target
+from specblock_hf.training.trainer import DrafterTrainer, batches_of_epoch, collate, draft_vocabulary
+
+
+def examples_of(lengths):
+    return [example_of([1] * length, 1) for length in lengths]
+
+
+def arguments(folder, **overrides) -> DrafterTrainingArguments:
+    fields = {"epochs": 3, "batch_tokens": 40, "learning_rate": 1e-2, "bf16": False, "log_steps": 2, "save_steps": 4}
+    return DrafterTrainingArguments(output_dir=str(folder), **(fields | overrides))
+
+
+def tiny_trainer(folder, rows: int = 8, evaluate=None, seed: int = 1, **overrides) -> DrafterTrainer:
+    target = tiny_target("llama")
+    drafter, table = tiny_drafter(seed), TokenTable.of(target)
+    examples = [example_of(tokens, 3) for tokens in Told(rows, 18).tokens.tolist()]
+    views = view_target(target, examples, drafter.feature_layers, 5)
+    args = arguments(folder, **overrides)
+    return DrafterTrainer(drafter, table, examples, lambda indices: [views[i] for i in indices], args, evaluate)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=600), st.integers(2, 200), st.integers(0, 3))
+def test_an_epoch_holds_every_example_once_within_the_budget(lengths, batch_tokens, seed):
+    examples = examples_of(lengths)
+    batches = batches_of_epoch(examples, batch_tokens, seed, 0)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
+    assert batches == batches_of_epoch(examples, batch_tokens, seed, 0)
+
+
+def test_epochs_and_seeds_differ():
+    examples = examples_of(range(2, 60))
+    orders = [batches_of_epoch(examples, 100, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({json.dumps(order) for order in orders}) == 4
+
+
+def test_neighbours_in_length_share_a_batch():
+    lengths = [10, 200] * 600
+    batches = batches_of_epoch(examples_of(lengths), 800, 0, 0)
+    mixed = [batch for batch in batches if len({lengths[i] for i in batch}) > 1]
+    # Short and long ones meet only in the one window that holds both.
+    assert mixed and sum(len(batch) for batch in mixed) <= 256
+
+
+def test_draft_vocabulary_takes_the_answers_tokens_by_frequency():
+    examples = [example_of([9, 9, 9, 9, 5, 5, 5, 7, 7, 2], 4), example_of([8, 5, 7], 1)]
+    ids, coverage = draft_vocabulary(examples, 2, VOCAB)
+    assert ids.tolist() == [5, 7] and coverage == pytest.approx(7 / 8)
+    ids, coverage = draft_vocabulary(examples, 5, VOCAB)
+    assert ids.tolist() == [0, 1, 2, 5, 7] and coverage == 1
+
+
+def test_collate_pads_and_marks_the_answers():
+    target, drafter = tiny_target("llama"), tiny_drafter()
+    examples = [example_of([4, 5, 6, 7, 8], 3), example_of([9, 10, 11], 1)]
+    views = view_target(target, examples, drafter.feature_layers, 4)
+    draft_ids = torch.full((VOCAB,), -1)
+    draft_ids[drafter.draft_to_target] = torch.arange(DRAFT_VOCAB)
+    batch = collate(examples, views, TokenTable.of(target), draft_ids)
+    assert batch.tokens.tolist() == [[4, 5, 6, 7, 8], [9, 10, 11, 0, 0]]
+    assert batch.lengths.tolist() == [5, 3]
+    assert batch.scored.tolist() == [[False, False, False, True, True], [False, True, True, False, False]]
+    torch.testing.assert_close(batch.embeds, target.get_input_embeddings()(batch.tokens))
+    torch.testing.assert_close(batch.features[1, :3], views[1].features.flatten(1))
+    for row, view in enumerate(views):
+        start = examples[row].answer_start
+        for place, ids in enumerate(view.top_ids.tolist()):
+            translated = [draft_ids[i].item() for i in ids]
+            assert batch.top_ids[row, start + place].tolist() == translated
+        assert torch.equal(batch.top_probs[row, start : len(examples[row].input_ids)], view.top_probs)
+    assert (batch.top_ids[~batch.scored] == -1).all()
+    assert (batch.top_ids[batch.scored] == -1).any() and (batch.top_ids[batch.scored] >= 0).any()
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
+    trainer = tiny_trainer(tmp_path, epochs=100, learning_rate=0.5, warmup_ratio=0.1)
+    steps = trainer.total_steps
+    assert steps == 400
+    rates = [trainer.learning_rate(step) for step in range(steps + 1)]
+    assert rates[0] == pytest.approx(0.5 / 40) and rates[39] == pytest.approx(0.5) and max(rates) == 0.5
+    assert rates[220] == pytest.approx(0.25) and rates[-1] == pytest.approx(0)
+    assert rates[:40] == sorted(rates[:40]) and rates[40:] == sorted(rates[40:], reverse=True)
+
+
+def test_batches_follow_from_the_step(tmp_path):
+    trainer = tiny_trainer(tmp_path, epochs=2.5)
+    whole = list(trainer.batches_from(0))
+    assert len(whole) == trainer.total_steps == 10
+    for step in range(11):
+        assert list(trainer.batches_from(step)) == whole[step:]
+
+
+def test_training_learns_and_leaves_a_drafter_behind(tmp_path):
+    numbers = []
+
+    def evaluate(drafter):
+        assert not drafter.training
+        numbers.append(len(numbers))
+        return {"tau_8": float(len(numbers))}
+
+    trainer = tiny_trainer(tmp_path, evaluate=evaluate, epochs=15, eval_steps=20, rank_start_ratio=0.2)
+    trainer.train()
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(2, 61, 2))
+    assert [(row["step"], row["tau_8"]) for row in rows if "tau_8" in row] == [(20, 1.0), (40, 2.0), (60, 3.0)]
+    rows = [row for row in rows if "loss" in row]
+    assert rows[-1]["draft_loss"] / 3 < 0.8 * rows[0]["draft_loss"]
+    # The rank head and later blocks join after a fifth of the steps.
+    assert [len(row["agreement"]) for row in rows[:7]] == [1] * 6 + [3]
+    assert rows[5]["rank_loss"] == 0 and rows[6]["rank_loss"] > 0
+    assert rows[-1]["tokens"] == 15 * 8 * 15
+    assert sorted(p.name for p in trainer.checkpoints()) == ["checkpoint-56", "checkpoint-60"]
+    final = SpecBlockDrafter.from_pretrained(tmp_path / "final")
+    assert final.config._attn_implementation == "sdpa"
+    for name, weight in final.state_dict().items():
+        assert torch.equal(weight, trainer.drafter.state_dict()[name])
+    assert not trainer.drafter.training
+
+
+def test_a_run_that_is_taken_up_ends_with_the_same_weights(tmp_path):
+    """Interrupted between two checkpoints, and begun anew with other weights and another draft vocabulary."""
+    whole = tiny_trainer(tmp_path / "whole")
+    whole.train()
+    first = tiny_trainer(tmp_path / "parts")
+    steps = first.train_step
+
+    def interrupted(indices):
+        if first.step == 7:
+            raise KeyboardInterrupt
+        return steps(indices)
+
+    first.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = tiny_trainer(tmp_path / "parts", seed=2)
+    second.train()
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [row["step"] for row in log_of(tmp_path / "parts")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    """Also without any checkpoint, and where a kill has cut the last line off."""
+    trainer = tiny_trainer(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"st')
+    trainer.resume()
+    assert trainer.step == 0 and (tmp_path / "log.jsonl").read_text() == ""
+    trainer.step = 4
+    trainer.save()
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 4, "tau_8": 1}\n{"step": 6}\n{"step"')
+    other = tiny_trainer(tmp_path)
+    other.resume()
+    assert other.step == 4
+    assert log_of(tmp_path) == [{"step": 2}, {"step": 4}, {"step": 4, "tau_8": 1}]
+
+
+def test_a_half_written_checkpoint_is_not_taken_up(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.step = 4
+    trainer.save()
+    (tmp_path / "checkpoint.partial").mkdir()
+    (tmp_path / "checkpoint.partial" / "model.safetensors").write_bytes(b"torn")
+    other = tiny_trainer(tmp_path)
+    other.resume()
+    other.step = 8
+    other.save()
+    assert [p.name for p in other.checkpoints()] == ["checkpoint-4", "checkpoint-8"]
+    assert not (tmp_path / "checkpoint.partial").exists()
+
+
+def test_nothing_to_train_on_is_refused(tmp_path):
+    drafter = tiny_drafter()
+    table = TokenTable.of(tiny_target("llama"))
+    with pytest.raises(ValueError, match="there is no conversation to train on; give more answers"):
+        DrafterTrainer(drafter, table, [], lambda indices: [], arguments(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_sigkill_at_random_steps_changes_nothing(tmp_path):
+    script = Path(__file__).parent / "killed_training.py"
+    tests = str(script.parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((tests, os.environ.get("PYTHONPATH", "")))}
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, "6"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, killed)]
+    assert weights[0] == weights[1]
+    logs = [[{k: v for k, v in row.items() if k != "seconds_per_step"} for row in log_of(f)] for f in (whole, killed)]
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[1] if "loss" in row] == list(range(1, 25))
+    assert [row["step"] for row in logs[1] if "tau" in row] == [4, 8, 12, 16, 20, 24]
+    assert len({row["loss"] for row in logs[1] if "loss" in row}) > 20
+    assert sorted(p.name for p in killed.glob("checkpoint*")) == ["checkpoint-21", "checkpoint-24"]
+
+
+@pytest.fixture
+def answers(tmp_path) -> Path:
+    """A folder of answers and the tiny target with its tokenizer in another."""
+    char_tokenizer().save_pretrained(tmp_path / "target")
+    tiny_target("llama").save_pretrained(tmp_path / "target")
+    data = tmp_path / "answers"
+    data.mkdir()
+    with open(data / "answers-0.jsonl", "w") as file:
+        for number, tokens in enumerate(Told(30, 14).tokens.tolist()):
+            row = {"prompt": f"{number}ab", "answer_ids": tokens, "temperature": 0.0 if number % 3 else 1.0}
+            file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_the_command_trains_from_a_folder_of_answers(answers, capsys, monkeypatch, views):
+    monkeypatch.setattr(command, "PLANS", command.PLANS[:2] + command.PLANS[7:8])
+    options = ["--views", str(answers / "views")] if views else []
+    status = cli.main(
+        ["train", "--target", str(answers / "target"), "--data", str(answers / "answers"), "--draft-vocab-size", "24"]
+        + ["--output", str(answers / "run"), "--epochs", "2", "--batch-tokens", "60", "--learning-rate", "0.01"]
+        + ["--held-out", "0.3", "--eval-steps", "5", "--eval-budgets", "8", "--log-steps", "1", "--no-bf16", *options]
+    )
+    assert status == 0, capsys.readouterr().err
+    assert "draft vocabulary: 24 of 32 tokens" in capsys.readouterr().out
+    rows = log_of(answers / "run")
+    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert [row["step"] for row in rows if "tau_8" in row][0] == 5
+    drafter = SpecBlockDrafter.from_pretrained(answers / "run" / "final")
+    drafter.check_target(tiny_target("llama"))
+    assert drafter.config._attn_implementation == "sdpa"
+    assert [row[:3] for row in drafter.config.acceptance] == [[2, 1, 0], [4, 1, 0], [8, 2, 2]]
+    assert all(1 <= row[3] <= 5 for row in drafter.config.acceptance)
+    assert (answers / "views").exists() == views
+
+
+def test_the_command_trains_without_held_out_answers(answers, capsys):
+    status = cli.main(
+        ["train", "--target", str(answers / "target"), "--data", str(answers / "answers"), "--draft-vocab-size", "24"]
+        + ["--output", str(answers / "run"), "--epochs", "1", "--batch-tokens", "300", "--held-out", "0", "--no-bf16"]
+    )
+    assert status == 0, capsys.readouterr().err
+    assert SpecBlockDrafter.from_pretrained(answers / "run" / "final").config.acceptance is None
