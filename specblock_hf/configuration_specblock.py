@@ -55,8 +55,8 @@ class SpecBlockConfig(LlamaConfig):
         tree_budget (`int`, *optional*, defaults to 60): Most drafted nodes of a tree.
         max_starts (`int`, *optional*): Most starts of a later block; `None` takes them all, as the release does.
         acceptance (`list[list[float]]`, *optional*):
-            Measured tau of several plans, each row `[tree_budget, num_blocks, max_starts, tau]` with 0 starts for all;
-            [`calibrate`] chooses among them.
+            Measured tau of several plans, each row `[tree_budget, num_blocks, max_starts, tau, tau with look-ups]`
+            with 0 starts for all; [`calibrate`] chooses among them.
 
     Example:
 

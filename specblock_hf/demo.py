@@ -117,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
     print(describe_setting(target))
     settings = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
     warm_up(target, tokenizer, drafter, prompts[0][1])
-    print(describe_calibration(calibrate(target, drafter)))
+    if not args.plan:
+        print(describe_calibration(calibrate(target, drafter)))
     comparisons = []
     for number, (category, text) in enumerate(prompts):
         print(f"\n=== {number + 1}/{len(prompts)} {category}: {text}\n")

@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> int:
     target, tokenizer, drafter = load_models(args)
     print(describe_setting(target))
     print(f"hook in generate(): {'installed' if hook_installed() else 'missing; call specblock_hf.install()'}")
-    print(f"compatible: yes ({type(drafter).__name__} reads hidden states {list(drafter.feature_layers)})")
+    print(f"compatible: yes ({drafter.label} reads hidden states {list(drafter.feature_layers)})")
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
-    print(describe_calibration(calibrate(target, drafter)))
+    if not args.plan:
+        print(describe_calibration(calibrate(target, drafter)))
     prompt_ids = encode(tokenizer, prompt, target.device)
     settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
     plain = ask(target, tokenizer, prompt_ids, **settings)

@@ -263,12 +263,20 @@ class TreeDrafter(ABC):
     last_statistics: GenerationStatistics | None = None
     lock: DrafterLock
 
+    @property
+    def label(self) -> str:
+        """What to call the drafter in reports."""
+        return type(self).__name__
+
     def default_plan(self, device: torch.device) -> DraftingPlan:
         """What to draft on a device that was not calibrated for."""
         return DraftingPlan(self.config.tree_budget, 1)
 
-    def acceptance(self) -> list[tuple[DraftingPlan, float]]:
-        """Plans to choose from and the tau of each; without figures the default plans, with a tau of 2."""
+    def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
+        """
+        Plans to choose from and the tau of each, alone or joined with a [`LookupDrafter`]; without figures the default
+        plans, with a tau of 2.
+        """
         return [(self.default_plan(torch.device(kind)), 2.0) for kind in ("cpu", "cuda")]
 
     @abstractmethod

@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from .auto import AutoDrafter
 from .default_target import DEFAULT_TARGET, load_default_target
-from .drafter import TreeDrafter
-from .drafters.specblock import SpecBlockDrafter
+from .drafter import DraftingPlan, TreeDrafter
+from .drafters.lookup import JoinedDrafter, LookupDrafter
 from .statistics import GenerationStatistics
 
 
@@ -49,6 +50,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = Fals
         f"{prefix}drafter", help="folder or Hub id (default: the one for the default target)", nargs=count
     )
     parser.add_argument(
+        "--lookup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add continuations found in the text so far to the trees (default: yes)",
+    )
+    parser.add_argument(
+        "--plan",
+        type=int,
+        nargs=3,
+        metavar=("NODES", "FORWARDS", "STARTS"),
+        help="how much a round drafts (default: calibrated, or the drafter's own)",
+    )
+    parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the target (default: %(default)s)"
     )
     parser.add_argument(
@@ -65,7 +79,8 @@ def load_target(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, 
 
 def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TreeDrafter]:
     """
-    The target, its tokenizer and a drafter that fits it, as the command line names them.
+    The target, its tokenizer and a drafter that fits it, as the command line names them; look-ups join the drafter's
+    trees unless `--no-lookup` says otherwise.
 
     Raises:
         FileNotFoundError: No drafter is named and the default one is not there.
@@ -79,9 +94,13 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_target(args.target, dtype)
     # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
-    drafter = SpecBlockDrafter.from_pretrained(drafter_path, dtype="auto").eval()
+    drafter = AutoDrafter.from_pretrained(drafter_path, dtype="auto").eval().to(args.device)
     drafter.check_target(target)
-    return target.to(args.device), tokenizer, drafter.to(args.device)
+    if args.lookup:
+        drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
+    if args.plan:
+        drafter.drafting_plan = DraftingPlan(*args.plan)
+    return target.to(args.device), tokenizer, drafter
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ from torch import nn
 _PATH_FACTOR = -7046029254386353131
 
 
+FOUND = -2
+"""Origin of nodes that no drafter forward proposed: continuations looked up in the text so far."""
+
+
 class Decoder(Protocol):
     """The part of a tokenizer that a picture of a tree needs."""
 
@@ -52,7 +56,8 @@ class DraftTree:
         log_probs (`torch.Tensor` of shape `[B, N]`):
             log q(token | parent) by the drafter; 0 for the root, -inf for padding.
         origin (`torch.LongTensor` of shape `[B, N, 2]`):
-            (drafter forward, slot) that proposed the node; -1, -1 for the root.
+            (drafter forward, slot) that proposed the node; -1, -1 for the root, `FOUND` where it was found in the
+            text.
         height (`int`, *optional*, defaults to `N - 1`):
             No node of any row is deeper. It bounds the passes from child to parent, so state it where the host knows
             it.
@@ -212,7 +217,8 @@ class DraftTree:
             node, lead, branch = stack.pop()
             line = f"{lead}{branch}{tokenizer.decode([tokens[node]])!r}"
             if node:
-                line += f" {probs[node]:.3f} ({origin[node][0]}, {origin[node][1]})"
+                where = "found" if origin[node][0] == FOUND else f"{origin[node][0]}, {origin[node][1]}"
+                line += f" {probs[node]:.3f} ({where})"
             lines.append(f"{line} *" if node in accepted else line)
             inner = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
             likeliest_last = sorted(children[node], key=probs.__getitem__)

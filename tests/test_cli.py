@@ -145,7 +145,7 @@ def test_demo_compares_six_prompts_in_alternating_order(models_on_disk, capsys):
 
 
 def test_demo_draws_the_first_tree_with_the_accepted_path(models_on_disk, capsys):
-    run_demo(models_on_disk, "--prompts", "abc")
+    run_demo(models_on_disk, "--prompts", "abc", "--plan", "12", "2", "4")
     output = capsys.readouterr().out
     assert "=== 1/1 yours: abc\n" in output
     tree = output.split("=== first draft tree of prompt 1\n")[1].split("\n\n")[0].splitlines()
@@ -213,7 +213,7 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     output = capsys.readouterr().out
     assert f"torch {torch.__version__}" in output
     assert "hook in generate(): installed\n" in output
-    assert "compatible: yes (SpecBlockDrafter reads hidden states [2, 2, 1])\n" in output
+    assert "compatible: yes (SpecBlockDrafter + LookupDrafter reads hidden states [2, 2, 1])\n" in output
     assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
 
@@ -264,3 +264,14 @@ def test_prompts_use_the_chat_template_if_there_is_one(models_on_disk):
     assert terminal.encode(tokenizer, "ab", torch.device("cpu")).tolist() == [[2, 3]]
     tokenizer.chat_template = "y{{ messages[0]['content'] }}{% if add_generation_prompt %}z{% endif %}"
     assert terminal.encode(tokenizer, "ab", torch.device("cpu")).tolist() == [[26, 2, 3, 27]]
+
+
+def test_demo_calibrates_unless_a_plan_is_given(models_on_disk, capsys):
+    run_demo(models_on_disk, "--prompts", "abc")
+    assert re.search(
+        r"^calibrated: (\d+ drafted nodes, \d drafter forward|no tree pays)", capsys.readouterr().out, re.M
+    )
+    run_demo(models_on_disk, "--prompts", "abc", "--plan", "3", "1", "1", "--no-lookup")
+    output = capsys.readouterr().out
+    assert "calibrated" not in output
+    assert len(output.split("=== first draft tree of prompt 1\n")[1].split("\n\n")[0].splitlines()) == 1 + 1 + 3

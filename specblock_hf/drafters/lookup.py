@@ -31,13 +31,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..drafter import DrafterLock, DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
-from ..tree import DraftTree
+from ..tree import FOUND, DraftTree
 
 
 SHORTEST_MATCH = 2
 LONGEST_MATCH = 12
 LATEST_PLACES = 8  # earlier places that are compared: a frequent bigram has hundreds
-LOOKUP_ORIGIN = -2  # stands where other nodes name a drafter forward
 PRIOR_RIGHT, PRIOR_TRIED = 1.0, 2.0
 
 
@@ -169,7 +168,7 @@ class LookupDrafter(TreeDrafter):
         tokens, parents = padded(0, 0, torch.long), padded(1, -2, torch.long)
         last = pairs.tokens.gather(1, (pairs.lengths - 1).clamp_min(0).unsqueeze(1))
         tokens[:, :1] = last
-        origin = torch.stack([torch.full_like(tokens, LOOKUP_ORIGIN), torch.zeros_like(tokens)], dim=-1)
+        origin = torch.stack([torch.full_like(tokens, FOUND), torch.zeros_like(tokens)], dim=-1)
         origin[:, 0] = -1
         tree = DraftTree(
             tokens, parents, padded(2, -math.inf, torch.float32), origin, height=min(self.depth, width - 1)
@@ -218,11 +217,16 @@ class JoinedDrafter(TreeDrafter):
         self.drafting_plan = drafter.drafting_plan
         self.lock = drafter.lock
 
+    @property
+    def label(self) -> str:
+        return " + ".join(part.label for part in self.parts)
+
     def default_plan(self, device: torch.device) -> DraftingPlan:
         return self.parts[0].default_plan(device)
 
-    def acceptance(self) -> list[tuple[DraftingPlan, float]]:
-        return self.parts[0].acceptance()
+    def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
+        looks_up = any(isinstance(part, LookupDrafter) for part in self.parts[1:])
+        return self.parts[0].acceptance(with_lookup or looks_up)
 
     def check_target(self, target: PreTrainedModel) -> None:
         for part in self.parts:

@@ -36,16 +36,16 @@ from .specblock_loss import specblock_loss
 PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask to (K * 256) x (K * all pairs)
 
 
-# Of a drafter with little training, for one whose configuration does not say: nodes, blocks, starts (0: all), tau.
+# Of a drafter with little training, for one whose configuration does not say: nodes, blocks, starts (0: all), tau
+# alone and tau joined with a look-up.
 TYPICAL_ACCEPTANCE = (
-    (4, 1, 0, 1.6),
-    (8, 1, 0, 1.8),
-    (12, 1, 0, 1.9),
-    (8, 2, 4, 1.85),
-    (12, 2, 4, 2.0),
-    (16, 2, 8, 2.15),
-    (32, 2, 8, 2.35),
-    (60, 2, 0, 2.6),
+    (4, 1, 0, 1.6, 2.0),
+    (8, 1, 0, 1.8, 2.2),
+    (12, 1, 0, 1.9, 2.3),
+    (12, 2, 4, 2.0, 2.4),
+    (16, 2, 8, 2.15, 2.5),
+    (32, 2, 8, 2.35, 2.7),
+    (60, 2, 0, 2.6, 2.9),
 )
 
 
@@ -95,10 +95,11 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
             return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
         return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
 
-    def acceptance(self) -> list[tuple[DraftingPlan, float]]:
+    def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         rows = self.config.acceptance or TYPICAL_ACCEPTANCE
         return [
-            (DraftingPlan(int(nodes), int(blocks), int(starts) or None), tau) for nodes, blocks, starts, tau in rows
+            (DraftingPlan(int(nodes), int(blocks), int(starts) or None), taus[with_lookup])
+            for nodes, blocks, starts, *taus in rows
         ]
 
     def check_target(self, target: PreTrainedModel) -> None:
