@@ -16,27 +16,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    EosTokenCriteria,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from .choice import TokenChoice
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .statistics import Clock, GenerationStatistics
 from .target import TargetModel, check_target
+from .target_cache import is_users
 from .tree import DraftTree
 from .verification import Verifier, sample_and_walk
 
@@ -44,127 +37,6 @@ from .verification import Verifier, sample_and_walk
 # Sources of drafts that `generate()` has itself, and its lossy verification. Together with a drafter they would be
 # ignored.
 _RIVAL_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "assistant_ensemble_weight")
-
-
-class TokenChoice:
-    """
-    What plain `generate()` does once per token: processors, argmax or draw, stopping criteria, streamer, scores.
-    Called along the accepted path in order, it leaves the very trace that plain decoding leaves, in user code and in
-    the global random generator.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `[1, P]`): The prompt.
-        logits_processor ([`~transformers.LogitsProcessorList`]): As prepared by `generate()`.
-        stopping_criteria ([`~transformers.StoppingCriteriaList`]): As prepared by `generate()`.
-        generation_config ([`~transformers.GenerationConfig`]): Of this call.
-        streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets every token as it is emitted.
-    """
-
-    def __init__(
-        self,
-        input_ids: torch.LongTensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        streamer: BaseStreamer | None = None,
-    ):
-        self._input_ids = input_ids
-        self._pending: list[int] = []
-        self._processors = logits_processor
-        self._streamer = streamer
-        self._do_sample = generation_config.do_sample
-        self._returns_dict = generation_config.return_dict_in_generate
-        self._scores: tuple | None = () if self._returns_dict and generation_config.output_scores else None
-        self._raw_logits: tuple | None = () if self._returns_dict and generation_config.output_logits else None
-        self._max_length = stopping_criteria.max_length
-        # Length and EOS are decided on the host, without a tensor; whatever else there is, is called as plain decoding
-        # calls it.
-        self._criteria = StoppingCriteriaList(rule for rule in stopping_criteria if not _decided_on_host(rule))
-        self._max_lengths = [rule.max_length for rule in stopping_criteria if type(rule) is MaxLengthCriteria]
-        self._eos = {
-            token
-            for rule in stopping_criteria
-            if type(rule) is EosTokenCriteria
-            for token in rule.eos_token_id.flatten().tolist()
-        }
-        self._argmax_only = not (self._do_sample or len(logits_processor) or self._records)
-        self._logits = torch.empty(0)
-        self._argmax: list[list[int]] = []
-
-    @property
-    def _records(self) -> bool:
-        return self._scores is not None or self._raw_logits is not None
-
-    @property
-    def length(self) -> int:
-        """Tokens so far, prompt included."""
-        return self._input_ids.shape[1] + len(self._pending)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that `max_new_tokens` still allows."""
-        return max(self._max_length - self.length, 0)
-
-    def see(self, logits: torch.Tensor) -> None:
-        """
-        Choose from these from now on.
-
-        Args:
-            logits (`torch.Tensor` of shape `[1, N, V]`): The target's, at every node of a tree.
-        """
-        self._logits = logits
-        if self._argmax_only:
-            self._argmax = logits.argmax(-1).tolist()
-
-    def select(self, row: int, node: int) -> int:
-        """The target's token after `node`, whose path must have been emitted; see [`Verifier`]."""
-        if self._argmax_only:
-            return self._argmax[row][node]
-        input_ids = self._sequence()
-        logits = self._logits[row : row + 1, node].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        scores = self._processors(input_ids, logits)
-        if self._scores is not None:
-            self._scores += (scores,)
-        if self._raw_logits is not None:
-            self._raw_logits += (logits,)
-        if not self._do_sample:
-            return int(scores.argmax(-1))
-        return int(torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1))
-
-    def stop(self, row: int, token: int) -> bool:
-        """Emit a token and tell whether it is the last one; see [`Verifier`]."""
-        self._pending.append(token)
-        stopped = token in self._eos or any(self.length >= most for most in self._max_lengths)
-        if self._criteria:
-            stopped |= bool(self._criteria(self._sequence(), self._scores))
-        if self._streamer is not None:
-            self._streamer.put(torch.tensor([token]))
-        return stopped
-
-    def output(self, cache: object) -> GenerateDecoderOnlyOutput | torch.LongTensor:
-        """What `generate()` returns."""
-        if self._streamer is not None:
-            self._streamer.end()
-        sequences = self._sequence()
-        if not self._returns_dict:
-            return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=self._scores, logits=self._raw_logits, past_key_values=cache
-        )
-
-    def _sequence(self) -> torch.LongTensor:
-        if self._pending:
-            emitted = self._input_ids.new_tensor([self._pending])
-            self._input_ids = torch.cat((self._input_ids, emitted), dim=1)
-            self._pending = []
-        return self._input_ids
-
-
-def _decided_on_host(rule: StoppingCriteria) -> bool:
-    """EOS, and a length limit that has no reminder to give about the target's maximum length."""
-    if type(rule) is MaxLengthCriteria:
-        return rule.max_position_embeddings is None or rule.max_length <= rule.max_position_embeddings + 1
-    return type(rule) is EosTokenCriteria
 
 
 def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, device: torch.device) -> DraftingPlan:
@@ -176,7 +48,7 @@ def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, dev
     return vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
 
 
-def round_limits(plan: DraftingPlan, remaining: Sequence[int]) -> Limits:
+def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None = None) -> Limits:
     """
     How large a round's tree may be.
 
@@ -184,12 +56,14 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int]) -> Limits:
         plan ([`DraftingPlan`]): What a round may cost.
         remaining (sequence of `int`):
             Tokens that each row may still emit; the last of them is always the target's own.
+        room (`int`, *optional*): Nodes that the target's cache has room for, the root counted.
 
     Returns:
         [`Limits`]: No drafts for a row that has one token left.
     """
     depths = tuple(max(tokens - 1, 0) for tokens in remaining)
-    nodes = tuple(plan.tree_budget if depth else 0 for depth in depths)
+    most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
+    nodes = tuple(most if depth else 0 for depth in depths)
     return Limits(nodes, depths, plan.num_forwards, plan.max_starts)
 
 
@@ -218,7 +92,7 @@ def decode(
     state = drafter.begin(
         target.table,
         batch_size,
-        int(target.base.max()) + choice.remaining,
+        int(target.base.max()) + max(choice.remaining),
         first_position=target.first_position(),
     )
     chunks = target.prefill()
@@ -227,7 +101,7 @@ def decode(
         with drafter.lock:
             drafter.extend(state, pairs)
         scored, pairs = chunk
-    choice.see(scored.logits)
+    choice.see(scored.logits, scored.rows)
     # The first token comes from a tree that is nothing but the prompt's last token.
     walk = verify(DraftTree.root(pairs.tokens[:, -1]), [True] * batch_size, choice.select, choice.stop)
     pairs = target.close_prompt(pairs, walk)
@@ -237,7 +111,7 @@ def decode(
 
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
-        limits = round_limits(plan, [choice.remaining])
+        limits = round_limits(plan, choice.remaining, target.room())
         if any(limits.nodes):
             with drafter.lock:
                 tree = drafter.propose(state, pairs, limits)
@@ -246,14 +120,15 @@ def decode(
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")
-        choice.see(scored.logits)
+        choice.see(scored.logits, scored.rows)
         walk = verify(tree, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
-        statistics.add_round(tree, walk)
+        statistics.add_round(tree, walk, len(scored.rows))
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
         clock.lap("host")
 
+    target.finish()
     statistics.target_calls, statistics.drafter_calls = target.calls, state.calls
     clock.write_to(statistics)
     return statistics
@@ -275,7 +150,7 @@ def generate_with_drafter(
     methods.
 
     Raises:
-        ValueError: More than one prompt, an unsupported cache or input, or nothing left to prefill.
+        ValueError: As [`TokenChoice`] and [`TargetModel`] do.
     """
     # All ones: `generate()` dropped the mask and noted its length.
     mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
@@ -287,6 +162,7 @@ def generate_with_drafter(
         model_kwargs,
         mask_length,
         generation_config.prefill_chunk_size,
+        generation_config.return_dict_in_generate or is_users(model_kwargs["past_key_values"]),
     ) as scorer:
         plan = drafting_plan(drafter, generation_config, scorer.device)
         drafter.last_statistics = decode(scorer, drafter, choice, plan)
@@ -314,11 +190,6 @@ def check_request(
             f"{mode.value.replace('_', ' ')}; set num_beams=1 and leave out penalty_alpha, dola_layers and "
             "constraints, or drop assistant_model."
         )
-    if (generation_config.num_return_sequences or 1) > 1:
-        raise ValueError(
-            "draft trees are verified for one sequence at a time and num_return_sequences is "
-            f"{generation_config.num_return_sequences}; call generate() once for each, or drop assistant_model."
-        )
     rivals = [option for option in _RIVAL_OPTIONS if getattr(generation_config, option)]
     if rivals:
         raise ValueError(
@@ -326,10 +197,10 @@ def check_request(
         )
     if generation_config.use_cache is False:
         raise ValueError("draft trees are verified against the target's cache; leave out use_cache=False.")
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError(
             f"cache_implementation={generation_config.cache_implementation!r} keeps rows that a draft tree cannot "
-            'rearrange; leave it out or pass "dynamic".'
+            'rearrange; leave it out or pass "dynamic" or "static".'
         )
     if mode_kwargs.get("synced_gpus"):
         raise ValueError(
@@ -381,6 +252,9 @@ def _wrap_validate(original: Any) -> Any:
         drafter = generation_mode_kwargs.get("assistant_model")
         if isinstance(drafter, TreeDrafter):
             check_request(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
+            # Several sequences of a prompt are a batch like any other, which transformers' own assistants cannot take.
+            generation_config = copy(generation_config)
+            generation_config.num_return_sequences = 1
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return _validate_generation_mode

@@ -43,7 +43,7 @@ class GenerationStatistics:
         accepted (`list[int]`): Drafted tokens kept (A), one entry for each round of each unfinished row.
         cut (`list[bool]`):
             Along with `accepted`: the row ended in that round (EOS, `max_new_tokens`, any stopping criterion).
-        nodes_verified (`int`): Tree nodes that the target scored, roots and padding counted.
+        nodes_verified (`int`): Tree nodes that the target scored, roots and padding counted, finished rows not.
         target_calls (`int`): Forwards of the target, prefill chunks counted.
         drafter_calls (`int`): Forwards of the drafter.
         prefill_seconds (`float`):
@@ -52,6 +52,7 @@ class GenerationStatistics:
         verify_seconds (`float`): Masks and forwards of the target over trees.
         host_seconds (`float`): Everything else of a round: choosing tokens, processors, stopping, the cache.
         first_round (`tuple` of [`DraftTree`] and [`Walk`], *optional*): To look at; see [`DraftTree.to_text`].
+        row (`list[int]`): Along with `accepted`: which row of the batch it was.
     """
 
     rounds: int = 0
@@ -66,18 +67,20 @@ class GenerationStatistics:
     verify_seconds: float = 0.0
     host_seconds: float = 0.0
     first_round: tuple[DraftTree, Walk] | None = None
+    row: list[int] = field(default_factory=list)
 
-    def add_round(self, tree: DraftTree, walk: Walk) -> None:
-        """Count one verified tree and what was kept of it."""
+    def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:
+        """Count one verified tree, of which the target scored so many rows, and what was kept of it."""
         if self.first_round is None:
             self.first_round = (tree, walk)
         self.rounds += 1
-        self.nodes_verified += tree.tokens.numel()
-        for length, stopped in zip(walk.lengths.tolist(), walk.stopped.tolist(), strict=True):
+        self.nodes_verified += rows * tree.tokens.shape[1]
+        for row, (length, stopped) in enumerate(zip(walk.lengths.tolist(), walk.stopped.tolist(), strict=True)):
             if length:
                 self.emitted += length
                 self.accepted.append(length - 1)
                 self.cut.append(stopped)
+                self.row.append(row)
 
     @property
     def tau(self) -> float:
@@ -88,6 +91,10 @@ class GenerationStatistics:
     def tau_uncut(self) -> float:
         """`tau` over the rounds that neither EOS nor `max_new_tokens` nor another criterion ended; NaN without one."""
         return _mean_emitted([kept for kept, cut in zip(self.accepted, self.cut, strict=True) if not cut])
+
+    def tau_of(self, row: int) -> float:
+        """`tau` of one row of the batch; NaN if it needed no round."""
+        return _mean_emitted([kept for kept, its in zip(self.accepted, self.row, strict=True) if its == row])
 
     @property
     def accepted_per_depth(self) -> list[int]:

@@ -24,15 +24,17 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers import PreTrainedModel, cache_utils
 
 from .drafter import Pairs, TokenTable
+from .prompt import PromptPairs
+from .target_cache import TargetCache, check_cache
 
 
 if TYPE_CHECKING:
@@ -130,12 +132,16 @@ class Scored:
     What a forward of the target says.
 
     Args:
-        logits (`torch.Tensor` of shape `[B, N, V]`): At every node; at the last position only for a prompt.
-        features (`tuple` of `torch.Tensor` of shape `[B, N, d]`): One for each of the drafter's `feature_layers`.
+        logits (`torch.Tensor` of shape `[R, N, V]`):
+            At every node; at the last position only for a prompt. Of the R rows that had not been retired.
+        features (`tuple` of `torch.Tensor` of shape `[B, N, d]`):
+            One for each of the drafter's `feature_layers`; those of retired rows mean nothing.
+        rows (sequence of `int`): Which rows of the batch the logits belong to.
     """
 
     logits: torch.Tensor
     features: tuple[torch.Tensor, ...]
+    rows: Sequence[int]
 
 
 class FeatureTaps:
@@ -203,13 +209,16 @@ class TargetModel:
     Args:
         target ([`~transformers.PreTrainedModel`]): A decoder-only model; not changed.
         feature_layers (sequence of `int`): What the drafter reads; see [`FeatureTaps`].
-        input_ids (`torch.LongTensor` of shape `[1, P]`): The prompt; empty if it comes as `inputs_embeds`.
+        input_ids (`torch.LongTensor` of shape `[B, P]`): The prompts; empty if they come as `inputs_embeds`.
         model_kwargs (`dict`): What `generate()` prepared for the target.
         mask_length (`int`, *optional*): Length of an attention mask of ones that `generate()` dropped.
         chunk_size (`int`, *optional*): Most prompt tokens of one forward.
+        returns_cache (`bool`, *optional*, defaults to `True`):
+            Somebody goes on with the cache, so that a row that has stopped stays in it. Otherwise it is retired and
+            costs nothing any more.
 
     Raises:
-        ValueError: More than one prompt, an unsupported cache or input, or nothing left to prefill.
+        ValueError: An unsupported cache or input, padding on the right, or nothing left to prefill.
     """
 
     def __init__(
@@ -220,24 +229,26 @@ class TargetModel:
         model_kwargs: dict[str, Any],
         mask_length: int | None = None,
         chunk_size: int | None = None,
+        returns_cache: bool = True,
     ):
         self.target = target
         self.table = TokenTable.of(target)
-        self.cache = _checked_cache(input_ids, model_kwargs)
+        self._rows = list(range(input_ids.shape[0]))
+        self._returns_cache = returns_cache
+        _check_inputs(model_kwargs, len(self._rows), returns_cache)
+        self.cache = model_kwargs["past_key_values"]
         self._kwargs = model_kwargs
         self._ids = input_ids
         mask = model_kwargs.get("attention_mask")
         self._new = self._count_new(mask.shape[1] if mask is not None else mask_length)
         self._chunk_size = chunk_size or self._new
-        # Rows of the cache below the root and, where the prompt was padded, which of them count.
-        self._rows = self.cache.get_seq_length() + self._new
-        self._visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
+        visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
+        width = int(self.cache.get_seq_length()) + self._new
+        self._committed = TargetCache(self.cache, input_ids.shape[0], width, visible)
         self._next_position = model_kwargs["position_ids"][..., -1:].to(self.device) + 1
         self._scored = 1
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
-        self.base = torch.full((input_ids.shape[0],), self._rows, device=self.device)
-        if self._visible is not None:
-            self.base = self._visible.sum(1)
+        self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
         self.calls = 0
         config = target.config.get_text_config(decoder=True)
         types = _layer_types(target)
@@ -259,16 +270,16 @@ class TargetModel:
 
     def __exit__(self, *exc_info: object) -> None:
         self._taps.remove()
-        self._record_past(False)
+        self._committed.record_past(False)
 
     def first_position(self) -> int:
         """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
-        cached = self._rows - self._new
-        return cached if self._visible is None else int(self._visible[:, :cached].sum(1).min())
+        cached, visible = self._committed.width - self._new, self._committed.visible
+        return cached if visible is None else int(visible[:, :cached].sum(1).min())
 
     def room(self) -> int | None:
-        """Free rows of the cache; `None` if it grows."""
-        return None
+        """Nodes that the cache has room for, the root counted; `None` if it grows."""
+        return self._committed.room()
 
     def prefill(self) -> Iterator[tuple[Scored, Pairs]]:
         """
@@ -276,22 +287,21 @@ class TargetModel:
         chunk's pairs, which [`~TargetModel.close_prompt`] completes. After the last chunk the prompt's last token
         counts as a scored root.
         """
-        self._record_past(False)
-        prompt = _PromptPairs(
-            self.table, self._ids, self._kwargs.get("inputs_embeds"), self._new, self._visible, self._rows
+        committed = self._committed
+        committed.record_past(False)
+        prompt = PromptPairs(
+            self.table, self._ids, self._kwargs.get("inputs_embeds"), self._new, committed.visible, committed.width
         )
         for start in range(0, self._new, self._chunk_size):
             end = min(start + self._chunk_size, self._new)
             scored = self._forward(**self._prompt_inputs(start, end))
             if end == self._new:
                 # Only from here on: recording would keep every row of a long prompt in the sliding layers.
-                self._record_past(True)
-                self._rows -= 1
+                committed.record_past(True)
+                committed.leave_out_root()
                 self.base = self.base - 1
                 self._next_position = self._next_position - 1
-                if self._visible is not None:
-                    self._visible = self._visible[:, :-1]
-            yield Scored(scored.logits[:, -1:], scored.features), prompt.pairs(scored.features, start, end)
+            yield replace(scored, logits=scored.logits[:, -1:]), prompt.pairs(scored.features, start, end)
 
     def close_prompt(self, pairs: Pairs, walk: Walk) -> Pairs:
         """The last chunk's pairs, completed by the first emitted token."""
@@ -310,8 +320,10 @@ class TargetModel:
             tree ([`DraftTree`]): N nodes wide.
 
         Returns:
-            [`Scored`]: Logits `[B, N, V]` and features `[B, N, d]`.
+            [`Scored`]: Logits `[R, N, V]` and features `[B, N, d]`.
         """
+        if len(self._rows) < self.base.shape[0]:
+            tree = replace(tree, tokens=tree.tokens[self._rows], parents=tree.parents[self._rows])
         depths = tree.depths().to(self.device)
         self._scored = depths.shape[1]
         return self._forward(
@@ -329,22 +341,36 @@ class TargetModel:
         Args:
             walk ([`Walk`]): What the last scored tree, or the prompt, emitted.
         """
-        nodes = walk.nodes[0].tolist()
-        kept = len(nodes)
-        if nodes != list(range(kept)):
-            self._compact(nodes)
-        # Sliding layers return to their window here, even if nothing is dropped.
-        self.cache.crop(kept - self._scored)
-        self._rows += kept
-        self.base = self.base + kept
-        self._next_position = self._next_position + kept
-        self._last = walk.tokens[:, -1:].to(self.device)
-        if self._visible is not None:
-            self._visible = nn.functional.pad(self._visible, (0, kept), value=True)
+        self.base = self.base + walk.lengths.to(self.device)
+        nodes, tokens, lengths = walk.nodes, walk.tokens, walk.lengths
+        if len(self._rows) < self.base.shape[0]:
+            nodes, tokens, lengths = nodes[self._rows], tokens[self._rows], lengths[self._rows]
+        last = tokens.gather(1, (lengths - 1).clamp_min(0).unsqueeze(1)).to(self.device)
+        grown = lengths.to(self.device).unsqueeze(1)
+        self._last = torch.where(grown > 0, last, self._last)
+        self._next_position = self._next_position + grown
+        if len(self._rows) > 1 and not self._returns_cache:
+            nodes = self._retire(nodes, walk.stopped.tolist())
+        self._committed.commit(nodes, self._scored)
+
+    def _retire(self, nodes: torch.LongTensor, stopped: list[bool]) -> torch.LongTensor:
+        """Drop the rows that have just stopped, if others go on; the kept nodes of those."""
+        left = [place for place, row in enumerate(self._rows) if not stopped[row]]
+        if len(left) in (0, len(self._rows)):
+            return nodes
+        self._rows = [self._rows[place] for place in left]
+        self._last = self._last[left]
+        self._next_position = self._next_position[..., left, :]
+        self._committed.keep_rows(left)
+        return nodes[left]
+
+    def finish(self) -> None:
+        """Leave the cache as plain decoding would, for whoever goes on with it."""
+        self._committed.align_left()
 
     def _count_new(self, mask_length: int | None) -> int:
         """Prompt tokens that the cache does not hold yet; `generate()` may be given all ids or only the new ones."""
-        embeds, cached = self._kwargs.get("inputs_embeds"), self.cache.get_seq_length()
+        embeds, cached = self._kwargs.get("inputs_embeds"), int(self.cache.get_seq_length())
         if embeds is not None:
             new = embeds.shape[1] - cached
         elif self._ids.shape[1] == mask_length:
@@ -382,12 +408,18 @@ class TargetModel:
         self.calls += 1
         with self._taps.armed():
             outputs = self.target(**inputs, return_dict=True)
-        return Scored(outputs.logits, self._taps.take())
+        features = self._taps.take()
+        if len(self._rows) < self.base.shape[0]:
+            place = dict(zip(self._rows, range(len(self._rows)), strict=True))
+            spread = [place.get(row, 0) for row in range(self.base.shape[0])]
+            features = tuple(feature[spread] for feature in features)
+        return Scored(outputs.logits, features, self._rows)
 
     def _mask(self, tree: DraftTree, depths: torch.LongTensor) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """The mask of a tree: one for each kind of layer; a lone root needs no more than plain decoding does."""
         if self._scored == 1:
-            return None if self._visible is None else nn.functional.pad(self._visible, (0, 1), value=True).long()
+            visible = self._committed.visible
+            return None if visible is None else nn.functional.pad(visible, (0, 1), value=True).long()
         seen = tree.ancestors().to(self.device)
         masks = {kind: self._kind_mask(layer, window, seen, depths) for kind, (layer, window) in self._kinds.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
@@ -398,129 +430,46 @@ class TargetModel:
         """
         Args:
             layer (`int`):
-                Its stored rows are the mask's first columns; a sliding layer stores less than the whole prefix.
+                Its stored columns are the mask's first ones; a sliding layer stores less than the whole prefix.
             window (`int`, *optional*):
                 A node sees rows less than `window` rows before it, as plain decoding would count them.
             seen (`torch.BoolTensor` of shape `[B, N, N]`): The tree's ancestors.
             depths (`torch.LongTensor` of shape `[B, N]`): The tree's depths.
 
         Returns:
-            `torch.Tensor` of shape `[B, 1, N, stored + N]`: Boolean, or additive for eager attention, which adds what
-            it is given.
+            `torch.Tensor` of shape `[B, 1, N, T]`, T the columns that the layer shows: Boolean, or additive for eager
+            attention, which adds what it is given.
         """
-        stored = self.cache.layers[layer].keys.shape[-2]
-        rows = torch.arange(self._rows - stored, self._rows, device=self.device)
-        if self._visible is None:
-            prefix = seen.new_ones(seen.shape[0], 1, stored)
+        committed, (batch_size, count) = self._committed, depths.shape
+        stored = committed.stored(layer)
+        columns = torch.arange(committed.width - stored, committed.width, device=self.device)
+        if committed.visible is None:
+            prefix = seen.new_ones(batch_size, 1, stored)
         else:
-            prefix = self._visible[:, None, self._rows - stored :]
-        prefix = prefix.expand(-1, seen.shape[1], -1)
+            prefix = committed.visible[:, None, committed.width - stored :]
+        prefix = prefix.expand(-1, count, -1)
         if window is not None:
-            prefix = prefix & ((self._rows + depths)[:, :, None] - rows < window)
+            prefix = prefix & ((committed.width + depths)[:, :, None] - columns < window)
             seen = seen & (depths[:, :, None] - depths[:, None, :] < window)
-        mask = torch.cat((prefix, seen), dim=2).unsqueeze(1)
+        unused = seen.new_zeros(batch_size, count, committed.unused(layer, count))
+        mask = torch.cat((prefix, seen, unused), dim=2).unsqueeze(1)
         if not self._float_mask:
             return mask
         dtype = self.target.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
-    def _compact(self, nodes: list[int]) -> None:
-        """Move the kept nodes' rows next to the prefix, in every layer that stores any."""
-        for layer in self.cache.layers:
-            if layer.keys is None:
-                continue
-            past = layer.keys.shape[-2] - self._scored
-            index = torch.tensor(nodes, device=layer.keys.device) + past
-            for rows in (layer.keys, layer.values):
-                rows[..., past : past + len(nodes), :] = rows.index_select(-2, index)
 
-    def _record_past(self, on: bool) -> None:
-        """
-        Sliding layers must not drop rows before a tree's rejected nodes are gone; transformers has no call to end
-        that.
-        """
-        if on:
-            self.cache.activate_past_recording()
-            return
-        for layer in self.cache.layers:
-            if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
-                layer.record_past = False
-
-
-class _PromptPairs:
-    """
-    The pairs of a prompt: every token's state with the token that follows it, padding removed.
-
-    Args:
-        table (`TokenTable`): The target's embedding.
-        ids (`torch.LongTensor` of shape `[B, P]`): The prompt; empty if it comes as embeddings.
-        embeds (`torch.Tensor` of shape `[B, P, d]`, *optional*): The prompt's embeddings.
-        new (`int`): How many of its last columns the target is about to read.
-        visible (`torch.BoolTensor` of shape `[B, rows]`, *optional*):
-            Which columns of cache and prompt count; `None` for all.
-        rows (`int`): Columns of cache and prompt.
-    """
-
-    def __init__(
-        self,
-        table: TokenTable,
-        ids: torch.LongTensor,
-        embeds: torch.Tensor | None,
-        new: int,
-        visible: torch.BoolTensor | None,
-        rows: int,
-    ):
-        self.table = table
-        self.padded = visible is not None
-        if visible is None:
-            visible = torch.ones(ids.shape[0], rows, dtype=torch.bool, device=table.device)
-        self.positions = (visible.cumsum(1) - 1)[:, -new:]
-        self.visible = visible[:, -new:]
-        self.tokens = torch.full(self.visible.shape, -1, device=table.device)
-        self.embeds = None if embeds is None else torch.zeros_like(embeds[:, -new:], device=table.device)
-        source: Any = ids if embeds is None else embeds
-        following = self.tokens if self.embeds is None else self.embeds
-        for row, columns in enumerate(seen.nonzero().squeeze(1) for seen in self.visible):
-            following[row, columns[:-1]] = source[row, -new:].to(table.device)[columns[1:]]
-
-    def pairs(self, features: tuple[torch.Tensor, ...], start: int, end: int) -> Pairs:
-        """Those of the new tokens `start` to `end`, whose states are `features`, each `[B, end - start, d]`."""
-        visible = self.visible[:, start:end]
-        lengths = visible.sum(1)
-        order = (~visible).long().argsort(dim=1, stable=True)[:, : int(lengths.max()) if self.padded else None]
-
-        def packed(values: torch.Tensor) -> torch.Tensor:
-            if not self.padded:
-                return values
-            return values.take_along_dim(order.to(values.device).view(*order.shape, *[1] * (values.ndim - 2)), dim=1)
-
-        return Pairs(
-            tokens=packed(self.tokens[:, start:end]),
-            features=tuple(packed(feature) for feature in features),
-            positions=packed(self.positions[:, start:end]),
-            lengths=lengths,
-            table=self.table,
-            given_embeds=None if self.embeds is None else packed(self.embeds[:, start:end]),
-        )
-
-
-def _checked_cache(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> DynamicCache:
-    if input_ids.shape[0] > 1:
-        raise ValueError(
-            f"draft trees are verified for one prompt at a time and this batch has {input_ids.shape[0]}; call "
-            "generate() for each prompt, or drop assistant_model."
-        )
-    cache: Any = model_kwargs.get("past_key_values")
-    # A subclass may store its rows differently, so this is about the exact class.
-    if type(cache) is not DynamicCache or cache.offloading:
-        raise ValueError(
-            f"past_key_values is {type(cache).__name__}, whose rows a draft tree cannot rearrange; pass a "
-            "DynamicCache that is not offloaded, or none."
-        )
+def _check_inputs(model_kwargs: dict[str, Any], batch_size: int, returns_cache: bool) -> None:
+    check_cache(model_kwargs.get("past_key_values"), batch_size, returns_cache)
     unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
     if unknown:
         raise ValueError(
             f"generate() got {', '.join(unknown)}, which tree drafting does not pass on to the target; leave it out, "
             "or drop assistant_model."
         )
-    return cache
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool((mask[:, -1] != 0).all()):
+        raise ValueError(
+            "attention_mask hides the last token of a prompt, which the next one is chosen from; pad prompts on the "
+            'left, with padding_side="left".'
+        )

@@ -41,8 +41,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import specblock_hf
 from specblock_hf import GenerationStatistics
+from specblock_hf.choice import _decided_on_host
 from specblock_hf.drafter import DraftingPlan
-from specblock_hf.generation import _decided_on_host, round_limits
+from specblock_hf.generation import round_limits
 
 
 GREEDY = {"do_sample": False}
@@ -336,13 +337,13 @@ def test_statistics_read_well(llama):
         ({"num_beams": 2}, r"this call asks for beam search; set num_beams=1 .* or drop assistant_model\.$"),
         ({"num_beams": 2, "do_sample": True}, r"asks for beam sample;"),
         ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, r"asks for contrastive search;"),
-        (
-            {"num_return_sequences": 2, "do_sample": True},
-            r"num_return_sequences is 2; call generate\(\) once for each",
-        ),
         ({"use_cache": False}, r"leave out use_cache=False\.$"),
-        ({"cache_implementation": "static"}, r"^cache_implementation='static' keeps rows .* pass \"dynamic\"\.$"),
+        (
+            {"cache_implementation": "offloaded_static"},
+            r"^cache_implementation='offloaded_static' keeps rows .* pass \"dynamic\" or \"static\"\.$",
+        ),
         ({"cache_implementation": "offloaded"}, r"^cache_implementation='offloaded' "),
+        ({"cache_implementation": "quantized"}, r"^cache_implementation='quantized' "),
         ({"synced_gpus": True}, r"^synced_gpus needs the same number of forwards"),
         ({"prompt_lookup_num_tokens": 3}, r"^prompt_lookup_num_tokens would be ignored next to a tree drafter"),
         ({"assistant_early_exit": 2}, r"^assistant_early_exit would be ignored"),

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from specblock_hf import Walk
 from specblock_hf.target import FeatureTaps, TargetModel, check_transformers
+from specblock_hf.target_cache import TargetCache
 
 
 LAYERS = (0, 1, 2, 4)
@@ -304,8 +305,10 @@ def test_only_new_tokens_may_be_passed_with_a_cache(llama):
 @pytest.mark.parametrize("siblings", [False, True])
 def test_rows_move_only_where_there_are_holes_and_the_cache_is_cropped_once_a_round(llama, monkeypatch, siblings):
     moved, crops = [], []
-    compact, crop = TargetModel._compact, DynamicCache.crop
-    monkeypatch.setattr(TargetModel, "_compact", lambda self, nodes: (moved.append(nodes), compact(self, nodes)))
+    move, crop = TargetCache._move, DynamicCache.crop
+    monkeypatch.setattr(
+        TargetCache, "_move", lambda self, source, start: (moved.append(source), move(self, source, start))
+    )
     monkeypatch.setattr(DynamicCache, "crop", lambda self, count: (crops.append(count), crop(self, count)))
     prompt = prompt_of(6)
     text = llama.generate(prompt, max_new_tokens=40, do_sample=False)[0].tolist()
@@ -359,10 +362,13 @@ def test_transformers_out_of_range_is_refused_or_warned_about():
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
-        ({"past_key_values": "static"}, r"^past_key_values is StaticCache, .* pass a DynamicCache"),
-        ({"past_key_values": "offloaded"}, r"pass a DynamicCache that is not offloaded, or none\.$"),
+        ({"past_key_values": "static"}, r"^the rows of a batch end .* leave out .* or pass a DynamicCache\.$"),
+        ({"past_key_values": "offloaded"}, r"^past_key_values is DynamicCache, .* that is not offloaded, or none\.$"),
         ({"past_key_values": "full"}, r"^past_key_values already holds 6 tokens, .* crop it by one token or more"),
-        ({"input_ids": torch.ones(2, 5, dtype=torch.long)}, r"one prompt at a time and this batch has 2;"),
+        (
+            {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])},
+            r"^attention_mask hides the last token .* on the left",
+        ),
     ],
 )
 def test_unsupported_inputs_end_in_one_sentence(llama, kwargs, sentence):
@@ -370,6 +376,7 @@ def test_unsupported_inputs_end_in_one_sentence(llama, kwargs, sentence):
 
     inputs = {"input_ids": prompt_of(6)} | kwargs
     if kwargs.get("past_key_values") == "static":
+        inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
         inputs["past_key_values"] = StaticCache(config=llama.config, max_cache_len=20)
     elif kwargs.get("past_key_values") == "offloaded":
         cache = DynamicCache(config=llama.config)

@@ -1,0 +1,310 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Choosing tokens as plain `generate()` does: processors, argmax or draw, stopping criteria, streamer, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, logits_process
+from transformers.generation.streamers import BaseStreamer
+
+
+# Processors of transformers that treat every row by itself, with what they hold row by row: the batch is called one
+# row at a time, because rows are at different lengths.
+_ROW_WISE: dict[type[LogitsProcessor], str | None] = {
+    logits_process.EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
+    logits_process.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    **dict.fromkeys(
+        (
+            logits_process.EpsilonLogitsWarper,
+            logits_process.EtaLogitsWarper,
+            logits_process.ExponentialDecayLengthPenalty,
+            logits_process.ForcedBOSTokenLogitsProcessor,
+            logits_process.ForcedEOSTokenLogitsProcessor,
+            logits_process.InfNanRemoveLogitsProcessor,
+            logits_process.LogitNormalization,
+            logits_process.MinLengthLogitsProcessor,
+            logits_process.MinNewTokensLengthLogitsProcessor,
+            logits_process.MinPLogitsWarper,
+            logits_process.NoBadWordsLogitsProcessor,
+            logits_process.NoRepeatNGramLogitsProcessor,
+            logits_process.PrefixConstrainedLogitsProcessor,
+            logits_process.SequenceBiasLogitsProcessor,
+            logits_process.SuppressTokensAtBeginLogitsProcessor,
+            logits_process.SuppressTokensLogitsProcessor,
+            logits_process.SynthIDTextWatermarkLogitsProcessor,
+            logits_process.TemperatureLogitsWarper,
+            logits_process.TopHLogitsWarper,
+            logits_process.TopKLogitsWarper,
+            logits_process.TopPLogitsWarper,
+            logits_process.TypicalLogitsWarper,
+            logits_process.WatermarkLogitsProcessor,
+        )
+    ),
+}
+_ROW_WISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+
+
+class TokenChoice:
+    """
+    What plain `generate()` does once per token, for every row of a batch. Called along the accepted paths in order, it
+    leaves the very trace that plain decoding leaves, in user code and in the global random generator. Only in a batch
+    that samples do the rows draw in another order: each token still follows the target's own law, but a seed gives
+    other tokens than it gives plain sampling.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[B, P]`): The prompts, padded on the left.
+        logits_processor ([`~transformers.LogitsProcessorList`]): As prepared by `generate()`.
+        stopping_criteria ([`~transformers.StoppingCriteriaList`]): As prepared by `generate()`.
+        generation_config ([`~transformers.GenerationConfig`]): Of this call.
+        streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+            Gets every token as it is emitted, of a batch of one.
+
+    Raises:
+        ValueError: More than one row, and a streamer, processor or criterion that cannot tell rows apart.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
+    ):
+        batch_size = input_ids.shape[0]
+        if batch_size > 1:
+            _check_batch(logits_processor, stopping_criteria, streamer)
+        self._rows = [
+            _RowChoice(
+                input_ids[row : row + 1],
+                logits_processor if batch_size == 1 else _processors_of_row(logits_processor, row, batch_size),
+                stopping_criteria,
+                generation_config,
+                streamer,
+            )
+            for row in range(batch_size)
+        ]
+        self._streamer = streamer
+        self._returns_dict = generation_config.return_dict_in_generate
+        self._pad = generation_config._pad_token_tensor
+        self._argmax_only = not (generation_config.do_sample or len(logits_processor) or self._rows[0].records)
+        self._logits: dict[int, torch.Tensor] = {}
+        self._argmax: dict[int, list[int]] = {}
+
+    @property
+    def remaining(self) -> list[int]:
+        """Tokens that `max_new_tokens` still allows each row; 0 for one that has stopped."""
+        return [row.remaining for row in self._rows]
+
+    def see(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
+        """
+        Choose from these from now on.
+
+        Args:
+            logits (`torch.Tensor` of shape `[R, N, V]`): The target's, at every node of a tree.
+            rows (sequence of `int`): Which rows of the batch they belong to.
+        """
+        self._logits = dict(zip(rows, logits, strict=True))
+        if self._argmax_only:
+            self._argmax = dict(zip(rows, logits.argmax(-1).tolist(), strict=True))
+
+    def select(self, row: int, node: int) -> int:
+        """The target's token after `node`, whose path must have been emitted; see [`Verifier`]."""
+        if self._argmax_only:
+            return self._argmax[row][node]
+        return self._rows[row].select(self._logits[row][node : node + 1])
+
+    def stop(self, row: int, token: int) -> bool:
+        """Emit a token and tell whether it is the last one of its row; see [`Verifier`]."""
+        return self._rows[row].stop(token)
+
+    def output(self, cache: object) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+        """What `generate()` returns. After its end a row holds padding, and zeros as scores and logits."""
+        if self._streamer is not None:
+            self._streamer.end()
+        sequences = self._stacked([row.sequence() for row in self._rows])
+        if not self._returns_dict:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=_steps([row.scores for row in self._rows]),
+            logits=_steps([row.raw_logits for row in self._rows]),
+            past_key_values=cache,
+        )
+
+    def _stacked(self, rows: list[torch.LongTensor]) -> torch.LongTensor:
+        """Rows of different lengths `[1, L]` as one tensor, padded on the right."""
+        longest = max(row.shape[1] for row in rows)
+        padding = [
+            row.new_full((1, longest - row.shape[1]), 0 if self._pad is None else int(self._pad)) for row in rows
+        ]
+        return torch.cat([torch.cat((row, pad), dim=1) for row, pad in zip(rows, padding, strict=True)])
+
+
+class _RowChoice:
+    """
+    The choice of one row's tokens; the arguments are those of [`TokenChoice`] for a batch of one.
+
+    Attributes:
+        scores (`tuple` of `torch.Tensor` of shape `[1, V]`, *optional*): Of every emitted token, if asked for.
+        raw_logits (`tuple` of `torch.Tensor` of shape `[1, V]`, *optional*): The same before any processor.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None,
+    ):
+        self._input_ids = input_ids
+        self._pending: list[int] = []
+        self._processors = logits_processor
+        self._streamer = streamer
+        self._do_sample = generation_config.do_sample
+        returns_dict = generation_config.return_dict_in_generate
+        self.scores: tuple | None = () if returns_dict and generation_config.output_scores else None
+        self.raw_logits: tuple | None = () if returns_dict and generation_config.output_logits else None
+        self._stopped = False
+        self._max_length = stopping_criteria.max_length
+        # Length and EOS are decided on the host, without a tensor; whatever else there is, is called as plain decoding
+        # calls it.
+        self._criteria = StoppingCriteriaList(rule for rule in stopping_criteria if not _decided_on_host(rule))
+        self._max_lengths = [rule.max_length for rule in stopping_criteria if type(rule) is MaxLengthCriteria]
+        self._eos = {
+            token
+            for rule in stopping_criteria
+            if type(rule) is EosTokenCriteria
+            for token in rule.eos_token_id.flatten().tolist()
+        }
+
+    @property
+    def records(self) -> bool:
+        return self.scores is not None or self.raw_logits is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return self._input_ids.shape[1] + len(self._pending)
+
+    @property
+    def remaining(self) -> int:
+        return 0 if self._stopped else max(self._max_length - self.length, 0)
+
+    def select(self, logits: torch.Tensor) -> int:
+        """The target's token where its logits are these `[1, V]`."""
+        input_ids = self.sequence()
+        logits = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = self._processors(input_ids, logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.raw_logits is not None:
+            self.raw_logits += (logits,)
+        if not self._do_sample:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1))
+
+    def stop(self, token: int) -> bool:
+        self._pending.append(token)
+        self._stopped = token in self._eos or any(self.length >= most for most in self._max_lengths)
+        if self._criteria:
+            self._stopped |= bool(self._criteria(self.sequence(), self.scores))
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor([token]))
+        return self._stopped
+
+    def sequence(self) -> torch.LongTensor:
+        """Prompt and emitted tokens, `[1, L]`."""
+        if self._pending:
+            emitted = self._input_ids.new_tensor([self._pending])
+            self._input_ids = torch.cat((self._input_ids, emitted), dim=1)
+            self._pending = []
+        return self._input_ids
+
+
+def _decided_on_host(rule: StoppingCriteria) -> bool:
+    """EOS, and a length limit that has no reminder to give about the target's maximum length."""
+    if type(rule) is MaxLengthCriteria:
+        return rule.max_position_embeddings is None or rule.max_length <= rule.max_position_embeddings + 1
+    return type(rule) is EosTokenCriteria
+
+
+def _steps(rows: list[tuple | None]) -> tuple | None:
+    """Every row's tensors `[1, V]`, one for each of its tokens, as one `[B, V]` for each step."""
+    if rows[0] is None:
+        return None
+    zeros = torch.zeros_like(rows[0][0])
+    return tuple(
+        torch.cat([row[step] if step < len(row) else zeros for row in rows]) for step in range(max(map(len, rows)))
+    )
+
+
+def _check_batch(
+    logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, streamer: BaseStreamer | None
+) -> None:
+    """Refuse what plain decoding calls once for a whole batch, whose rows are at different lengths here."""
+    if streamer is not None:
+        raise ValueError("a streamer takes the tokens of one prompt at a time; call generate() for each prompt.")
+    strange = [rule for rule in logits_processor if type(rule) not in _ROW_WISE]
+    strange += [rule for rule in stopping_criteria if type(rule) not in _ROW_WISE_CRITERIA]
+    if strange:
+        raise ValueError(
+            f"{type(strange[0]).__name__} may look at a whole batch at once, whose rows are at different lengths with "
+            "a drafter; call generate() for each prompt, or drop assistant_model."
+        )
+    kinds = {type(rule) for rule in stopping_criteria}
+    if not kinds <= {EosTokenCriteria, MaxLengthCriteria} and EosTokenCriteria not in kinds:
+        raise ValueError(
+            "without eos_token_id plain decoding lets rows that have stopped run on until the whole batch has; set "
+            "eos_token_id, or leave out stop_strings and max_time."
+        )
+
+
+def _processors_of_row(processors: LogitsProcessorList, row: int, batch_size: int) -> LogitsProcessorList:
+    """The processors as they are for one row of the batch."""
+    return LogitsProcessorList(_processor_of_row(processor, row, batch_size) for processor in processors)
+
+
+def _processor_of_row(processor: Any, row: int, batch_size: int) -> LogitsProcessor:
+    # A copy: those that remember do so in attributes of their own, which they replace and do not change.
+    own, held = copy(processor), _ROW_WISE[type(processor)]
+    if type(own) is logits_process.PrefixConstrainedLogitsProcessor:
+        allowed = own._prefix_allowed_tokens_fn
+        own._prefix_allowed_tokens_fn = lambda _, ids: allowed(row, ids)
+    elif held is not None and isinstance(values := vars(own)[held], torch.Tensor | list):
+        # One entry for each prompt, which several sequences may continue.
+        prompt = row * len(values) // batch_size
+        setattr(own, held, values[prompt : prompt + 1])
+        if type(own) is logits_process.EncoderNoRepeatNGramLogitsProcessor:
+            own.batch_size = 1
+    return own

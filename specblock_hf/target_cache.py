@@ -1,0 +1,199 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The target's keys and values while trees grow on them: which columns count, and what a walk leaves of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, StaticCache, cache_utils
+
+
+class TargetCache:
+    """
+    A target's cache in which every row of the batch ends in the same column, however much of a tree each row keeps: a
+    row that keeps less is shifted to the right, behind more padding. So columns of a row are as far apart as its
+    positions are, which is what sliding windows count, and no column is wasted on all rows.
+
+    Args:
+        cache ([`~transformers.DynamicCache`] or [`~transformers.StaticCache`]): What `generate()` prepared.
+        batch_size (`int`): Rows of the batch.
+        width (`int`): Columns that hold committed tokens, once the prompt has been read.
+        visible (`torch.BoolTensor` of shape `[B, width]`, *optional*):
+            Columns that count; `None` for all, which stays so until rows grow apart.
+    """
+
+    def __init__(self, cache: Any, batch_size: int, width: int, visible: torch.BoolTensor | None):
+        self.cache = cache
+        self.width = width
+        self.visible = visible
+        self._static = isinstance(cache, StaticCache)
+        # Columns of each row without the padding that shifting it brought.
+        self._own = [width] * batch_size
+
+    def room(self) -> int | None:
+        """Free columns of a static cache; `None` for one that grows."""
+        return self.cache.get_max_length() - self.width if self._static else None
+
+    def stored(self, layer: int) -> int:
+        """How many of the committed columns a layer holds; one that slides drops those before its window."""
+        return self.width if self._static else self.cache.layers[layer].keys.shape[-2]
+
+    def unused(self, layer: int, count: int) -> int:
+        """Columns behind `count` new ones that the layer shows to the attention although nothing is in them."""
+        return self.cache.layers[layer].keys.shape[-2] - self.width - count if self._static else 0
+
+    def leave_out_root(self) -> None:
+        """The prompt's last column is the first root's; it counts as scored and not as committed."""
+        self.width -= 1
+        self._own = [columns - 1 for columns in self._own]
+        if self.visible is not None:
+            self.visible = self.visible[:, :-1]
+
+    def commit(self, nodes: torch.LongTensor, scored: int) -> None:
+        """
+        Keep the walked nodes' columns next to those of their row and drop the others.
+
+        Args:
+            nodes (`torch.LongTensor` of shape `[B, E]`): Kept nodes of each row; -1 is padding.
+            scored (`int`): Nodes that the last forward appended.
+        """
+        kept = nodes.tolist()
+        lengths = [sum(node >= 0 for node in row) for row in kept]
+        widest = max(lengths)
+        self._own = [own + length for own, length in zip(self._own, lengths, strict=True)]
+        # Sliding layers have lost the columns that a smaller width would ask for.
+        width = max(self._own) if self._static else max(self.width, *self._own)
+        if min(lengths) == widest and width == self.width + widest:
+            if any(row != list(range(widest)) for row in kept):
+                self._move(self.width + nodes, self.width)
+            if self.visible is not None:
+                self.visible = nn.functional.pad(self.visible, (0, widest), value=True)
+        else:
+            source = self._shifted(nodes, torch.tensor(lengths, device=nodes.device).unsqueeze(1), width)
+            self._see(source)
+            self._move(source.clamp_min(0), 0)
+        self._cut(width, self.width + scored)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch and forget the others."""
+        self._own = [self._own[row] for row in rows]
+        if self.visible is not None:
+            self.visible = self.visible[rows]
+        for layer in self.cache.layers:
+            if layer.keys is not None:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+    def align_left(self) -> None:
+        """Lay every row's columns out as plain decoding does, token j in column j, for a cache that is handed back."""
+        if min(self._own) == self.width:
+            return
+        own = torch.tensor(self._own).unsqueeze(1)
+        source = self.width - own + torch.arange(self.width)
+        self._move(source.clamp_max(self.width - 1), 0)
+
+    def record_past(self, on: bool) -> None:
+        """
+        Sliding layers must not drop columns before a tree's rejected nodes are gone; transformers has no call to end
+        that.
+        """
+        for layer in self.cache.layers:
+            if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
+                layer.record_past = on
+
+    def _shifted(self, nodes: torch.LongTensor, lengths: torch.LongTensor, width: int) -> torch.LongTensor:
+        """What moves to each column `[B, width]`: a committed column, a node behind these, or -1 for padding."""
+        from_end = width - 1 - torch.arange(width, device=nodes.device)
+        picked = nodes.gather(1, (lengths - 1 - from_end).clamp(0, nodes.shape[1] - 1))
+        committed = (self.width - 1 - (from_end - lengths)).clamp_min(-1)
+        return torch.where(from_end < lengths, self.width + picked, committed)
+
+    def _see(self, source: torch.LongTensor) -> None:
+        """Let `visible` follow the columns of `source`."""
+        source = source.to(self._device)
+        visible = self.visible
+        if visible is None:
+            visible = torch.ones(source.shape[0], self.width, dtype=torch.bool, device=self._device)
+        visible = visible.gather(1, source.clamp(0, self.width - 1))
+        self.visible = (source >= self.width) | ((source >= 0) & visible)
+
+    def _move(self, source: torch.LongTensor, start: int) -> None:
+        """Write what columns `source` `[B, count]` hold to the columns from `start` on, in all layers with rows."""
+        for layer in self.cache.layers:
+            if layer.keys is None:
+                continue
+            # A sliding layer lacks the oldest columns, and nobody asks for what moves out of it.
+            first = self._first(layer)
+            skipped = max(first - start, 0)
+            index = (source[:, skipped:].to(layer.keys.device) - first).clamp_min(0)[:, None, :, None]
+            there = slice(start + skipped - first, start + source.shape[1] - first)
+            for rows in (layer.keys, layer.values):
+                rows[..., there, :] = rows.gather(2, index.expand(-1, rows.shape[1], -1, rows.shape[3]))
+
+    def _first(self, layer: Any) -> int:
+        """The column that a layer's first row holds."""
+        if self._static:
+            return 0
+        return layer.get_seq_length() - layer.keys.shape[-2]
+
+    def _cut(self, width: int, total: int) -> None:
+        """Drop the columns from `width` to `total`."""
+        if self._static:
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(width)
+        else:
+            # Sliding layers return to their window here, even if nothing is dropped.
+            self.cache.crop(width - total)
+        self.width = width
+
+    @property
+    def _device(self) -> torch.device:
+        return next(layer.keys.device for layer in self.cache.layers if layer.keys is not None)
+
+
+def is_users(cache: Any) -> bool:
+    """Whether the cache was passed to `generate()`, which notes that on it, and so outlives the call."""
+    return vars(cache).get("_is_user_defined", False)
+
+
+def check_cache(cache: Any, batch_size: int, returns_cache: bool) -> None:
+    """
+    Refuse caches whose columns cannot be rearranged.
+
+    Args:
+        cache ([`~transformers.Cache`]): What `generate()` prepared.
+        batch_size (`int`): Rows of the batch.
+        returns_cache (`bool`): Somebody goes on with the cache after the call.
+
+    Raises:
+        ValueError: In one sentence: what, why and what to do.
+    """
+    # A subclass may store its rows differently, so this is about the exact classes.
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        raise ValueError(
+            f"past_key_values is {type(cache).__name__}, whose rows a draft tree cannot rearrange; pass a "
+            "DynamicCache or a StaticCache that is not offloaded, or none."
+        )
+    if type(cache) is StaticCache and any(type(layer) is not cache_utils.StaticLayer for layer in cache.layers):
+        raise ValueError(
+            "this StaticCache has layers that slide, which overwrite rows before a draft tree is verified; pass a "
+            "DynamicCache, or none."
+        )
+    if type(cache) is StaticCache and batch_size > 1 and returns_cache:
+        raise ValueError(
+            "the rows of a batch end at different rounds and a StaticCache has no room to keep those that have ended; "
+            "leave out return_dict_in_generate and past_key_values, or pass a DynamicCache."
+        )
