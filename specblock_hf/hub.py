@@ -37,12 +37,21 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    hf_hub_download,
+    is_offline_mode,
     try_to_load_from_cache,
 )
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 
 LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
@@ -97,19 +106,49 @@ class DrafterFiles:
         found = self.optional(filename)
         if found is None:
             raise OSError(
-                f"{self.name} has no {filename}, so it is not a drafter; check the name, revision and subfolder."
+                f"{self.name} has no {filename}, or not in the cache if the Hub may not be asked; check the name, "
+                "revision and subfolder."
             )
         return found
 
     def optional(self, filename: str) -> Path | None:
         """A file that may be there, or `None`; raises as [`~DrafterFiles.path`] if that cannot be told."""
-        before = None if Path(self.name).is_dir() else self._in_cache(filename)
-        found = cached_file(self.name, filename, _raise_exceptions_for_missing_entries=False, **self.options)
-        if found is None:
+        options = dict(self.options)
+        subfolder = options.pop("subfolder", None)
+        if Path(self.name).is_dir():
+            path = Path(self.name, subfolder or "", filename)
+            return path if path.is_file() else None
+        try:
+            before = self._in_cache(filename)
+            found = hf_hub_download(os.fspath(self.name), filename, subfolder=subfolder, **options)
+        except LocalEntryNotFoundError as error:
+            if is_offline_mode() or options.get("local_files_only"):
+                return None
+            raise OSError(
+                f"{filename} of {self.name} is not in the cache and the Hub cannot be asked for it "
+                f"({error.__cause__ or error}); try again."
+            ) from error
+        except EntryNotFoundError:
             return None
-        if not Path(self.name).is_dir() and (before != found or self.options.get("force_download")):
+        except (HTTPError, HFValidationError) as error:
+            raise OSError(self._explain(error)) from error
+        if found != before or options.get("force_download"):
             self._check_hash(Path(found), filename)
         return Path(found)
+
+    def _explain(self, error: Exception) -> str:
+        if isinstance(error, GatedRepoError):
+            return f"{self.name} is gated; accept its terms on the Hub, and pass token= or log in."
+        if isinstance(error, RevisionNotFoundError):
+            return (
+                f"{self.name} has no revision {self.options['revision']}; name one of its branches, tags or commits."
+            )
+        if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+            return (
+                f"{self.name} is neither a folder nor a Hub repository that can be seen; check the name, and pass "
+                "token= or log in if the repository is private."
+            )
+        return f"The Hub does not give {self.name} ({error}); try again later."
 
     def weights(self) -> list[Path]:
         """
@@ -143,7 +182,7 @@ class DrafterFiles:
         found = try_to_load_from_cache(
             os.fspath(self.name),
             os.path.join(self.options.get("subfolder", ""), filename),
-            cache_dir=self.options.get("cache_dir", HF_HUB_CACHE),
+            cache_dir=self.options.get("cache_dir"),
             revision=self.options.get("revision"),
         )
         return found if isinstance(found, str) else None
