@@ -15,14 +15,14 @@
 
 from pathlib import Path
 
+from specblock_hf import SpecBlockDrafter
 from specblock_hf.default_target import load_default_target
-from specblock_hf.drafters.specblock import SpecBlockDrafter
 
 
 DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
 
 target, tokenizer = load_default_target()  # or AutoModelForCausalLM.from_pretrained(...)
-drafter = SpecBlockDrafter.from_pretrained(DRAFTER, dtype=target.dtype)
+drafter = SpecBlockDrafter.from_pretrained(DRAFTER, dtype="auto")
 
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "Write a Python function that reverses the words of a sentence."}],

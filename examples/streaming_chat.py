@@ -17,8 +17,8 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
+from specblock_hf import SpecBlockDrafter
 from specblock_hf.default_target import load_default_target
-from specblock_hf.drafters.specblock import SpecBlockDrafter
 
 
 DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
@@ -26,7 +26,7 @@ DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-in
 
 def main():
     target, tokenizer = load_default_target()
-    drafter = SpecBlockDrafter.from_pretrained(DRAFTER, dtype=target.dtype)
+    drafter = SpecBlockDrafter.from_pretrained(DRAFTER, dtype="auto")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages = []
     while question := read_line("> "):

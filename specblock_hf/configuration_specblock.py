@@ -51,6 +51,10 @@ class SpecBlockConfig(LlamaConfig):
             4, 6, 4]` is
             the release's second map).
         root_width (`int`, *optional*, defaults to 10): Children of the root, whatever its bucket.
+        expansion (`str`, *optional*, defaults to `"rank_guided"`):
+            How a block grows the tree: `"rank_guided"` (Algorithm 2 of the paper) or `"best_first"`, which gives
+            children
+            to the likeliest nodes, alternatives included, and leaves the rank head out.
         probability_cuts (`bool`, *optional*, defaults to `False`): Narrow confident slots as the authors' runner does.
         tree_budget (`int`, *optional*, defaults to 60): Most drafted nodes of a tree.
         max_starts (`int`, *optional*): Most starts of a later block; `None` takes them all, as the release does.
@@ -83,6 +87,7 @@ class SpecBlockConfig(LlamaConfig):
     num_blocks: int = 2
     branching: list[int] | None = None
     root_width: int = 10
+    expansion: str = "rank_guided"
     probability_cuts: bool = False
     tree_budget: int = 60
     max_starts: int | None = None
@@ -101,6 +106,8 @@ class SpecBlockConfig(LlamaConfig):
             raise ValueError(
                 f"block_size is {self.block_size}; a forward predicts at least one token, so give 1 or more."
             )
+        if self.expansion not in ("rank_guided", "best_first"):
+            raise ValueError(f'expansion is {self.expansion!r}; trees grow "rank_guided" or "best_first".')
         if self.rank_top_k < NUM_LISTED_LOG_PROBS:
             raise ValueError(
                 f"rank_top_k is {self.rank_top_k} but the rank head reads {NUM_LISTED_LOG_PROBS} log-probabilities; "

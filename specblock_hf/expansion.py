@@ -21,12 +21,21 @@ thus follow from shapes alone and nothing is read back from the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from .tree import DraftTree
+
+
+Children = Callable[[int, torch.LongTensor, torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
+"""
+`children(level, rows, tokens)`: target ids and log-probs `[B, F, W]`, best first, below F nodes of a level, given the
+row of
+the forward `[B, F]` that each belongs to and its token `[B, F]`.
+"""
 
 
 @dataclass
@@ -37,12 +46,25 @@ class BlockOutputs:
     Args:
         tokens (`torch.LongTensor` of shape `[B, S, K, W]`): The W best target ids of every slot, best first.
         log_probs (`torch.Tensor` of shape `[B, S, K, W]`): Their log-probs over the whole draft vocabulary.
-        rank_class (`torch.LongTensor` of shape `[B, S, K]`): The rank bucket that the rank head predicts for the slot.
+        rank_class (`torch.LongTensor` of shape `[B, S, K]`, *optional*):
+            The rank bucket that the rank head predicts for the slot; only rank-guided growth asks for it.
     """
 
     tokens: torch.LongTensor
     log_probs: torch.Tensor
-    rank_class: torch.LongTensor
+    rank_class: torch.LongTensor | None = None
+
+    def children(self, width: int) -> Children:
+        """The `width` best tokens of every slot, as [`best_first`] asks for them: the same below any token."""
+
+        def children(
+            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            picked = rows.unsqueeze(-1).expand(-1, -1, width)
+            best = (self.tokens[:, :, level, :width], self.log_probs[:, :, level, :width])
+            return best[0].gather(1, picked), best[1].gather(1, picked)
+
+        return children
 
 
 @dataclass
@@ -212,6 +234,65 @@ def rank_guided(
     )
     node = torch.where(valid & branches.unsqueeze(-1), index, -2).flatten(1)
     return grown, Starts(node, parent_start=row, slot=slot, tokens=tokens)
+
+
+def best_first(
+    tree: DraftTree, starts: Starts, children: Children, depth: int, beam: int, forward_index: int
+) -> tuple[DraftTree, Starts]:
+    """
+    Append the likeliest continuations of every start, level by level: each of the `beam` likeliest nodes of a level
+    gets
+    children. With a beam as wide as the tree's budget nothing that pruning would keep is missed.
+
+    Unlike [`rank_guided`] it also continues alternatives within a block. Drafters differ only in `children`: a block's
+    slots have laws of their own whatever token a node has, a Markov drafter's depend on it.
+
+    Args:
+        tree (`DraftTree`): The tree so far, N nodes wide.
+        starts (`Starts`): The S nodes to continue.
+        children (`Children`): The drafter's predictions below some nodes of a level.
+        depth (`int`): Levels to append (SpecBlock: slots K).
+        beam (`int`): Nodes of a level that get children.
+        forward_index (`int`): Which forward of the round this is.
+
+    Returns:
+        `tuple[DraftTree, Starts]`: The grown tree, and all new nodes as candidates for the next forward's starts.
+    """
+    device, offset = tree.tokens.device, tree.tokens.shape[1]
+    front, tokens = starts.node, starts.tokens
+    scores = tree.cumulative_log_probs().gather(1, front.clamp_min(0)).masked_fill(front < 0, -torch.inf)
+    rows = torch.arange(front.shape[1], device=device).expand_as(front)
+    grown: dict[str, list[torch.Tensor]] = {"tokens": [], "parents": [], "log_probs": [], "rows": [], "slots": []}
+    for level in range(depth):
+        new_tokens, log_probs = children(level, rows, tokens)
+        width = new_tokens.shape[2]
+        scores = (scores.unsqueeze(2) + log_probs).flatten(1)
+        possible = scores > -torch.inf
+        tokens, rows = new_tokens.flatten(1), rows.repeat_interleave(width, dim=1)
+        grown["tokens"].append(tokens)
+        grown["parents"].append(torch.where(possible, front.repeat_interleave(width, dim=1), -2))
+        grown["log_probs"].append(log_probs.flatten(1).masked_fill(~possible, -torch.inf))
+        grown["rows"].append(rows)
+        grown["slots"].append(torch.full_like(tokens, level))
+        index = torch.arange(offset, offset + tokens.shape[1], device=device)
+        offset += tokens.shape[1]
+        scores, kept = scores.topk(min(beam, tokens.shape[1]), dim=1)
+        front, tokens, rows = index[kept], tokens.gather(1, kept), rows.gather(1, kept)
+    made = {name: torch.cat(parts, dim=1) for name, parts in grown.items()}
+    origin = torch.stack((torch.full_like(made["slots"], forward_index), made["slots"]), dim=-1)
+    nodes = torch.arange(tree.tokens.shape[1], offset, device=device)
+    return DraftTree(
+        tokens=torch.cat((tree.tokens, made["tokens"]), dim=1),
+        parents=torch.cat((tree.parents, made["parents"]), dim=1),
+        log_probs=torch.cat((tree.log_probs, made["log_probs"]), dim=1),
+        origin=torch.cat((tree.origin, origin), dim=1),
+        height=tree.max_depth + depth,
+    ), Starts(
+        node=torch.where(made["parents"] >= 0, nodes, -2),
+        parent_start=made["rows"],
+        slot=made["slots"],
+        tokens=made["tokens"],
+    )
 
 
 def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_log_prob: float | None = None) -> Starts:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_specblock import SpecBlockConfig
 from ..drafter import DrafterLock, DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
-from ..expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
+from ..expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
 from ..modeling_specblock import BlockCache, BlockPath, SpecBlockModel, committed_mask
 from ..training.objective import TargetBatch
 from ..tree import DraftTree
@@ -140,13 +140,10 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
         tree = DraftTree.root(pairs.tokens.gather(1, last).squeeze(1).to(self.device))
         if max(limits.nodes) == 0 or max(limits.depth) == 0:
             return tree
-        config = self.config
-        branching = Branching(tuple(config.branching), config.root_width, config.probability_cuts)
-        size, first_width = config.block_size, state.cache.width
+        size, first_width = self.config.block_size, state.cache.width
         path, starts = None, Starts.root(tree)
         for forward in range(limits.num_forwards):
-            outputs = self._block_outputs(hidden, branching.most(forward == 0))
-            tree, candidates = rank_guided(tree, starts, outputs, branching, forward)
+            tree, candidates = self._grow(tree, starts, hidden, forward, max(limits.nodes))
             if forward + 1 == limits.num_forwards or (forward + 1) * size > max(limits.depth):
                 break
             starts = limit_starts(candidates, tree, limits.max_starts)
@@ -159,6 +156,21 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
         tree = tree.merge_duplicates().limit_depth(limits.depth)
         return tree.prune(limits.nodes)
+
+    def _grow(
+        self, tree: DraftTree, starts: Starts, hidden: torch.Tensor, forward: int, budget: int
+    ) -> tuple[DraftTree, Starts]:
+        """Append a block below every start, by the rule that the configuration names."""
+        config = self.config
+        if config.expansion == "best_first":
+            width = min(config.root_width, budget)
+            children = self._block_outputs(hidden, width, ranked=False).children(width)
+            tree, candidates = best_first(tree, starts, children, config.block_size, budget, forward)
+            # Every new node may start a block; more of them than the tree can hold are never worth a forward's rows.
+            return tree, limit_starts(candidates, tree, budget)
+        branching = Branching(tuple(config.branching), config.root_width, config.probability_cuts)
+        outputs = self._block_outputs(hidden, branching.most(forward == 0))
+        return rank_guided(tree, starts, outputs, branching, forward)
 
     def _commit(self, state: SpecBlockState, pairs: Pairs) -> Iterator[torch.Tensor]:
         """
@@ -216,14 +228,17 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
         mask = path.mask(first_width, size)
         return self(embeds, conditions, positions.expand(-1, count), mask, state.cache)
 
-    def _block_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
-        """The best tokens of every slot `[B, S, K, d]` and the rank head's bucket."""
+    def _block_outputs(self, hidden: torch.Tensor, width: int, ranked: bool = True) -> BlockOutputs:
+        """The best tokens of every slot `[B, S, K, d]` and, if wanted, the rank head's bucket."""
         normed, logits = self.draft_logits(hidden)
-        best = logits.topk(max(width, self.config.rank_top_k), dim=-1)
-        rank_logits = self.rank_logits(normed, best.values[..., : self.config.rank_top_k])
+        best = logits.topk(max(width, self.config.rank_top_k) if ranked else width, dim=-1)
         log_probs = best.values[..., :width].float() - logits.float().logsumexp(-1, keepdim=True)
         ids = best.indices[..., :width]
-        return BlockOutputs(ids + self.d2t[ids], log_probs, rank_logits.argmax(-1))
+        tokens = ids + self.d2t[ids]
+        if not ranked:
+            return BlockOutputs(tokens, log_probs)
+        rank_logits = self.rank_logits(normed, best.values[..., : self.config.rank_top_k])
+        return BlockOutputs(tokens, log_probs, rank_logits.argmax(-1))
 
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
         modules = [self.lm_head, self.rank_head] if scope == "head" else [self]
