@@ -28,6 +28,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": ("specblock_hf.demo", "answer six prompts with and without a drafter, and compare"),
     "doctor": ("specblock_hf.doctor", "check a target and a drafter, and whether using them pays on this machine"),
+    "regenerate": ("specblock_hf.training.regenerate", "write a target's answers to prompts, to train a drafter on"),
     "train": ("specblock_hf.training.command", "train a drafter on the target's own answers"),
     "generate": ("specblock_hf.answer", "stream the answer to one prompt"),
     "inspect": ("specblock_hf.commands.inspect", "say what a drafter is and whether it fits a target"),

