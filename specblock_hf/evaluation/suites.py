@@ -85,6 +85,27 @@ SUITES = {"humaneval": humaneval, "mtbench": mtbench}
 """Suites that need no file, by name."""
 
 
+def load_suite(name: str, path: str | Path | None = None) -> list[str]:
+    """
+    What to ask the target, prompt by prompt.
+
+    Args:
+        name (`str`): `humaneval`, `mtbench` or `gsm8k`.
+        path (`str` or `Path`, *optional*): File of a suite that no package carries.
+
+    Raises:
+        ValueError: There is no such suite, or its file is not named.
+        ImportError: Its package is not installed.
+    """
+    if name in SUITES:
+        return [prompt.prompt for prompt in SUITES[name]()]
+    if name != "gsm8k":
+        raise ValueError(f"there is no suite {name!r}; name humaneval, mtbench or gsm8k.")
+    if path is None:
+        raise ValueError("no package carries GSM8K; give the path of its JSON-lines file.")
+    return [prompt.prompt for prompt in gsm8k(path)]
+
+
 def _package_file(requirement: str, module: str, inside: str) -> Path:
     spec = find_spec(module)
     path = Path(spec.submodule_search_locations[0], inside) if spec and spec.submodule_search_locations else None
@@ -95,4 +116,4 @@ def _package_file(requirement: str, module: str, inside: str) -> Path:
     return path
 
 
-__all__ = ["SUITES", "EvaluationPrompt", "gsm8k", "humaneval", "mtbench"]
+__all__ = ["SUITES", "EvaluationPrompt", "gsm8k", "humaneval", "load_suite", "mtbench"]

