@@ -47,14 +47,12 @@ class SpecBlockConfig(LlamaConfig):
         num_blocks (`int`, *optional*, defaults to 2): M, drafter forwards that build one tree. Any value works at
             inference.
         branching (`list[int]`, *optional*, defaults to `[2, 4, 10, 0]`):
-            Children of a slot for each predicted rank bucket, the greedy one counted; 0 gives up (section 3.2; `[2,
-            4, 6, 4]` is
-            the release's second map).
+            Children of a slot for each predicted rank bucket, the greedy one counted; 0 gives up (section 3.2; the
+            release's second map is `[2, 4, 6, 4]`).
         root_width (`int`, *optional*, defaults to 10): Children of the root, whatever its bucket.
         expansion (`str`, *optional*, defaults to `"rank_guided"`):
             How a block grows the tree: `"rank_guided"` (Algorithm 2 of the paper) or `"best_first"`, which gives
-            children
-            to the likeliest nodes, alternatives included, and leaves the rank head out.
+            children to the likeliest nodes, alternatives included, and leaves the rank head out.
         probability_cuts (`bool`, *optional*, defaults to `False`): Narrow confident slots as the authors' runner does.
         tree_budget (`int`, *optional*, defaults to 60): Most drafted nodes of a tree.
         max_starts (`int`, *optional*): Most starts of a later block; `None` takes them all, as the release does.

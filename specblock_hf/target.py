@@ -35,10 +35,10 @@ from transformers import PreTrainedModel, cache_utils
 from .drafter import Pairs, TokenTable
 from .prompt import PromptPairs
 from .target_cache import TargetCache, check_cache
+from .tree import DraftTree
 
 
 if TYPE_CHECKING:
-    from .tree import DraftTree
     from .verification import Walk
 
 
@@ -366,7 +366,12 @@ class TargetModel:
 
     def finish(self) -> None:
         """Leave the cache as plain decoding would, for whoever goes on with it."""
-        self._committed.align_left()
+        behind = self._committed.behind()
+        if self._returns_cache and behind:
+            # Plain decoding has read the last token of a row if another row has a longer text.
+            self.score(DraftTree.root(self._last.squeeze(1)))
+            self._committed.commit(torch.tensor(behind).unsqueeze(1).long() - 1, 1)
+            self._committed.align_left()
 
     def _count_new(self, mask_length: int | None) -> int:
         """Prompt tokens that the cache does not hold yet; `generate()` may be given all ids or only the new ones."""

@@ -97,10 +97,13 @@ class TargetCache:
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
+    def behind(self) -> list[int]:
+        """1 for each row that has fewer tokens than another, 0 for the others; empty if all have as many."""
+        longest = max(self._own)
+        return [int(own < longest) for own in self._own] if min(self._own) < longest else []
+
     def align_left(self) -> None:
-        """Lay every row's columns out as plain decoding does, token j in column j, for a cache that is handed back."""
-        if min(self._own) == self.width:
-            return
+        """Lay every row's columns out as plain decoding does, token j in column j."""
         own = torch.tensor(self._own).unsqueeze(1)
         source = self.width - own + torch.arange(self.width)
         self._move(source.clamp_max(self.width - 1), 0)

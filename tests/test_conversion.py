@@ -27,6 +27,7 @@ from conftest import prompt_of, tiny_target
 from safetensors.torch import load_file, save_file
 from test_loading import assert_same, rewrite, small_drafter
 from transformers import LlamaConfig
+from transformers.pipelines.base import load_assistant_model
 
 from specblock_hf import AutoDrafter, Eagle3Drafter, SpecBlockDrafter, cli
 from specblock_hf.conversion import Layout, layout_of, write_checkpoint
@@ -354,6 +355,8 @@ def test_a_drafter_comes_back_from_another_layout(kind, layout, tmp_path):
     assert layout_of(written, tmp_path) == layout
     back = AutoDrafter.from_pretrained(tmp_path, target=tiny_target("llama"))
     assert back.dtype == torch.bfloat16
+    # What pipeline() asks of an assistant: the vocabulary and the special tokens of the target.
+    assert load_assistant_model(tiny_target("llama"), back, None) == (back, None)
     assert_same(back, drafter)
     differing = {
         key: value for key, value in back.config.to_diff_dict().items() if drafter.config.to_dict().get(key) != value

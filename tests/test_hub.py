@@ -26,8 +26,8 @@ from hub_client import Client, ClientError
 from hub_server import OWNER, READER, Fault, HubServer, Repo
 from test_loading import assert_same, small_drafter
 
-from specblock_hf import AutoDrafter
-from specblock_hf.hub import CardFacts
+from specblock_hf import AutoDrafter, SpecBlockConfig
+from specblock_hf.hub import CardFacts, model_card
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
@@ -406,6 +406,17 @@ def test_a_card_says_what_it_is_told(folders):
     ):
         assert part in text, part
     assert "{{" not in text and "{%" not in text
+
+
+@pytest.mark.parametrize("name", ["specblock-llama-3.1-8b-instruct", "specblock-qwen3-8b"])
+def test_template_cards_say_that_they_are_templates(name):
+    folder = Path(__file__).parents[1] / "model_cards" / name
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json"}
+    card = (folder / "README.md").read_text()
+    assert card == str(model_card(SpecBlockConfig.from_pretrained(folder), f"ORG/{name}", CardFacts())) + "\n"
+    assert "**A template without weights.**" in card and "Nothing was measured with this drafter." in card
+    with pytest.raises(OSError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
+        AutoDrafter.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,19 @@ def test_an_oracle_is_accepted_wherever_its_vocabulary_reaches(target, eos):
     assert max(accepted) == 4 or eos
 
 
+@pytest.mark.parametrize("kind", [Eagle3Drafter, OracleEagle3])
+def test_a_padded_batch_says_what_plain_decoding_says(target, kind):
+    short, long = prompt_of(4, seed=1), prompt_of(9, seed=2)
+    prompts = torch.cat([torch.nn.functional.pad(short, (5, 0)), long])
+    mask = torch.tensor([[0] * 5 + [1] * 4, [1] * 9])
+    options = {"attention_mask": mask, "max_new_tokens": 14, "pad_token_id": 0, **GREEDY}
+    expected = target.generate(prompts, **options)
+    drafter = random_drafter(kind, draft_vocab_size=30)
+    drafter.text = expected[1].tolist()  # right for one of the rows, so that they do not advance together
+    assert torch.equal(target.generate(prompts, assistant_model=drafter, **options), expected)
+    assert drafter.last_statistics.emitted == 28
+
+
 def test_layers_follow_from_the_targets_depth_where_they_are_not_recorded(llama):
     drafter = random_drafter()
     assert drafter.feature_layers == (-1, -1, -1)
