@@ -391,6 +391,30 @@ def test_a_drafter_for_another_target_is_refused(overrides, what):
         target.generate(prompt_of(5), max_new_tokens=4, assistant_model=random_drafter(**overrides))
 
 
+@torch.no_grad()
+def test_the_norms_of_speculators():
+    """A single row attends to itself alone, so what the layer makes of it can be written down."""
+    drafter = random_drafter(norm_before_residual=True, norm_before_fc=True)
+    for name, weight in drafter.named_parameters():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)
+    layer, generator = drafter.layers[0], torch.Generator().manual_seed(1)
+    features, token = (torch.randn(1, 1, size, generator=generator) for size in (96, 32))
+
+    def norm(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return states * (states.square().mean(-1, keepdim=True) + drafter.config.rms_norm_eps).rsqrt() * weight
+
+    condition = drafter.fc.weight @ norm(features, drafter.input_norm.weight)[0, 0]
+    assert torch.allclose(drafter.project_features(features)[0, 0], condition, atol=1e-5)
+    normed = norm(condition, layer.hidden_norm.weight)
+    attended = layer.self_attn.v_proj.weight @ torch.cat([norm(token, layer.input_layernorm.weight)[0, 0], normed])
+    attended = layer.self_attn.o_proj.weight @ attended.view(2, 1, 8).expand(2, 2, 8).flatten()
+    hidden = normed + attended
+    expected = hidden + layer.mlp(norm(hidden, layer.post_attention_layernorm.weight))
+    made = drafter(token, condition[None, None], torch.tensor([[3]]))
+    assert torch.allclose(made[0, 0, 0], expected, atol=1e-5)
+
+
 def test_parameters_of_a_scope():
     drafter = random_drafter(norm_before_fc=True)
     assert [p.shape for p in drafter.parameters_of("head")] == [(24, 32)]
