@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
     parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
     parser.add_argument("--views", help="keep the target's states here and compute them once: for small targets")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
     parser.add_argument("--eval-examples", type=int, default=24, help="held-out answers per evaluation (%(default)s)")
     for field in dataclasses.fields(DrafterTrainingArguments):
         name = "--" + field.name.replace("_", "-").removesuffix("-dir")
@@ -85,11 +88,11 @@ def run(args: argparse.Namespace) -> None:
     (folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
     torch.manual_seed(arguments.seed)
     target, tokenizer = load_target(args.target, torch.bfloat16 if arguments.bf16 else torch.float32)
-    target.eval().requires_grad_(False)
+    target.eval().requires_grad_(False).to(args.device)
     table = TokenTable.of(target)
     examples = load_examples(args.data, tokenizer, arguments.max_length)
     train, held_out = split_examples(examples, arguments.held_out)
-    drafter = _make_drafter(args, target, train)
+    drafter = _make_drafter(args, target, train).to(args.device)
     views = _views(args.views, "train", train, target, drafter.feature_layers)
     # Views are kept of all answers, so that runs on parts of them can share one folder.
     chosen = [i for i, e in enumerate(train) if e.greedy or not args.greedy_only]

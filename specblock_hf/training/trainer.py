@@ -105,7 +105,7 @@ def collate(
         answer = slice(example.answer_start, length)
         tokens[row, :length] = torch.tensor(example.input_ids)
         features[row, :length] = view.features.flatten(1)
-        top_ids[row, answer] = draft_ids[view.top_ids.long()]
+        top_ids[row, answer] = draft_ids[view.top_ids.long().cpu()]
         top_probs[row, answer] = view.top_probs
         scored[row, answer] = True
     device = table.device
