@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from batches_for_tests import garbage, oracles, padded_batch
 from conftest import ATTENTIONS, KINDS, VOCAB, prompt_of, tiny_target
+from hypothesis import assume
 from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel, set_seed
 
@@ -75,6 +76,9 @@ def cases(draw) -> dict[str, Any]:
         for name in ("encoder_no_repeat_ngram_size", "prefill_chunk_size"):
             options.pop(name, None)
     turns = draw(st.integers(1, 3)) if source == "ids" and len(lengths) == 1 else 1
+    if turns > 1:
+        # transformers 5.17 reads again in chunks what the cache holds already.
+        options.pop("prefill_chunk_size", None)
     if kind in ("llama", "qwen3") and turns == 1 and not (returns and len(lengths) > 1):
         options["cache_implementation"] = draw(st.sampled_from([None, "static"]))
     plans = draw(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=6), min_size=4, max_size=4))
@@ -103,7 +107,12 @@ def check(case: dict[str, Any]) -> int:
         AssertionError: The tokens, or what else is handed back, differ.
     """
     target = tiny_target(case["kind"], case["attention"])
-    plain, plain_columns = run(target, case, lambda batch, turn: None)
+    try:
+        plain, plain_columns = run(target, case, lambda batch, turn: None)
+    except RuntimeError as error:
+        # Penalties of what is forbidden anyway may add up to no number at all.
+        assume("probability tensor contains" not in str(error))
+        raise
     drafters: list[TreeDrafter] = []
 
     def drafter(batch: dict, turn: int) -> TreeDrafter:
