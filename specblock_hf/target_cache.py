@@ -75,8 +75,8 @@ class TargetCache:
         lengths = [sum(node >= 0 for node in row) for row in kept]
         widest = max(lengths)
         self._own = [own + length for own, length in zip(self._own, lengths, strict=True)]
-        # Sliding layers have lost the columns that a smaller width would ask for.
-        width = max(self._own) if self._static else max(self.width, *self._own)
+        # Never less than before, although the longest row may have gone: sliding layers have dropped what that needs.
+        width = max(self.width, *self._own)
         if min(lengths) == widest and width == self.width + widest:
             if any(row != list(range(widest)) for row in kept):
                 self._move(self.width + nodes, self.width)
