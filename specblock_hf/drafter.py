@@ -24,7 +24,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from .statistics import GenerationStatistics
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .training.objective import TargetBatch
     from .tree import DraftTree
     from .verification import Walk
 
@@ -254,11 +255,15 @@ class TreeDrafter(ABC):
             first.
         last_statistics ([`GenerationStatistics`], *optional*):
             Of the last finished call; with several threads the last one wins.
+        objective_class (`type`, *optional*):
+            A frozen dataclass of what may be chosen about the objective beside the batch, with a default for
+            everything; `specblock train --objective NAME=VALUE` sets its fields. `None` if there is nothing to choose.
         lock (`DrafterLock`): Held around `propose` and around any in-place change of the weights.
     """
 
     config: PreTrainedConfig
     feature_layers: tuple[int, ...] = ()
+    objective_class: type | None = None
     drafting_plan: DraftingPlan | None = None
     last_statistics: GenerationStatistics | None = None
     lock: DrafterLock
@@ -306,10 +311,35 @@ class TreeDrafter(ABC):
             [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow.
         """
 
-    def loss(self, batch) -> dict[str, torch.Tensor]:
+    def loss(
+        self,
+        batch: TargetBatch,
+        objective: Any = None,
+        *,
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
         """
-        The drafter's training objective and its parts, for the trainer and the online updater alike; `"loss"` is the
-        total.
+        The drafter's training objective and its parts, for the trainer and the online updater alike. `specblock train
+        --drafter NAME` trains whatever implements this and is listed in `specblock_hf.auto.DRAFTERS`: the
+        configuration class makes a drafter for a target (`config_class.for_target(target.config, **overrides)`), the
+        drafter has the draft vocabulary of [`DraftHead`].
+
+        Args:
+            batch ([`TargetBatch`]): Texts and the target's view of them; the features are those of `feature_layers`.
+            objective (*optional*): An instance of `objective_class`; its defaults if not given.
+            progress (`float`, *optional*, defaults to 1.0):
+                Share of the run's steps that are done, for parts that join later.
+            generator (`torch.Generator`, *optional*):
+                Randomness of this batch, on the CPU. An objective draws from nothing else, so that a resumed run takes
+                the very same steps.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `"loss"` is the total, to be differentiated: a mean over places, so that batches
+            of any size weigh the same. Other 0-dimensional entries are parts that are logged by their names. Entries
+            with dimensions are counts, which are added up over batches: `"agreed"` and `"counted"` of shape
+            `[forwards, slots]`, the guesses that were the text's token and all guesses; `"rank_confusion"` of shape
+            `[buckets, buckets]`, places by true (row) and predicted bucket, for drafters with a rank head.
 
         Raises:
             `TypeError`: The drafter has no weights.

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..drafter import TokenTable
+
 
 @dataclass
 class TargetBatch:
@@ -39,6 +41,8 @@ class TargetBatch:
             draft vocabulary.
         top_probs (`torch.Tensor` of shape `[B, T, k]`): The target's probabilities of them, given x_0 .. x_{t-1}.
         scored (`torch.BoolTensor` of shape `[B, T]`): Where x_t is part of an answer, so that its prediction counts.
+        table ([`TokenTable`], *optional*):
+            The target's embedding and head, for drafters that read more of them than `embeds`.
     """
 
     tokens: torch.LongTensor
@@ -48,6 +52,7 @@ class TargetBatch:
     top_ids: torch.LongTensor
     top_probs: torch.Tensor
     scored: torch.BoolTensor
+    table: TokenTable | None = None
 
     @property
     def counted(self) -> torch.BoolTensor:

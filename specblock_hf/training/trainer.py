@@ -119,6 +119,7 @@ def collate(
         top_ids.to(device),
         top_probs.to(device),
         scored.to(device),
+        table,
     )
 
 
