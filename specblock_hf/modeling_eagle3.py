@@ -30,8 +30,9 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .configuration_eagle3 import Eagle3Config
+from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
-from .modeling_specblock import BlockCache, SpecBlockModel
+from .modeling_specblock import BlockCache
 
 
 class Eagle3Layer(nn.Module):
@@ -70,7 +71,7 @@ class Eagle3Layer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Eagle3Model(StrictPreTrainedModel):
+class Eagle3Model(DraftHead, StrictPreTrainedModel):
     """
     The network: projection of the features, one layer, draft head. Weight names are those of `speculators`.
 
@@ -101,11 +102,6 @@ class Eagle3Model(StrictPreTrainedModel):
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
         self.post_init()
-
-    # The draft vocabulary is kept as SpecBlock keeps it.
-    set_draft_vocabulary = SpecBlockModel.set_draft_vocabulary
-    draft_to_target = SpecBlockModel.draft_to_target
-    draft_logits = SpecBlockModel.draft_logits
 
     def get_input_embeddings(self) -> None:
         """None: the drafter's own embedding, if there is one, is not the model's input."""

@@ -38,6 +38,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .configuration_specblock import NUM_LISTED_LOG_PROBS, SpecBlockConfig
+from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
 
 
@@ -146,7 +147,7 @@ class SpecBlockInput(nn.Module):
         return shared.unsqueeze(-2) + queries
 
 
-class SpecBlockModel(StrictPreTrainedModel):
+class SpecBlockModel(DraftHead, StrictPreTrainedModel):
     """
     The network: block forward, layer-wise shift, draft head and rank head.
 
@@ -185,23 +186,6 @@ class SpecBlockModel(StrictPreTrainedModel):
 
     def get_input_embeddings(self) -> None:
         """None: the token embedding is the target's and is handed in."""
-
-    def set_draft_vocabulary(self, target_ids: torch.LongTensor) -> None:
-        """
-        Choose the tokens that the draft head scores.
-
-        Args:
-            target_ids (`torch.LongTensor` of shape `[draft_vocab_size]`): Distinct target ids.
-        """
-        ids = target_ids.sort().values.to(self.d2t.device)
-        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
-        self.t2d.fill_(False)
-        self.t2d[ids] = True
-
-    @property
-    def draft_to_target(self) -> torch.LongTensor:
-        """`[draft_vocab_size]`: the target id of every row of the draft head (`d2t` holds the offsets)."""
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -263,17 +247,6 @@ class SpecBlockModel(StrictPreTrainedModel):
         slots = hidden.view(batch, rows, self.config.block_size, -1)
         previous = torch.cat([slots[:, :, :1], slots[:, :, :-1]], dim=2)
         return self.shift_proj[index](torch.cat([slots, previous], dim=-1)).flatten(1, 2)
-
-    def draft_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            hidden (`torch.Tensor` of shape `[..., d]`): States as `forward` returns them.
-
-        Returns:
-            The normed states `[..., d]` and the logits `[..., draft_vocab_size]` over the draft vocabulary.
-        """
-        normed = self.norm(hidden)
-        return normed, self.lm_head(normed)
 
     def rank_logits(self, normed: torch.Tensor, top_logits: torch.Tensor) -> torch.Tensor:
         """

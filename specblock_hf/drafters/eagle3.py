@@ -15,22 +15,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import nn
 
-from ..configuration_eagle3 import Eagle3Config
-from ..drafter import DrafterLock, DraftingPlan, Limits, Pairs, TokenTable, TreeDrafter
+from ..drafter import DraftingPlan, Limits, Pairs, TokenTable
 from ..expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
 from ..modeling_eagle3 import Eagle3Model
 from ..modeling_specblock import BlockPath
 from ..tree import DraftTree
-from .specblock import SpecBlockDrafter, SpecBlockState
+from .block_drafter import BlockDrafter, BlockState
 
 
-class Eagle3Drafter(Eagle3Model, TreeDrafter):
+class Eagle3Drafter(BlockDrafter, Eagle3Model):
     """
     A drafter that predicts one token a forward and gives children to the likeliest nodes of each level of its tree
     (EAGLE-3, https://huggingface.co/papers/2503.01840). In SpecBlock's terms: blocks of one slot, every slot as wide
@@ -49,17 +47,6 @@ class Eagle3Drafter(Eagle3Model, TreeDrafter):
     ```
     """
 
-    def __init__(self, config: Eagle3Config):
-        super().__init__(config)
-        self.lock = DrafterLock()
-
-    # Taking committed pairs in and starting again below tree nodes is the same for blocks of any size.
-    feature_layers = SpecBlockDrafter.feature_layers
-    check_target = SpecBlockDrafter.check_target
-    _commit = SpecBlockDrafter._commit
-    _last_rows = SpecBlockDrafter._last_rows
-    _later_block = SpecBlockDrafter._later_block
-
     def default_plan(self, device: torch.device) -> DraftingPlan:
         config = self.config
         if device.type == "cpu":
@@ -67,19 +54,13 @@ class Eagle3Drafter(Eagle3Model, TreeDrafter):
             return DraftingPlan(min(12, config.tree_budget), min(4, config.num_blocks), min(4, config.beam_width))
         return DraftingPlan(config.tree_budget, config.num_blocks, config.beam_width)
 
-    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> SpecBlockState:
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
         if self.config.own_embedding:
             table = TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
-        return SpecBlockDrafter.begin(self, table, batch_size, max_length, first_position=first_position)
+        return super().begin(table, batch_size, max_length, first_position=first_position)
 
-    def extend(self, state: SpecBlockState, pairs: Pairs) -> None:
-        for _ in self._commit(state, replace(pairs, table=state.table)):
-            pass
-
-    def propose(self, state: SpecBlockState, pairs: Pairs, limits: Limits) -> DraftTree:
-        hidden, positions = self._last_rows(self._commit(state, replace(pairs, table=state.table)), pairs)
-        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
-        tree = DraftTree.root(pairs.tokens.gather(1, last).squeeze(1).to(self.device))
+    def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
+        tree, hidden, positions = self._first_block(state, pairs)
         width = min(self.config.beam_width, self.config.draft_vocab_size)
         branching = Branching((width,), root_width=width)
         beam = width if limits.max_starts is None else min(width, limits.max_starts)
@@ -99,10 +80,8 @@ class Eagle3Drafter(Eagle3Model, TreeDrafter):
 
     def _block_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
         """The best tokens of every row `[B, S, 1, d]`; there is one rank bucket."""
-        _, logits = self.draft_logits(hidden)
-        best = logits.topk(width, dim=-1)
-        log_probs = best.values.float() - logits.float().logsumexp(-1, keepdim=True)
-        return BlockOutputs(best.indices + self.d2t[best.indices], log_probs, torch.zeros_like(best.indices[..., 0]))
+        tokens, log_probs = self.best_tokens(hidden, width)
+        return BlockOutputs(tokens, log_probs, torch.zeros_like(tokens[..., 0]))
 
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
         return list((self.lm_head if scope == "head" else self).parameters())

@@ -16,24 +16,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..configuration_specblock import SpecBlockConfig
-from ..drafter import DrafterLock, DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from ..drafter import DraftingPlan, Limits, Pairs
 from ..expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
-from ..modeling_specblock import BlockCache, BlockPath, SpecBlockModel, committed_mask
+from ..modeling_specblock import BlockPath, SpecBlockModel
 from ..training.objective import TargetBatch
 from ..tree import DraftTree
+from .block_drafter import BlockDrafter, BlockState
 from .specblock_loss import specblock_loss
-
-
-PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask to (K * 256) x (K * all pairs)
 
 
 # Of a drafter with little training, for one whose configuration does not say: nodes, blocks, starts (0: all), tau
@@ -49,19 +43,7 @@ TYPICAL_ACCEPTANCE = (
 )
 
 
-@dataclass
-class SpecBlockState(DraftState):
-    """
-    Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one
-    number
-    for a batch of one, which the host knows, a tensor `[B]` for more.
-    """
-
-    cache: BlockCache | None = None
-    committed: int | torch.LongTensor = 0
-
-
-class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
+class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     """
     A drafter that predicts K tokens a forward and repeats the forward from several nodes of its own draft tree
     (SpecBlock, https://huggingface.co/papers/2605.07243).
@@ -80,14 +62,6 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
     ```
     """
 
-    def __init__(self, config: SpecBlockConfig):
-        super().__init__(config)
-        self.lock = DrafterLock()
-
-    @property
-    def feature_layers(self) -> tuple[int, ...]:
-        return tuple(self.config.feature_layers)
-
     def default_plan(self, device: torch.device) -> DraftingPlan:
         config = self.config
         if device.type == "cpu":
@@ -102,42 +76,8 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
             for nodes, blocks, starts, *taus in rows
         ]
 
-    def check_target(self, target: PreTrainedModel) -> None:
-        text, config = target.config.get_text_config(), self.config
-        for what, ours, theirs in (
-            ("hidden size", config.target_hidden_size, text.hidden_size),
-            ("vocabulary", config.vocab_size, text.vocab_size),
-            ("number of layers", config.target_num_layers, text.num_hidden_layers),
-        ):
-            if ours is not None and ours != theirs:
-                trained_for = config.target_name_or_path or "another target"
-                raise ValueError(
-                    f"This drafter was trained for {trained_for}: its {what} is {ours}, that of this "
-                    f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train "
-                    "one with `specblock train`."
-                )
-        if max(self.feature_layers) > text.num_hidden_layers:
-            raise ValueError(
-                f"This drafter reads hidden state {max(self.feature_layers)} of a target with "
-                f"{text.num_hidden_layers} layers; load the drafter that belongs to this target."
-            )
-
-    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> SpecBlockState:
-        committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device=self.device)
-        columns = min(max_length, PREFILL_PAIRS) * self.config.block_size
-        cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)
-        return SpecBlockState(
-            table, batch_size, max_length, first_position=first_position, cache=cache, committed=committed
-        )
-
-    def extend(self, state: SpecBlockState, pairs: Pairs) -> None:
-        for _ in self._commit(state, pairs):
-            pass
-
-    def propose(self, state: SpecBlockState, pairs: Pairs, limits: Limits) -> DraftTree:
-        hidden, positions = self._last_rows(self._commit(state, pairs), pairs)
-        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
-        tree = DraftTree.root(pairs.tokens.gather(1, last).squeeze(1).to(self.device))
+    def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
+        tree, hidden, positions = self._first_block(state, pairs)
         if max(limits.nodes) == 0 or max(limits.depth) == 0:
             return tree
         size, first_width = self.config.block_size, state.cache.width
@@ -172,73 +112,16 @@ class SpecBlockDrafter(SpecBlockModel, TreeDrafter):
         outputs = self._block_outputs(hidden, branching.most(forward == 0))
         return rank_guided(tree, starts, outputs, branching, forward)
 
-    def _commit(self, state: SpecBlockState, pairs: Pairs) -> Iterator[torch.Tensor]:
-        """
-        Forwards over new pairs, which leave their keys behind; yields the states `[B, T', K, d]` chunk by chunk.
-        """
-        size, total = self.config.block_size, pairs.tokens.shape[1]
-        embeds = pairs.embeds().to(self.device, self.dtype)
-        for first in range(0, total, PREFILL_PAIRS):
-            rows = slice(first, min(first + PREFILL_PAIRS, total))
-            count = rows.stop - rows.start
-            features = torch.cat([f[:, rows].to(self.device, self.dtype) for f in pairs.features], dim=-1)
-            offsets = state.committed
-            if isinstance(offsets, int):
-                width, state.committed = offsets + count * size, offsets + count * size
-            else:
-                width = int(offsets.max()) + count * size
-                lengths = pairs.lengths.to(self.device)
-                state.committed = offsets + (lengths - first).clamp(0, count) * size
-            state.cache.seek(offsets, width)
-            mask = committed_mask(count, size, offsets, width, self.device)
-            positions = pairs.positions[:, rows].to(self.device)
-            state.calls += 1
-            yield self(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
-
-    def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
-        """The states `[B, 1, K, d]` and the position `[B, 1]` of every row's last pair."""
-        last = (pairs.lengths - 1).clamp_min(0).to(self.device)
-        hidden, first = None, 0
-        for chunk in chunks:
-            # Rows end in different chunks; a row that ended before keeps what it had.
-            here = (last - first).clamp(0, chunk.shape[1] - 1)
-            picked = chunk[torch.arange(len(chunk), device=self.device), here].unsqueeze(1)
-            ended = (last >= first)[:, None, None, None]
-            hidden = picked if hidden is None else torch.where(ended, picked, hidden)
-            first += chunk.shape[1]
-        return hidden, pairs.positions.to(self.device).gather(1, last.unsqueeze(1))
-
-    def _later_block(
-        self,
-        state: SpecBlockState,
-        before: torch.Tensor,
-        starts: Starts,
-        path: BlockPath,
-        positions: torch.LongTensor,
-        first_width: int,
-    ) -> torch.Tensor:
-        """One batched forward over all starts; its keys are scratch that the next commit overwrites."""
-        size, count = self.config.block_size, starts.slot.shape[1]
-        flat = starts.parent_start * size + starts.slot
-        conditions = before.flatten(1, 2).gather(1, flat.unsqueeze(-1).expand(-1, -1, before.shape[-1]))
-        embeds = state.table.embed(starts.tokens).to(self.device, self.dtype)
-        offset = first_width + sum(path.widths) * size
-        state.cache.seek(offset, offset + count * size)
-        state.calls += 1
-        mask = path.mask(first_width, size)
-        return self(embeds, conditions, positions.expand(-1, count), mask, state.cache)
-
     def _block_outputs(self, hidden: torch.Tensor, width: int, ranked: bool = True) -> BlockOutputs:
         """The best tokens of every slot `[B, S, K, d]` and, if wanted, the rank head's bucket."""
+        if not ranked:
+            return BlockOutputs(*self.best_tokens(hidden, width))
         normed, logits = self.draft_logits(hidden)
-        best = logits.topk(max(width, self.config.rank_top_k) if ranked else width, dim=-1)
+        best = logits.topk(max(width, self.config.rank_top_k), dim=-1)
         log_probs = best.values[..., :width].float() - logits.float().logsumexp(-1, keepdim=True)
         ids = best.indices[..., :width]
-        tokens = ids + self.d2t[ids]
-        if not ranked:
-            return BlockOutputs(tokens, log_probs)
         rank_logits = self.rank_logits(normed, best.values[..., : self.config.rank_top_k])
-        return BlockOutputs(tokens, log_probs, rank_logits.argmax(-1))
+        return BlockOutputs(ids + self.d2t[ids], log_probs, rank_logits.argmax(-1))
 
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
         modules = [self.lm_head, self.rank_head] if scope == "head" else [self]

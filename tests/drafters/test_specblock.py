@@ -23,7 +23,7 @@ from conftest import tiny_target
 from training_for_tests import Told, naive_states, tiny_drafter
 
 from specblock_hf import DraftingPlan, DraftTree, Limits, SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.drafters import specblock
+from specblock_hf.drafters import block_drafter
 from specblock_hf.drafters.specblock_loss import _first_block, _later_block
 from specblock_hf.modeling_specblock import GraphCache
 
@@ -169,7 +169,7 @@ def ways_to_cut(depth: int, size: int, forwards: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("chunk", [256, 4])
 def test_ragged_batch_equals_single_rows(monkeypatch, attention, chunk):
     """Rows of different lengths and limits, over four rounds, one of them finished after the second."""
-    monkeypatch.setattr(specblock, "PREFILL_PAIRS", chunk)
+    monkeypatch.setattr(block_drafter, "PREFILL_PAIRS", chunk)
     drafter, told = tiny_drafter(), Told(3, 40)
     drafter.set_attn_implementation(attention)
     counts = [("extend", (5, 3, 9)), ("propose", (2, 6, 1)), ("propose", (1, 3, 5)), ("propose", (2, 4, 0))]

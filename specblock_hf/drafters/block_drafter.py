@@ -1,0 +1,162 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What drafters have in common that attend to every committed pair: taking pairs in, and starting again below tree nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..drafter import DrafterLock, DraftState, Pairs, TokenTable, TreeDrafter
+from ..expansion import Starts
+from ..modeling_specblock import BlockCache, BlockPath, committed_mask
+from ..tree import DraftTree
+
+
+PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask to (K * 256) x (K * all pairs)
+
+
+@dataclass
+class BlockState(DraftState):
+    """
+    Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one
+    number for
+    a batch of one, which the host knows, a tensor `[B]` for more.
+    """
+
+    cache: BlockCache | None = None
+    committed: int | torch.LongTensor = 0
+
+
+class BlockDrafter(TreeDrafter):
+    """
+    A drafter whose network keeps keys and values of K slots (`config.block_size`; 1 for EAGLE-3) for every committed
+    pair. Drafters name it before their network, whose
+    `forward(embeds, conditions, positions, mask, cache)` turns rows into states `[B, R, K, d]`, and
+    `project_features` makes the conditions of committed pairs. The conditions of later rows are states that the
+    forward returned.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    project_features: Callable[[torch.Tensor], torch.Tensor]
+    __call__: Callable[..., torch.Tensor]
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        self.lock = DrafterLock()
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return tuple(self.config.feature_layers)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        text, config = target.config.get_text_config(), self.config
+        for what, ours, theirs in (
+            ("hidden size", config.target_hidden_size, text.hidden_size),
+            ("vocabulary", config.vocab_size, text.vocab_size),
+            ("number of layers", config.target_num_layers, text.num_hidden_layers),
+        ):
+            if ours is not None and ours != theirs:
+                trained_for = config.target_name_or_path or "another target"
+                raise ValueError(
+                    f"This drafter was trained for {trained_for}: its {what} is {ours}, that of this "
+                    f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train "
+                    "one with `specblock train`."
+                )
+        if max(self.feature_layers) > text.num_hidden_layers:
+            raise ValueError(
+                f"This drafter reads hidden state {max(self.feature_layers)} of a target with "
+                f"{text.num_hidden_layers} layers; load the drafter that belongs to this target."
+            )
+
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
+        committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        columns = min(max_length, PREFILL_PAIRS) * self.config.block_size
+        cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)
+        return BlockState(
+            table, batch_size, max_length, first_position=first_position, cache=cache, committed=committed
+        )
+
+    def extend(self, state: BlockState, pairs: Pairs) -> None:
+        for _ in self._commit(state, pairs):
+            pass
+
+    def _first_block(self, state: BlockState, pairs: Pairs) -> tuple[DraftTree, torch.Tensor, torch.LongTensor]:
+        """Take `pairs` in; a tree of roots, and the states `[B, 1, K, d]` and positions `[B, 1]` of the last pairs."""
+        hidden, positions = self._last_rows(self._commit(state, pairs), pairs)
+        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
+        return DraftTree.root(pairs.tokens.gather(1, last).squeeze(1).to(self.device)), hidden, positions
+
+    def _commit(self, state: BlockState, pairs: Pairs) -> Iterator[torch.Tensor]:
+        """
+        Forwards over new pairs, which leave their keys behind; yields the states `[B, T', K, d]` chunk by chunk.
+        """
+        size, total = self.config.block_size, pairs.tokens.shape[1]
+        embeds = replace(pairs, table=state.table).embeds().to(self.device, self.dtype)
+        for first in range(0, total, PREFILL_PAIRS):
+            rows = slice(first, min(first + PREFILL_PAIRS, total))
+            count = rows.stop - rows.start
+            features = torch.cat([f[:, rows].to(self.device, self.dtype) for f in pairs.features], dim=-1)
+            offsets = state.committed
+            if isinstance(offsets, int):
+                width, state.committed = offsets + count * size, offsets + count * size
+            else:
+                width = int(offsets.max()) + count * size
+                lengths = pairs.lengths.to(self.device)
+                state.committed = offsets + (lengths - first).clamp(0, count) * size
+            state.cache.seek(offsets, width)
+            mask = committed_mask(count, size, offsets, width, self.device)
+            positions = pairs.positions[:, rows].to(self.device)
+            state.calls += 1
+            yield self(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
+
+    def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
+        """The states `[B, 1, K, d]` and the position `[B, 1]` of every row's last pair."""
+        last = (pairs.lengths - 1).clamp_min(0).to(self.device)
+        hidden, first = None, 0
+        for chunk in chunks:
+            # Rows end in different chunks; a row that ended before keeps what it had.
+            here = (last - first).clamp(0, chunk.shape[1] - 1)
+            picked = chunk[torch.arange(len(chunk), device=self.device), here].unsqueeze(1)
+            ended = (last >= first)[:, None, None, None]
+            hidden = picked if hidden is None else torch.where(ended, picked, hidden)
+            first += chunk.shape[1]
+        return hidden, pairs.positions.to(self.device).gather(1, last.unsqueeze(1))
+
+    def _later_block(
+        self,
+        state: BlockState,
+        before: torch.Tensor,
+        starts: Starts,
+        path: BlockPath,
+        positions: torch.LongTensor,
+        first_width: int,
+    ) -> torch.Tensor:
+        """One batched forward over all starts; its keys are scratch that the next commit overwrites."""
+        size, count = self.config.block_size, starts.slot.shape[1]
+        flat = starts.parent_start * size + starts.slot
+        conditions = before.flatten(1, 2).gather(1, flat.unsqueeze(-1).expand(-1, -1, before.shape[-1]))
+        embeds = state.table.embed(starts.tokens).to(self.device, self.dtype)
+        offset = first_width + sum(path.widths) * size
+        state.cache.seek(offset, offset + count * size)
+        state.calls += 1
+        mask = path.mask(first_width, size)
+        return self(embeds, conditions, positions.expand(-1, count), mask, state.cache)
