@@ -30,6 +30,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+# At run time, because transformers resolves the annotations of models.
+from .callbacks import DraftingCallback
 from .statistics import GenerationStatistics
 
 
@@ -259,6 +261,7 @@ class TreeDrafter(ABC):
             A frozen dataclass of what may be chosen about the objective beside the batch, with a default for
             everything; `specblock train --objective NAME=VALUE` sets its fields. `None` if there is nothing to choose.
         lock (`DrafterLock`): Held around `propose` and around any in-place change of the weights.
+        callbacks (`tuple` of [`DraftingCallback`]): Who listens to its calls; see `add_callback`.
     """
 
     config: PreTrainedConfig
@@ -267,11 +270,34 @@ class TreeDrafter(ABC):
     drafting_plan: DraftingPlan | None = None
     last_statistics: GenerationStatistics | None = None
     lock: DrafterLock
+    callbacks: tuple[DraftingCallback, ...] = ()
 
     @property
     def label(self) -> str:
         """What to call the drafter in reports."""
         return type(self).__name__
+
+    @property
+    def network(self) -> TreeDrafter:
+        """The drafter that holds the weights: this one, or the part of a joined one that has them."""
+        return self
+
+    def add_callback(self, callback: DraftingCallback) -> None:
+        """Let a [`DraftingCallback`] listen to every call that begins from now on."""
+        self.callbacks = (*self.callbacks, callback)
+        callback.on_add(self)
+
+    def remove_callback(self, callback: DraftingCallback) -> None:
+        """
+        Take a callback off; calls under way still tell it.
+
+        Raises:
+            `ValueError`: It was not added.
+        """
+        if callback not in self.callbacks:
+            raise ValueError(f"this {type(callback).__name__} was not added to this drafter; remove one that was.")
+        self.callbacks = tuple(other for other in self.callbacks if other is not callback)
+        callback.on_remove(self)
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         """What to draft on a device that was not calibrated for."""

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .statistics import Clock, GenerationStatistics
@@ -89,6 +90,9 @@ def decode(
     """
     clock, statistics = Clock(target.device), GenerationStatistics()
     batch_size = target.base.shape[0]
+    listeners = Listeners(drafter.callbacks)
+    call = DraftingCall(drafter, target.table, batch_size, statistics)
+    listeners.on_generate_begin(call)
     state = drafter.begin(
         target.table,
         batch_size,
@@ -100,13 +104,17 @@ def decode(
     for chunk in chunks:
         with drafter.lock:
             drafter.extend(state, pairs)
+        listeners.on_prompt(call, pairs)
         scored, pairs = chunk
     choice.see(scored.logits, scored.rows)
     # The first token comes from a tree that is nothing but the prompt's last token.
-    walk = verify(DraftTree.root(pairs.tokens[:, -1]), [True] * batch_size, choice.select, choice.stop)
+    tree = DraftTree.root(pairs.tokens[:, -1])
+    walk = verify(tree, [True] * batch_size, choice.select, choice.stop)
     pairs = target.close_prompt(pairs, walk)
     target.commit(walk)
     statistics.emitted = int(walk.lengths.sum())
+    listeners.on_prompt(call, pairs)
+    listeners.on_commit(call, tree, scored, walk, pairs)
     clock.lap("prefill")
 
     active = [not stopped for stopped in walk.stopped.tolist()]
@@ -117,20 +125,24 @@ def decode(
                 tree = drafter.propose(state, pairs, limits)
         else:  # the last token of a call, or a plan that does not draft at all: the drafter need not know of it
             tree = DraftTree.root(pairs.tokens.gather(1, pairs.lengths.clamp_min(1).unsqueeze(1) - 1).squeeze(1))
+        listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")
+        listeners.on_verify(call, tree, scored)
         choice.see(scored.logits, scored.rows)
         walk = verify(tree, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
         statistics.add_round(tree, walk, len(scored.rows))
+        listeners.on_commit(call, tree, scored, walk, pairs)
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
         clock.lap("host")
 
     target.finish()
     statistics.target_calls, statistics.drafter_calls = target.calls, state.calls
     clock.write_to(statistics)
+    listeners.on_generate_end(call)
     return statistics
 
 

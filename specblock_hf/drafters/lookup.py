@@ -215,11 +215,16 @@ class JoinedDrafter(TreeDrafter):
         self.config = drafter.config
         self.feature_layers = drafter.feature_layers
         self.drafting_plan = drafter.drafting_plan
+        self.callbacks = drafter.callbacks
         self.lock = drafter.lock
 
     @property
     def label(self) -> str:
         return " + ".join(part.label for part in self.parts)
+
+    @property
+    def network(self) -> TreeDrafter:
+        return self.parts[0].network
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         return self.parts[0].default_plan(device)
