@@ -43,6 +43,28 @@ class Decoder(Protocol):
 
 
 @dataclass
+class DraftLaws:
+    """
+    What the tokens of a sampled tree were drawn from. Siblings are drawn in the order of their nodes: the first from
+    its law, each later one from the law without the siblings before it, or from the whole law again.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `[B, R, D]`):
+            R laws over the D tokens that the drafter can draw, normalised or not; -inf where it never draws.
+        token_ids (`torch.LongTensor` of shape `[D]`): The target's ids of those tokens.
+        rows (`torch.LongTensor` of shape `[B, N]`):
+            Which of the R laws each node's token was drawn from, the same for all drawn siblings; -1 for a node that
+            was not drawn but follows from the text before, and for the root.
+        independent (`bool`): Siblings are drawn from the whole law and may repeat.
+    """
+
+    log_probs: torch.Tensor
+    token_ids: torch.LongTensor
+    rows: torch.LongTensor
+    independent: bool = False
+
+
+@dataclass
 class DraftTree:
     """
     A batch of draft trees. Parents come before their children; node 0 is the last committed token. Padding (parent -2)
@@ -61,6 +83,9 @@ class DraftTree:
         height (`int`, *optional*, defaults to `N - 1`):
             No node of any row is deeper. It bounds the passes from child to parent, so state it where the host knows
             it.
+        laws ([`DraftLaws`], *optional*):
+            Of a sampled tree, whose shape must not depend on what was drawn: it cannot be pruned or merged. `None`
+            for a tree that follows from the text before.
     """
 
     tokens: torch.LongTensor
@@ -68,6 +93,7 @@ class DraftTree:
     log_probs: torch.Tensor
     origin: torch.LongTensor
     height: int | None = None
+    laws: DraftLaws | None = None
 
     @classmethod
     def root(cls, tokens: torch.LongTensor) -> DraftTree:
@@ -153,7 +179,11 @@ class DraftTree:
 
         Returns:
             [`DraftTree`]: `1 + min(max(budget), N - 1)` nodes wide.
+
+        Raises:
+            `ValueError`: For a sampled tree.
         """
+        self._check_fixed()
         budgets = self._per_row(budget, "budget")
         most = min(max(budgets), self.tokens.shape[1] - 1)
         # No node scores above its parent and a stable sort leaves the parent first in ties, so every prefix is a tree.
@@ -181,17 +211,46 @@ class DraftTree:
 
         Args:
             other ([`DraftTree`]): A tree of the same batch, such as continuations looked up in the text so far.
+
+        Raises:
+            `ValueError`: If one of them is a sampled tree.
         """
+        self._check_fixed()
+        other._check_fixed()
+        return self.beside(other).merge_duplicates()
+
+    def beside(self, other: DraftTree) -> DraftTree:
+        """
+        Two drafts below the same roots, with nothing merged and siblings repeated where both have them.
+
+        Args:
+            other ([`DraftTree`]): A tree of the same batch that follows from the text before.
+
+        Raises:
+            `ValueError`: If `other` is a sampled tree.
+        """
+        other._check_fixed()
         shift = self.tokens.shape[1] - 1
         parents = torch.where(other.parents > 0, other.parents + shift, other.parents)[:, 1:]
-        union = DraftTree(
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, rows=torch.cat((laws.rows, torch.full_like(parents, -1)), dim=1))
+        return DraftTree(
             tokens=torch.cat((self.tokens, other.tokens[:, 1:]), dim=1),
             parents=torch.cat((self.parents, parents), dim=1),
             log_probs=torch.cat((self.log_probs, other.log_probs[:, 1:].to(self.log_probs)), dim=1),
             origin=torch.cat((self.origin, other.origin[:, 1:]), dim=1),
             height=max(self.max_depth, other.max_depth),
+            laws=laws,
         )
-        return union.merge_duplicates()
+
+    def pack(self) -> DraftTree:
+        """
+        Move padding behind the nodes, which keep their order, and cut off the columns that are padding in every row.
+        Reads the number of nodes from the device.
+        """
+        order = (self.parents < -1).long().sort(dim=1, stable=True).indices
+        return self._take(order[:, : int(self.num_nodes.max())])
 
     def to_text(self, tokenizer: Decoder, row: int = 0, accepted: Sequence[int] = ()) -> str:
         """
@@ -244,13 +303,23 @@ class DraftTree:
         new = torch.arange(order.shape[1], device=order.device).expand_as(order)
         place = torch.zeros_like(self.parents).scatter_(1, order, new)
         parents = self.parents.gather(1, order)
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, rows=laws.rows.gather(1, order))
         return replace(
             self,
+            laws=laws,
             tokens=self.tokens.gather(1, order),
             parents=torch.where(parents >= 0, place.gather(1, parents.clamp_min(0)), parents),
             log_probs=self.log_probs.gather(1, order),
             origin=self.origin.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)),
         )
+
+    def _check_fixed(self) -> None:
+        if self.laws is not None:
+            raise ValueError(
+                "a sampled tree keeps its shape, or its verification would no longer be exact; draw a smaller one."
+            )
 
     def _drop(self, unwanted: torch.BoolTensor) -> DraftTree:
         return replace(

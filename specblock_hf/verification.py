@@ -43,6 +43,27 @@ class Walk:
     lengths: torch.LongTensor
     stopped: torch.BoolTensor
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[list[int], list[int], bool]], device: torch.device) -> Walk:
+        """
+        Args:
+            rows (sequence of `tuple`): Kept nodes, emitted tokens and whether the last one ends the row.
+            device (`torch.device`): Where the walk is to be.
+        """
+        lengths = [len(emitted) for _, emitted, _ in rows]
+        widest = max(lengths)
+
+        def padded(lists: list[list[int]]) -> torch.Tensor:
+            lists = [values + [-1] * (widest - len(values)) for values in lists]
+            return torch.tensor(lists, dtype=torch.long, device=device)
+
+        return cls(
+            nodes=padded([nodes for nodes, _, _ in rows]),
+            tokens=padded([emitted for _, emitted, _ in rows]),
+            lengths=torch.tensor(lengths, device=device),
+            stopped=torch.tensor([stopped for _, _, stopped in rows], device=device),
+        )
+
 
 Select = Callable[[int, int], int]
 """`select(row, node)`: the target's token after that node; called once per emitted token, in order."""
@@ -78,19 +99,7 @@ def sample_and_walk(tree: DraftTree, active: Sequence[bool], select: Select, sto
         _walk_row(row, tokens[row], parents[row], select, stop) if active[row] else ([], [], False)
         for row in range(len(tokens))
     ]
-    lengths = [len(emitted) for _, emitted, _ in rows]
-    widest = max(lengths)
-
-    def padded(lists: list[list[int]]) -> torch.Tensor:
-        lists = [values + [-1] * (widest - len(values)) for values in lists]
-        return torch.tensor(lists, dtype=torch.long, device=tree.tokens.device)
-
-    return Walk(
-        nodes=padded([nodes for nodes, _, _ in rows]),
-        tokens=padded([emitted for _, emitted, _ in rows]),
-        lengths=torch.tensor(lengths, device=tree.tokens.device),
-        stopped=torch.tensor([stopped for _, _, stopped in rows], device=tree.tokens.device),
-    )
+    return Walk.of_rows(rows, tree.tokens.device)
 
 
 def _walk_row(
