@@ -237,7 +237,13 @@ def rank_guided(
 
 
 def best_first(
-    tree: DraftTree, starts: Starts, children: Children, depth: int, beam: int, forward_index: int
+    tree: DraftTree,
+    starts: Starts,
+    children: Children,
+    depth: int,
+    beam: int,
+    forward_index: int,
+    most: int | None = None,
 ) -> tuple[DraftTree, Starts]:
     """
     Append the likeliest continuations of every start, level by level: each of the `beam` likeliest nodes of a level
@@ -254,6 +260,9 @@ def best_first(
         depth (`int`): Levels to append (SpecBlock: slots K).
         beam (`int`): Nodes of a level that get children.
         forward_index (`int`): Which forward of the round this is.
+        most (`int`, *optional*):
+            Nodes of a level that are appended, the likeliest ones; more of them than the tree's budget could never
+            stay. All if not given.
 
     Returns:
         `tuple[DraftTree, Starts]`: The grown tree, and all new nodes as candidates for the next forward's starts.
@@ -267,11 +276,15 @@ def best_first(
         new_tokens, log_probs = children(level, rows, tokens)
         width = new_tokens.shape[2]
         scores = (scores.unsqueeze(2) + log_probs).flatten(1)
+        tokens, log_probs = new_tokens.flatten(1), log_probs.flatten(1)
+        parents, rows = front.repeat_interleave(width, dim=1), rows.repeat_interleave(width, dim=1)
+        if most is not None and most < tokens.shape[1]:
+            scores, kept = scores.topk(most, dim=1)
+            tokens, log_probs, parents, rows = (part.gather(1, kept) for part in (tokens, log_probs, parents, rows))
         possible = scores > -torch.inf
-        tokens, rows = new_tokens.flatten(1), rows.repeat_interleave(width, dim=1)
         grown["tokens"].append(tokens)
-        grown["parents"].append(torch.where(possible, front.repeat_interleave(width, dim=1), -2))
-        grown["log_probs"].append(log_probs.flatten(1).masked_fill(~possible, -torch.inf))
+        grown["parents"].append(torch.where(possible, parents, -2))
+        grown["log_probs"].append(log_probs.masked_fill(~possible, -torch.inf))
         grown["rows"].append(rows)
         grown["slots"].append(torch.full_like(tokens, level))
         index = torch.arange(offset, offset + tokens.shape[1], device=device)

@@ -60,11 +60,13 @@ def likeliest(paths: dict[tuple[int, ...], float], budget: int) -> list[float]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 20))
-def test_a_beam_as_wide_as_the_budget_misses_nothing(seed, budget):
+@given(st.integers(0, 1000), st.integers(1, 20), st.booleans())
+def test_a_beam_as_wide_as_the_budget_misses_nothing(seed, budget, bounded):
     outputs = outputs_of(3, 1, seed)
     root = DraftTree.root(torch.tensor([9, 8, 7]))
-    tree, candidates = best_first(root, Starts.root(root), outputs.children(WIDTH), SLOTS, budget, 0)
+    most = budget if bounded else None
+    tree, candidates = best_first(root, Starts.root(root), outputs.children(WIDTH), SLOTS, budget, 0, most)
+    assert not bounded or tree.tokens.shape[1] <= 1 + SLOTS * budget
     pruned = tree.prune(budget)
     for row in range(3):
         everything = every_path(outputs, row, 0)

@@ -45,6 +45,35 @@ class BlockState(DraftState):
     committed: int | torch.LongTensor = 0
 
 
+def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
+    """
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Of a drafter, with what it knows about its target.
+        target ([`~transformers.PreTrainedModel`]): What it shall draft for.
+
+    Raises:
+        ValueError: The target has another size, vocabulary or depth; the message names which.
+    """
+    text = target.config.get_text_config()
+    for what, ours, theirs in (
+        ("hidden size", config.target_hidden_size, text.hidden_size),
+        ("vocabulary", config.vocab_size, text.vocab_size),
+        ("number of layers", config.target_num_layers, text.num_hidden_layers),
+    ):
+        if ours is not None and ours != theirs:
+            trained_for = config.target_name_or_path or "another target"
+            raise ValueError(
+                f"This drafter was trained for {trained_for}: its {what} is {ours}, that of this "
+                f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train "
+                "one with `specblock train`."
+            )
+    if max(config.feature_layers) > text.num_hidden_layers:
+        raise ValueError(
+            f"This drafter reads hidden state {max(config.feature_layers)} of a target with "
+            f"{text.num_hidden_layers} layers; load the drafter that belongs to this target."
+        )
+
+
 class BlockDrafter(TreeDrafter):
     """
     A drafter whose network keeps keys and values of K slots (`config.block_size`; 1 for EAGLE-3) for every committed
@@ -68,24 +97,7 @@ class BlockDrafter(TreeDrafter):
         return tuple(self.config.feature_layers)
 
     def check_target(self, target: PreTrainedModel) -> None:
-        text, config = target.config.get_text_config(), self.config
-        for what, ours, theirs in (
-            ("hidden size", config.target_hidden_size, text.hidden_size),
-            ("vocabulary", config.vocab_size, text.vocab_size),
-            ("number of layers", config.target_num_layers, text.num_hidden_layers),
-        ):
-            if ours is not None and ours != theirs:
-                trained_for = config.target_name_or_path or "another target"
-                raise ValueError(
-                    f"This drafter was trained for {trained_for}: its {what} is {ours}, that of this "
-                    f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train "
-                    "one with `specblock train`."
-                )
-        if max(self.feature_layers) > text.num_hidden_layers:
-            raise ValueError(
-                f"This drafter reads hidden state {max(self.feature_layers)} of a target with "
-                f"{text.num_hidden_layers} layers; load the drafter that belongs to this target."
-            )
+        refuse_other_target(self.config, target)
 
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
         committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device=self.device)
