@@ -73,6 +73,22 @@ _ROW_WISE: dict[type[LogitsProcessor], str | None] = {
 _ROW_WISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 
 
+# Of these, those that look at one law at a time and at nothing else, so that they fit any vocabulary. A drafter that
+# draws its tokens draws them from laws that these have changed as they change the target's.
+_WARPERS = (
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+)
+# Of these, what remembers how it was called.
+_REMEMBERS = (logits_process.SynthIDTextWatermarkLogitsProcessor,)
+
+
 class TokenChoice:
     """
     What plain `generate()` does once per token, for every row of a batch. Called along the accepted paths in order, it
@@ -103,6 +119,7 @@ class TokenChoice:
         batch_size = input_ids.shape[0]
         if batch_size > 1:
             _check_batch(logits_processor, stopping_criteria, streamer)
+        self._processors = logits_processor
         self._rows = [
             _RowChoice(
                 input_ids[row : row + 1],
@@ -134,6 +151,8 @@ class TokenChoice:
             rows (sequence of `int`): Which rows of the batch they belong to.
         """
         self._logits = dict(zip(rows, logits, strict=True))
+        for row in self._rows:
+            row.forget()
         if self._argmax_only:
             self._argmax = dict(zip(rows, logits.argmax(-1).tolist(), strict=True))
 
@@ -142,6 +161,38 @@ class TokenChoice:
         if self._argmax_only:
             return self._argmax[row][node]
         return self._rows[row].select(self._logits[row][node : node + 1])
+
+    def laws(self) -> TokenChoice:
+        """
+        This choice as [`TargetLaws`].
+
+        Raises:
+            ValueError: A processor may remember how it was called, and would be called for drafts that are rejected.
+        """
+        for processor in self._processors:
+            if type(processor) not in _ROW_WISE or isinstance(processor, _REMEMBERS):
+                raise ValueError(
+                    f"{type(processor).__name__} may remember how it was called, and comparing laws calls it for "
+                    'drafts that are then rejected; draft with verification="walk", or without that processor.'
+                )
+        return self
+
+    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+        """The target's law after `node`, of which `path` need not have been emitted; see [`TargetLaws`]."""
+        return self._rows[row].law(node, self._logits[row][node : node + 1], path)
+
+    def keep(self, row: int, node: int) -> None:
+        """The token after `node` is emitted next; see [`TargetLaws`]."""
+        self._rows[row].keep(node)
+
+    def warp(self, logits: torch.Tensor) -> torch.Tensor:
+        """A drafter's logits `[..., D]`, over any vocabulary, as the request warps the target's; in float32."""
+        scores = logits.flatten(0, -2).to(copy=True, dtype=torch.float32)
+        for processor in self._processors:
+            if isinstance(processor, _WARPERS):
+                # They take the text only because every processor does.
+                scores = processor(None, scores)
+        return scores.view(logits.shape)
 
     def stop(self, row: int, token: int) -> bool:
         """Emit a token and tell whether it is the last one of its row; see [`Verifier`]."""
@@ -195,6 +246,7 @@ class _RowChoice:
         returns_dict = generation_config.return_dict_in_generate
         self.scores: tuple | None = () if returns_dict and generation_config.output_scores else None
         self.raw_logits: tuple | None = () if returns_dict and generation_config.output_logits else None
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stopped = False
         self._max_length = stopping_criteria.max_length
         # Length and EOS are decided on the host, without a tensor; whatever else there is, is called as plain decoding
@@ -223,16 +275,38 @@ class _RowChoice:
 
     def select(self, logits: torch.Tensor) -> int:
         """The target's token where its logits are these `[1, V]`."""
-        input_ids = self.sequence()
+        scores, logits = self._process(self.sequence(), logits)
+        self._record(scores, logits)
+        if not self._do_sample:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1))
+
+    def law(self, node: int, logits: torch.Tensor, path: list[int]) -> torch.Tensor:
+        """The target's law `[V]` at a node with these logits `[1, V]`, below drafted tokens `path`."""
+        sequence = self.sequence()
+        scores, logits = self._process(torch.cat((sequence, sequence.new_tensor([path])), dim=1), logits)
+        if self.records:
+            self._seen[node] = (scores, logits)
+        return scores[0].softmax(-1, dtype=torch.float64)
+
+    def keep(self, node: int) -> None:
+        if self.records:
+            self._record(*self._seen[node])
+
+    def forget(self) -> None:
+        """The nodes of a new tree are others."""
+        self._seen = {}
+
+    def _process(self, input_ids: torch.LongTensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[1, V]` after and before every processor."""
         logits = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-        scores = self._processors(input_ids, logits)
+        return self._processors(input_ids, logits), logits
+
+    def _record(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
         if self.scores is not None:
             self.scores += (scores,)
         if self.raw_logits is not None:
             self.raw_logits += (logits,)
-        if not self._do_sample:
-            return int(scores.argmax(-1))
-        return int(torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1))
 
     def stop(self, token: int) -> bool:
         self._pending.append(token)

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from transformers import PreTrainedConfig
 
 # At run time, because transformers resolves the annotations of models.
 from .callbacks import DraftingCallback
+from .sampled_expansion import DraftSampling
 from .statistics import GenerationStatistics
 
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from .tree import DraftTree
     from .verification import Walk
 
+
+Verification = Literal["walk", "token", "block"]
+"""How drafted tokens are accepted; see [`DraftingPlan`]."""
 
 UNRECORDED_LAYER = -1
 """Stands in `feature_layers` where a checkpoint does not say what it reads; see [`TreeDrafter.feature_layers_for`]."""
@@ -169,13 +174,38 @@ class DraftingPlan:
         num_forwards (`int`): Most forwards of the drafter in a round (SpecBlock: blocks M).
         max_starts (`int`, *optional*):
             Most rows of a forward after the first; `None` for as many as the drafter's rule asks.
+        draft_sampling (`str`, *optional*, defaults to `"topk"`):
+            How calls that sample choose the tokens of a tree, see `DraftSampling`: the likeliest, or drawn ones.
+            Greedy calls draft the likeliest.
+        verification (`str`, *optional*):
+            `"walk"` follows the target's own draws, which a seed determines. For drawn trees also `"token"` and
+            `"block"`, which compare the laws (see [`SampledVerifier`]) and keep the target's law but not a seed's
+            tokens. Defaults to `"walk"` for the likeliest tokens and to `"block"` for drawn ones.
     """
 
     tree_budget: int
     num_forwards: int
     max_starts: int | None = None
+    draft_sampling: DraftSampling = "topk"
+    verification: Verification | None = None
+
+    @property
+    def rule(self) -> Verification:
+        """`verification`, or its default."""
+        return self.verification or ("walk" if self.draft_sampling == "topk" else "block")
 
     def __post_init__(self) -> None:
+        for name, value, known in (
+            ("draft_sampling", self.draft_sampling, get_args(DraftSampling)),
+            ("verification", self.rule, get_args(Verification)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; give one of {', '.join(known)}.")
+        if self.draft_sampling == "topk" and self.rule != "walk":
+            raise ValueError(
+                f"verification={self.rule!r} compares drawn tokens with the laws that they were drawn from, which "
+                'draft_sampling="topk" does not have; draw them with draft_sampling="sampled", or leave it out.'
+            )
         if self.tree_budget < 0 or self.num_forwards < 1 or (self.max_starts is not None and self.max_starts < 1):
             raise ValueError(
                 f"{self} cannot be drafted; give a budget of 0 or more and at least one forward and start."
@@ -192,12 +222,14 @@ class Limits:
         depth (`tuple[int, ...]`): Deepest drafted node of each row; a deeper one could never be emitted.
         num_forwards (`int`): As in [`DraftingPlan`].
         max_starts (`int`, *optional*): As in [`DraftingPlan`].
+        draft_sampling (`str`, *optional*, defaults to `"topk"`): As in [`DraftingPlan`].
     """
 
     nodes: tuple[int, ...]
     depth: tuple[int, ...]
     num_forwards: int = 1
     max_starts: int | None = None
+    draft_sampling: DraftSampling = "topk"
 
 
 @dataclass
@@ -214,6 +246,9 @@ class DraftState:
         first_position (`int`, *optional*, defaults to 0): Position of the first pair (above 0 for a continued cache).
         generator (`torch.Generator`, *optional*): Private randomness of sampled drafts; the global one belongs to the
             target.
+        warp (`Callable`, *optional*):
+            Turns a drafter's logits `[..., D]` into those of the request, at its temperature and cut by its warpers.
+            Set by the loop where drafts are sampled.
     """
 
     table: TokenTable
@@ -221,6 +256,7 @@ class DraftState:
     max_length: int
     first_position: int = 0
     generator: torch.Generator | None = None
+    warp: Callable[[torch.Tensor], torch.Tensor] | None = None
     calls: int = field(default=0, init=False)  # drafter forwards so far
 
 
@@ -261,6 +297,7 @@ class TreeDrafter(ABC):
             A frozen dataclass of what may be chosen about the objective beside the batch, with a default for
             everything; `specblock train --objective NAME=VALUE` sets its fields. `None` if there is nothing to choose.
         lock (`DrafterLock`): Held around `propose` and around any in-place change of the weights.
+        can_sample (`bool`): Whether it can draw trees, see [`DraftingPlan`].
         callbacks (`tuple` of [`DraftingCallback`]): Who listens to its calls; see `add_callback`.
     """
 
@@ -270,6 +307,7 @@ class TreeDrafter(ABC):
     drafting_plan: DraftingPlan | None = None
     last_statistics: GenerationStatistics | None = None
     lock: DrafterLock
+    can_sample: bool = False
     callbacks: tuple[DraftingCallback, ...] = ()
 
     @property

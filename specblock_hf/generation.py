@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
+from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
 from .target import TargetModel, check_target
 from .target_cache import is_users
@@ -65,7 +67,7 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
     depths = tuple(max(tokens - 1, 0) for tokens in remaining)
     most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
     nodes = tuple(most if depth else 0 for depth in depths)
-    return Limits(nodes, depths, plan.num_forwards, plan.max_starts)
+    return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.draft_sampling)
 
 
 def decode(
@@ -99,6 +101,7 @@ def decode(
         int(target.base.max()) + max(choice.remaining),
         first_position=target.first_position(),
     )
+    state.warp = choice.warp
     chunks = target.prefill()
     scored, pairs = next(chunks)
     for chunk in chunks:
@@ -177,7 +180,10 @@ def generate_with_drafter(
         generation_config.return_dict_in_generate or is_users(model_kwargs["past_key_values"]),
     ) as scorer:
         plan = drafting_plan(drafter, generation_config, scorer.device)
-        drafter.last_statistics = decode(scorer, drafter, choice, plan)
+        if not generation_config.do_sample:
+            plan = replace(plan, draft_sampling="topk", verification=None)
+        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
+        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify)
     return choice.output(scorer.cache)
 
 
@@ -206,6 +212,12 @@ def check_request(
     if rivals:
         raise ValueError(
             f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
+        )
+    plan = drafting_plan(drafter, generation_config, target.device)
+    if generation_config.do_sample and plan.draft_sampling != "topk" and not drafter.can_sample:
+        raise ValueError(
+            f"{drafter.label} drafts the likeliest tokens only and the drafting plan asks for drawn ones; leave out "
+            f"draft_sampling={plan.draft_sampling!r}."
         )
     if generation_config.use_cache is False:
         raise ValueError("draft trees are verified against the target's cache; leave out use_cache=False.")

@@ -25,6 +25,7 @@ from ..drafter import DraftingPlan, Limits, Pairs
 from ..expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
 from ..modeling_specblock import BlockPath, SpecBlockModel
 from ..training.objective import TargetBatch
+from ..sampled_expansion import SampledGrowth, gumbel_draw, private_generator, shape_for
 from ..tree import DraftTree
 from .block_drafter import BlockDrafter, BlockState
 from .specblock_loss import specblock_loss
@@ -62,6 +63,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     ```
     """
 
+    can_sample = True
+
     def default_plan(self, device: torch.device) -> DraftingPlan:
         config = self.config
         if device.type == "cpu":
@@ -80,6 +83,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         tree, hidden, positions = self._first_block(state, pairs)
         if max(limits.nodes) == 0 or max(limits.depth) == 0:
             return tree
+        if limits.draft_sampling != "topk":
+            return self._drawn_tree(state, tree, hidden, positions, limits)
         size, first_width = self.config.block_size, state.cache.width
         path, starts = None, Starts.root(tree)
         for forward in range(limits.num_forwards):
@@ -87,15 +92,46 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             if forward + 1 == limits.num_forwards or (forward + 1) * size > max(limits.depth):
                 break
             starts = limit_starts(candidates, tree, limits.max_starts)
-            if path is None:
-                # The committed columns end with the drafting pair's own K; a start sees those up to its slot.
-                own = torch.as_tensor(state.committed, device=self.device).reshape(-1, 1) - size
-                path = BlockPath(visible=own + starts.slot + 1)
-            else:
-                path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
+            path = self._path_to(starts, path, state, hidden.shape[1])
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
         tree = tree.merge_duplicates().limit_depth(limits.depth)
         return tree.prune(limits.nodes)
+
+    def _drawn_tree(
+        self, state: BlockState, roots: DraftTree, hidden: torch.Tensor, positions: torch.LongTensor, limits: Limits
+    ) -> DraftTree:
+        """A tree drawn from the slots' laws at the request's temperature, which are known before any token is."""
+        if state.generator is None:
+            state.generator = private_generator(self.device)
+        first_width, path = state.cache.width, None
+        token_ids = torch.arange(self.config.draft_vocab_size, device=self.device) + self.d2t
+        laws = self._laws(state, hidden[:, 0])
+        shape = shape_for(limits, limits.draft_sampling, self.config.block_size, laws)
+        growth = SampledGrowth(
+            roots.tokens[:, 0], token_ids, shape, gumbel_draw(state.generator), limits.draft_sampling
+        )
+        growth.grow(laws[:, [shape.laws[law][2] for law in shape.laws_of(0)]])
+        for forward in range(1, len(shape.starts)):
+            starts = growth.starts(forward)
+            path = self._path_to(starts, path, state, hidden.shape[1])
+            hidden = self._later_block(state, hidden, starts, path, positions, first_width)
+            used = [shape.laws[law] for law in shape.laws_of(forward)]
+            growth.grow(self._laws(state, hidden[:, [row for _, row, _ in used], [slot for _, _, slot in used]]))
+        # A row without room for nodes has none at any depth.
+        depths = [depth if nodes else 0 for nodes, depth in zip(limits.nodes, limits.depth, strict=True)]
+        return growth.tree().limit_depth(depths).pack()
+
+    def _laws(self, state: BlockState, hidden: torch.Tensor) -> torch.Tensor:
+        """The request's log-probs `[B, R, D]` of slots with these states `[B, R, d]`."""
+        return state.warp(self.draft_logits(hidden)[1]).log_softmax(-1)
+
+    def _path_to(self, starts: Starts, path: BlockPath | None, state: BlockState, rows: int) -> BlockPath:
+        """What new starts see, given the path of the block before, which had so many rows; `None` for the first."""
+        if path is not None:
+            return path.step(starts.parent_start, starts.slot, rows)
+        # The committed columns end with the drafting pair's own K; a start sees those up to its slot.
+        own = torch.as_tensor(state.committed, device=self.device).reshape(-1, 1) - self.config.block_size
+        return BlockPath(visible=own + starts.slot + 1)
 
     def _grow(
         self, tree: DraftTree, starts: Starts, hidden: torch.Tensor, forward: int, budget: int
