@@ -1,0 +1,393 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The callback that lets a drafter learn from the verifier while it serves."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..callbacks import DraftingCall, DraftingCallback
+from ..drafter import Pairs, TreeDrafter
+from ..target import Scored
+from ..tree import DraftTree
+from ..verification import Walk
+from .bandit import Action, AdaptationBandit, Decision
+from .updater import DrafterUpdater, UpdateSettings
+from .windows import CallRecorder, Window, WindowBuffer
+
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["bandit", "always", "never"]
+
+KEPT_DECISIONS = 1000
+
+
+class FallMonitor:
+    """
+    Watches the accepted length over intervals of queries and tells when it keeps falling (section 3.4).
+
+    Args:
+        interval (`int`): Queries of an interval.
+        falls (`int`, *optional*, defaults to 3): Intervals in a row that must have fallen.
+        least_fall (`float`, *optional*, defaults to 0.1):
+            Share of tau that must be lost over them. The paper has none, but three falls in a row happen by chance in
+            one of 24 intervals.
+    """
+
+    def __init__(self, interval: int, falls: int = 3, least_fall: float = 0.1):
+        self.interval = interval
+        self.falls = falls
+        self.least_fall = least_fall
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.taus: list[float] = []
+        self._queries = self._rounds = self._emitted = 0
+
+    def see(self, emitted: int, rounds: int) -> Literal["open", "held", "fell", "fallen"]:
+        """
+        Take in a query: `"open"` inside of an interval, otherwise whether tau held or fell against the interval
+        before, or has now `"fallen"` too often.
+
+        Args:
+            emitted (`int`): Tokens of the query's rounds.
+            rounds (`int`): Its rounds.
+        """
+        self._queries, self._rounds, self._emitted = self._queries + 1, self._rounds + rounds, self._emitted + emitted
+        if self._queries < self.interval or not self._rounds:
+            return "open"
+        self.taus = [*self.taus, self._emitted / self._rounds][-self.falls - 1 :]
+        self._queries = self._rounds = self._emitted = 0
+        if len(self.taus) == 1 or self.taus[-1] >= self.taus[-2]:
+            return "held"
+        falling = all(after < before for before, after in zip(self.taus, self.taus[1:], strict=False))
+        enough = self.taus[-1] < (1 - self.least_fall) * self.taus[0]
+        return "fallen" if len(self.taus) > self.falls and falling and enough else "fell"
+
+
+@dataclass(frozen=True)
+class AdaptationEvent:
+    """
+    Something that happened to the weights.
+
+    Args:
+        kind (`str`): `"updated"`, `"rolled back"` or `"failed"`.
+        query (`int`): Queries seen when it was started.
+        scope (`str`, *optional*): What an update trained.
+        seconds (`float`, *optional*): How long it trained.
+        loss (`float`, *optional*): Of the update.
+        drift (`float`, *optional*): KL from the drafter before deployment.
+    """
+
+    kind: str
+    query: int
+    scope: str | None = None
+    seconds: float | None = None
+    loss: float | None = None
+    drift: float | None = None
+
+
+class OnlineAdaptationCallback(DraftingCallback):
+    """
+    Updates a drafter from the verifier's feedback while it serves, where that is expected to pay
+    (https://huggingface.co/papers/2605.07243, section 3.4, appendices A.3 and D). Whatever it does changes the speed
+    of later calls and never a text. Add it to one drafter; a call of `generate()` is a query.
+
+    Args:
+        policy (`str`, *optional*, defaults to `"bandit"`):
+            `"always"` makes a full update every `every` queries (online speculative decoding,
+            https://huggingface.co/papers/2310.07177), `"never"` none; both are for comparison.
+        bandit ([`AdaptationBandit`], *optional*): With constants of its own.
+        settings ([`UpdateSettings`], *optional*): How an update trains.
+        every (`int`, *optional*, defaults to 8): For `policy="always"`.
+        fresh_tokens (`int`, *optional*, defaults to 256):
+            Tokens of the target that must have come in since the last update, for the bandit to make another.
+        buffer_bytes (`int`, *optional*, defaults to 64 MiB): Bound of what is kept to train on.
+        window_tokens (`int`, *optional*, defaults to 512): Most tokens that are kept of a text, its last ones.
+        top_k (`int`, *optional*, defaults to 32): Tokens that are kept of each of the target's laws.
+        background (`bool`, *optional*, defaults to `True`):
+            Train in a thread of its own (on CUDA, on a stream of its own), while calls go on. Otherwise the call that
+            triggers an update returns after it, which makes a run repeatable.
+        device (`torch.device` or `str`, *optional*): Where to train; the drafter's own by default.
+        monitor ([`FallMonitor`], *optional*): When to roll back.
+        clock (`Callable[[], float]`, *optional*, defaults to `time.perf_counter`):
+            What throughput is measured with; `time.process_time` on a CPU that others use as well.
+
+    Attributes:
+        decisions (`deque` of [`Decision`]): The last thousand, one for each query.
+        events (`deque` of [`AdaptationEvent`]): The last thousand changes of the weights.
+        failure (`Exception`, *optional*): What ended the adaptation; it is logged once and the drafter serves on.
+
+    Example:
+
+    ```python
+    >>> from specblock_hf.adaptation import OnlineAdaptationCallback
+
+    >>> callback = OnlineAdaptationCallback()
+    >>> drafter.add_callback(callback)
+    >>> for inputs in requests:
+    ...     output = target.generate(**inputs, assistant_model=drafter)
+    >>> callback.save_pretrained("adapted-drafter")
+    ```
+
+    Raises:
+        ValueError: An unknown policy or a number out of range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy = "bandit",
+        *,
+        bandit: AdaptationBandit | None = None,
+        settings: UpdateSettings | None = None,
+        every: int = 8,
+        fresh_tokens: int = 256,
+        buffer_bytes: int = 64 * 2**20,
+        window_tokens: int = 512,
+        top_k: int = 32,
+        background: bool = True,
+        device: torch.device | str | None = None,
+        monitor: FallMonitor | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        if policy not in ("bandit", "always", "never"):
+            raise ValueError(f"there is no policy {policy!r}; choose bandit, always or never.")
+        if min(every, buffer_bytes, window_tokens, top_k) < 1 or fresh_tokens < 0:
+            raise ValueError(
+                f"every is {every}, buffer_bytes {buffer_bytes}, window_tokens {window_tokens}, top_k {top_k} and "
+                f"fresh_tokens {fresh_tokens}; give at least 1 (fresh_tokens: 0) of each."
+            )
+        self.policy = policy
+        self.bandit = bandit or AdaptationBandit()
+        self.settings = settings or UpdateSettings()
+        self.every = every
+        self.fresh_tokens = fresh_tokens
+        self.window_tokens = window_tokens
+        self.top_k = top_k
+        self.background = background
+        self.device = device
+        self.monitor = monitor or FallMonitor(self.bandit.interval)
+        self.clock = clock
+        self.buffer = WindowBuffer(buffer_bytes)
+        self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
+        self.events: deque[AdaptationEvent] = deque(maxlen=KEPT_DECISIONS)
+        self.failure: Exception | None = None
+        self.queries = 0
+        self.updates = 0
+        self._updater: DrafterUpdater | None = None
+        self._good: list[torch.Tensor] = []
+        self._candidate: list[torch.Tensor] | None = None
+        self._unpaid = 0.0
+        self._pending: Future | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def on_add(self, drafter: TreeDrafter) -> None:
+        if self._updater is not None:
+            raise ValueError("this callback adapts a drafter already; make another one for another drafter.")
+        if self.policy == "never":
+            return
+        self._updater = DrafterUpdater(drafter, self.settings, self.device)
+        self._good = self._updater.snapshot()
+        if self.background:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="drafter-update")
+
+    def on_remove(self, drafter: TreeDrafter) -> None:
+        self.wait()
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def on_generate_begin(self, call: DraftingCall) -> None:
+        if self.learns:
+            dtype = self.updater.deployed.dtype
+            recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, self.top_k)
+            call.notes[self] = (recorder, self.clock())
+
+    def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
+        if self in call.notes:
+            call.notes[self][0].add_prompt(pairs)
+
+    def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
+        if self not in call.notes:
+            return
+        recorder, _ = call.notes[self]
+        if call.statistics.rounds == 0:
+            recorder.close_prompt(scored)
+        else:
+            recorder.add_round(tree, scored, walk, pairs)
+
+    def on_generate_end(self, call: DraftingCall) -> None:
+        if self not in call.notes:
+            return
+        recorder, began = call.notes.pop(self)
+        seconds, windows, signal = self.clock() - began, recorder.windows(), recorder.signal()
+        statistics = call.statistics
+        rounds = len(statistics.accepted)
+        with self._lock:
+            for window in windows:
+                self.buffer.add(window)
+            self._watch(sum(statistics.accepted) + rounds, rounds)
+            # What an update in this thread took is paid by the query that follows it.
+            seconds, self._unpaid = seconds + self._unpaid, 0.0
+            decision = self._decide(signal, statistics.emitted, seconds)
+            self.decisions.append(decision)
+            self.queries += 1
+            if decision.action != "skip":
+                self._start(decision.action)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it still takes anything in."""
+        return self.policy != "never" and self.failure is None
+
+    @property
+    def updater(self) -> DrafterUpdater:
+        """
+        Raises:
+            ValueError: The callback was not added to a drafter, or never learns.
+        """
+        if self._updater is None:
+            raise ValueError(
+                "this callback has no drafter to adapt; call drafter.add_callback(callback) first, with a policy that "
+                "learns."
+            )
+        return self._updater
+
+    def wait(self) -> None:
+        """Let an update that is under way finish."""
+        pending = self._pending
+        if pending is not None:
+            pending.result()
+
+    def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Save the adapted drafter as `from_pretrained` loads it: configuration and weights, nothing that anybody wrote.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where to.
+            **kwargs: For the drafter's own `save_pretrained`.
+        """
+        self.wait()
+        deployed = self.updater.deployed
+        with deployed.lock:
+            deployed.save_pretrained(folder, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a service needs to go on after a restart, for `torch.save`: weights and numbers, no text."""
+        self.wait()
+        with self._lock:
+            return {
+                "updater": self.updater.state_dict(),
+                "bandit": self.bandit.state_dict(),
+                "good": [weight.clone() for weight in self._good],
+                "queries": self.queries,
+                "updates": self.updates,
+            }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was called; the adapted weights come into service."""
+        self.wait()
+        with self._lock:
+            self.updater.load_state_dict(state["updater"])
+            self.bandit.load_state_dict(state["bandit"])
+            self._good, self._candidate = list(state["good"]), None
+            self.queries, self.updates = state["queries"], state["updates"]
+            self.monitor.reset()
+
+    def _decide(self, signal: float, tokens: int, seconds: float) -> Decision:
+        if self.policy == "always":
+            due = (self.queries + 1) % self.every == 0 and len(self.buffer) > 0
+            action: Action = "full" if due and not self._busy() else "skip"
+            return Decision(self.queries, action, "schedule", signal)
+        ready = len(self.buffer) > 0 and self.buffer.fresh_tokens >= self.fresh_tokens and not self._busy()
+        return self.bandit.step(signal, tokens, seconds, ready)
+
+    def _busy(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
+    def _watch(self, emitted: int, rounds: int) -> None:
+        """Keep the weights of the last interval that did not fall; go back to them when too many fell."""
+        verdict = self.monitor.see(emitted, rounds)
+        if verdict == "open":
+            return
+        if verdict == "fallen" and self.updates:
+            self.wait()
+            self.updater.restore(self._good)
+            self.bandit.reset()
+            self.buffer.clear()
+            self.monitor.reset()
+            self._candidate = None
+            self.events.append(AdaptationEvent("rolled back", self.queries))
+            return
+        if verdict == "held" and self._candidate is not None:
+            self._good = self._candidate
+        # In service when the next interval begins; good if that interval does not fall.
+        self._candidate = self.updater.snapshot() if self.updates else None
+
+    def _start(self, scope: Literal["head", "full"]) -> None:
+        query, steps = self.queries, self.updater.draw(self.buffer)
+        if self._executor is None:
+            began = self.clock()
+            self._update(scope, steps, query, None)
+            self._unpaid = self.clock() - began
+            return
+        device, ready = self.updater.device, None
+        if device.type == "cuda":
+            ready = torch.cuda.current_stream(device).record_event()
+        self._pending = self._executor.submit(self._update, scope, steps, query, ready)
+
+    def _update(
+        self,
+        scope: Literal["head", "full"],
+        steps: list[list[Window]],
+        query: int,
+        ready: torch.cuda.Event | None,
+    ) -> None:
+        """One update from buffer to service. A failure ends the adaptation and nothing else."""
+        updater, began = self.updater, time.perf_counter()
+        stream: Any = nullcontext()
+        try:
+            if ready is not None:
+                side = torch.cuda.Stream(updater.device)
+                side.wait_event(ready)
+                stream = torch.cuda.stream(side)
+            with stream:
+                numbers = updater.train(scope, steps)
+            if not all(map(math.isfinite, numbers.values())):
+                raise ValueError(f"the {scope} update of query {query} ended in {numbers}, which is not finite")
+            updater.publish()
+        except Exception as error:
+            self.failure = error
+            self.events.append(AdaptationEvent("failed", query, scope))
+            logger.exception("The drafter stops learning and serves on with the weights that it has.")
+            return
+        self.updates += 1
+        self.events.append(AdaptationEvent("updated", query, scope, time.perf_counter() - began, **numbers))
+
+
+__all__ = ["AdaptationEvent", "FallMonitor", "OnlineAdaptationCallback", "Policy"]

@@ -1,0 +1,235 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Training the second copy of a drafter on what the target has just said, and bringing it into service
+(https://huggingface.co/papers/2605.07243, section 3.4).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from ..drafter import TreeDrafter
+from ..training.objective import TargetBatch
+from .windows import Window, WindowBuffer, collate
+
+
+DRIFT_ROWS = 256  # predictions of a step on which the drift is estimated: each is a row over the draft vocabulary
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """
+    How an update trains. The paper's values are not public; these were tuned on another stream than the reported one.
+
+    Args:
+        learning_rate (`float`, *optional*, defaults to 2e-4): Of AdamW, constant.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW, as in training.
+        max_grad_norm (`float`, *optional*, defaults to 0.5): As in training.
+        steps (`int`, *optional*, defaults to 4): Steps of an update.
+        batch_tokens (`int`, *optional*, defaults to 1024): Most pairs of a step.
+        drift_weight (`float`, *optional*, defaults to 0.1):
+            Weight lambda of KL(drafter before deployment || drafter); 0 saves that copy of the drafter and its time.
+        drift_share (`float`, *optional*, defaults to 0.25): Share of a step's windows on which it is estimated.
+        objective (*optional*): An instance of the drafter's `objective_class`; its defaults if not given.
+        autocast (`bool`, *optional*, defaults to `False`): Compute in bfloat16; the trained weights stay in float32.
+        seed (`int`, *optional*, defaults to 0): Of the windows that are drawn and of the objective's own draws.
+    """
+
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 0.5
+    steps: int = 4
+    batch_tokens: int = 1024
+    drift_weight: float = 0.1
+    drift_share: float = 0.25
+    objective: Any = None
+    autocast: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_tokens < 1 or self.learning_rate <= 0 or self.drift_weight < 0:
+            raise ValueError(
+                f"{self} cannot train; an update has at least one step of at least one token, a learning rate above 0 "
+                "and a drift weight of 0 or more."
+            )
+
+
+class DrafterUpdater:
+    """
+    Two copies of a drafter: the deployed one drafts, the trained one learns, in float32. In between calls of
+    `publish` the deployed one does not change.
+
+    Args:
+        drafter ([`TreeDrafter`]): In service; its weights are changed in place, under its lock.
+        settings ([`UpdateSettings`]): How to train.
+        device (`torch.device`, *optional*): Where to train; the drafter's own by default.
+
+    Raises:
+        ValueError: The drafter has no weights.
+    """
+
+    def __init__(self, drafter: TreeDrafter, settings: UpdateSettings, device: torch.device | str | None = None):
+        self.settings = settings
+        self.deployed = cast(Any, drafter.network)
+        if not self.deployed.parameters_of("full"):
+            raise ValueError(
+                f"{type(drafter).__name__} has no weights that could learn; adapt a drafter with weights, or leave "
+                "the callback out."
+            )
+        self.device = torch.device(device if device is not None else self.deployed.device)
+        self.trained = self._copy().float()
+        self.original = self._copy().requires_grad_(False) if settings.drift_weight else None
+        self.random = random.Random(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.optimizer = self._new_optimizer()
+        vocabulary = self.deployed.draft_to_target.to(self.device)
+        self.draft_ids = torch.full((self.deployed.config.vocab_size,), -1, device=self.device)
+        self.draft_ids[vocabulary] = torch.arange(len(vocabulary), device=self.device)
+
+    def draw(self, buffer: WindowBuffer) -> list[list[Window]]:
+        """What an update will train on: the windows of every step."""
+        return buffer.draw(self.settings.steps, self.settings.batch_tokens, self.random)
+
+    def train(self, scope: Literal["head", "full"], steps: Sequence[Sequence[Window]]) -> dict[str, float]:
+        """
+        Train the second copy for one update; the first one is not touched.
+
+        Args:
+            scope (`str`): `"head"` trains what comes after the decoder layers, `"full"` everything.
+            steps (sequence of sequences of [`Window`]): From `draw`.
+
+        Returns:
+            `dict[str, float]`: `loss` and `drift`, means over the steps.
+        """
+        settings = self.settings
+        for parameter in self.trained.parameters_of("full"):
+            parameter.requires_grad_(scope == "full")
+        for parameter in self.trained.parameters_of(scope):
+            parameter.requires_grad_(True)
+        losses, drifts = [], []
+        with ExitStack() as stack:
+            # The caller may generate without gradients or in inference mode; an update runs in neither.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast))
+            for windows in steps:
+                batch = collate(windows, self.draft_ids, torch.float32)
+                loss = self.trained.loss(batch, settings.objective, generator=self.generator)["loss"]
+                drift = self._drift(windows) if settings.drift_weight else loss.new_zeros(())
+                (loss + settings.drift_weight * drift).backward()
+                nn.utils.clip_grad_norm_(self.trained.parameters_of(scope), settings.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                losses.append(loss.detach())
+                drifts.append(drift.detach())
+        return {"loss": float(torch.stack(losses).mean()), "drift": float(torch.stack(drifts).mean())}
+
+    def publish(self) -> None:
+        """Bring the trained weights into service, between two drafts."""
+        self._write(self.deployed, self.trained.parameters_of("full"))
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """A copy of the weights that are in service."""
+        return [parameter.detach().clone() for parameter in self.deployed.parameters_of("full")]
+
+    def restore(self, weights: Sequence[torch.Tensor]) -> None:
+        """
+        Go back to a snapshot, with both copies; what the optimiser remembers is dropped.
+
+        Args:
+            weights (sequence of `torch.Tensor`): From `snapshot`.
+        """
+        self._write(self.deployed, weights)
+        self._write(self.trained, weights)
+        self.optimizer = self._new_optimizer()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trained copy, the optimiser and the state of all draws; no window."""
+        return {
+            "trained": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": [list(part) if isinstance(part, tuple) else part for part in self.random.getstate()],
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was called, and bring those weights into service."""
+        self.trained.load_state_dict(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["random"]))
+        self.generator.set_state(state["generator"])
+        self.publish()
+
+    def _drift(self, windows: Sequence[Window]) -> torch.Tensor:
+        """KL(drafter before deployment || trained copy) of the first forward's predictions, a sample of them."""
+        count = max(1, round(self.settings.drift_share * len(windows)))
+        batch = collate(windows[:count], self.draft_ids, torch.float32)
+        slots = self.trained.config.block_size
+        places = (
+            torch.arange(batch.tokens.shape[1] - 1, device=self.device)[:, None]
+            + 2
+            + torch.arange(slots, device=self.device)
+        )
+        # [B, pairs, slots]: the place that each slot predicts was written by the target.
+        wanted = batch.scored[:, places.clamp_max(batch.tokens.shape[1] - 1)] & (places < batch.lengths[:, None, None])
+        rows = wanted.flatten().nonzero().squeeze(1)
+        chosen = rows[torch.randperm(len(rows), generator=self.generator)[:DRIFT_ROWS].to(rows.device)]
+        if not len(chosen):
+            return torch.zeros((), device=self.device)
+        with torch.no_grad():
+            before = _first_logits(self.original, batch, chosen).log_softmax(-1)
+        now = _first_logits(self.trained, batch, chosen).log_softmax(-1)
+        return nn.functional.kl_div(now, before, reduction="batchmean", log_target=True)
+
+    def _copy(self) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            # Without its listeners, one of which may be the one that adapts it.
+            return deepcopy(self.deployed, {id(self.deployed.callbacks): ()}).to(self.device).eval()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        settings = self.settings
+        return torch.optim.AdamW(
+            self.trained.parameters_of("full"), lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0
+        )
+
+    def _write(self, drafter: Any, weights: Sequence[torch.Tensor]) -> None:
+        """Copy weights into a drafter in place. Under its lock nobody drafts, so that nobody sees half of it."""
+        with drafter.lock, torch.inference_mode(False), torch.no_grad():
+            # Neither may a draft that is still running on the device, whoever's stream it is on.
+            _synchronize(drafter.device)
+            for parameter, new in zip(drafter.parameters_of("full"), weights, strict=True):
+                parameter.copy_(new)
+            _synchronize(drafter.device)
+
+
+def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> torch.Tensor:
+    """Logits `[n, draft_vocab_size]` in float32 of some of the first forward's predictions, counted row by row."""
+    pairs = torch.arange(batch.tokens.shape[1] - 1, device=batch.tokens.device).expand(len(batch.tokens), -1)
+    embeds, features = batch.embeds[:, 1:].to(drafter.dtype), batch.features[:, :-1].to(drafter.dtype)
+    hidden = drafter(embeds, drafter.project_features(features), pairs)
+    return drafter.draft_logits(hidden.flatten(0, -2)[rows])[1].float()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
