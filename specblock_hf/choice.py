@@ -198,8 +198,14 @@ class TokenChoice:
         """Emit a token and tell whether it is the last one of its row; see [`Verifier`]."""
         return self._rows[row].stop(token)
 
-    def output(self, cache: object) -> GenerateDecoderOnlyOutput | torch.LongTensor:
-        """What `generate()` returns. After its end a row holds padding, and zeros as scores and logits."""
+    def output(self, cache: object, more: dict[str, Any]) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+        """
+        What `generate()` returns. After its end a row holds padding, and zeros as scores and logits.
+
+        Args:
+            cache (`object`): The target's.
+            more (`dict`): What else the target has to hand back, if it hands back more than tokens.
+        """
         if self._streamer is not None:
             self._streamer.end()
         sequences = self._stacked([row.sequence() for row in self._rows])
@@ -210,6 +216,7 @@ class TokenChoice:
             scores=_steps([row.scores for row in self._rows]),
             logits=_steps([row.raw_logits for row in self._rows]),
             past_key_values=cache,
+            **more,
         )
 
     def _stacked(self, rows: list[torch.LongTensor]) -> torch.LongTensor:

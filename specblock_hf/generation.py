@@ -125,7 +125,7 @@ def decode(
         limits = round_limits(plan, choice.remaining, target.room())
         if any(limits.nodes):
             with drafter.lock:
-                tree = drafter.propose(state, pairs, limits)
+                tree = target.scorable(drafter.propose(state, pairs, limits))
         else:  # the last token of a call, or a plan that does not draft at all: the drafter need not know of it
             tree = DraftTree.root(pairs.tokens.gather(1, pairs.lengths.clamp_min(1).unsqueeze(1) - 1).squeeze(1))
         listeners.on_draft(call, tree)
@@ -184,7 +184,7 @@ def generate_with_drafter(
             plan = replace(plan, draft_sampling="topk", verification=None)
         verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify)
-    return choice.output(scorer.cache)
+    return choice.output(scorer.cache, scorer.token_outputs())
 
 
 def check_request(
@@ -230,13 +230,6 @@ def check_request(
         raise ValueError(
             "synced_gpus needs the same number of forwards on every device and rounds of a tree drafter differ; drop "
             "assistant_model."
-        )
-    if generation_config.return_dict_in_generate and (
-        generation_config.output_hidden_states or generation_config.output_attentions
-    ):
-        raise ValueError(
-            "output_hidden_states and output_attentions would show draft trees instead of tokens; run the target "
-            "once over the returned sequence to get them."
         )
 
 

@@ -30,17 +30,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, cache_utils
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .drafter import Pairs, TokenTable
+from .outputs import TokenOutputs
 from .prompt import PromptPairs
 from .target_cache import TargetCache, check_cache
+from .target_mask import TreeMasks, layer_types, layer_windows, likeliest_chain
 from .tree import DraftTree
 
 
 if TYPE_CHECKING:
     from .verification import Walk
 
+
+logger = logging.get_logger(__name__)
 
 OLDEST, NEWEST = (5, 17), (5, 23)
 
@@ -50,10 +55,16 @@ _KNOWN_INPUTS = {
     "attention_mask",
     "inputs_embeds",
     "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
     "past_key_values",
     "position_ids",
     "use_cache",
 }
+
+
+# What plain decoding hands back of every token, if `output_...` asks for it.
+_TOKEN_OUTPUTS = ("hidden_states", "attentions")
 
 
 def check_transformers(version: str = transformers.__version__) -> None:
@@ -99,18 +110,18 @@ def check_target(target: PreTrainedModel) -> None:
         )
     decoder = target.get_decoder()
     taken = inspect.signature(target.forward).parameters
-    if not {"attention_mask", "position_ids"} <= taken.keys() or not hasattr(decoder, "layers"):
+    if not {"attention_mask", "position_ids"} <= taken.keys() or not _has_layers(decoder):
         raise ValueError(
-            f"{name} takes no position_ids or does not list its layers as get_decoder().layers, which a draft tree "
-            "needs; drop assistant_model."
+            f"{name} takes no position_ids or does not list its layers as get_decoder().layers or .h, which a draft "
+            "tree needs; drop assistant_model."
         )
-    attention = decoder.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise ValueError(
-            f"attn_implementation={attention!r} does not take the 4D mask that verifies a draft tree; call "
-            'target.set_attn_implementation("sdpa") before generate().'
+    if TreeMasks(target).chains_only:
+        logger.warning_once(
+            f"attn_implementation={decoder.config._attn_implementation!r} takes no mask that tells it of a draft tree, "
+            "so only the likeliest path of every draft is verified and fewer tokens are accepted; "
+            'target.set_attn_implementation("sdpa") before generate() has whole trees verified.'
         )
-    unknown = set(_layer_types(target)) - {"full_attention", "sliding_attention", "dummy"}
+    unknown = set(layer_types(target)) - {"full_attention", "sliding_attention", "dummy"}
     if unknown:
         raise ValueError(
             f"{name} has layers of type {', '.join(sorted(unknown))}, which cannot score a draft tree exactly; drop "
@@ -118,12 +129,13 @@ def check_target(target: PreTrainedModel) -> None:
         )
 
 
-def _layer_types(target: PreTrainedModel) -> list[str]:
-    """
-    One of transformers' layer types for each layer that owns a part of the cache; "dummy" where 5.23 lists those that
-    do not.
-    """
-    return cache_utils.get_layer_types_and_kwargs(target.config.get_text_config(decoder=True))[0]
+def _has_layers(decoder: nn.Module) -> bool:
+    return hasattr(decoder, "layers") or hasattr(decoder, "h")
+
+
+def _layers(decoder: nn.Module) -> nn.ModuleList:
+    """The decoder's layers, which GPT-2 and the families after it call `h`."""
+    return decoder.layers if hasattr(decoder, "layers") else decoder.h
 
 
 @dataclass
@@ -168,13 +180,14 @@ class FeatureTaps:
             if self._thread == threading.get_ident():
                 self._states[index] = state
 
+        layers = _layers(decoder)
         if index == 0:
-            return decoder.layers[0].register_forward_pre_hook(
+            return layers[0].register_forward_pre_hook(
                 lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
             )
-        if index == len(decoder.layers):
+        if index == len(layers):
             return decoder.register_forward_hook(lambda _, args, output: keep(output[0]))
-        return decoder.layers[index - 1].register_forward_hook(
+        return layers[index - 1].register_forward_hook(
             lambda _, args, output: keep(output[0] if isinstance(output, tuple) else output)
         )
 
@@ -250,15 +263,9 @@ class TargetModel:
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
         self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
         self.calls = 0
-        config = target.config.get_text_config(decoder=True)
-        types = _layer_types(target)
-        # Kind of mask -> (first layer that wants it, its window).
-        self._kinds = {
-            kind: (types.index(kind), config.sliding_window if kind == "sliding_attention" else None)
-            for kind in dict.fromkeys(types)
-            if kind != "dummy"
-        }
-        self._float_mask = target.get_decoder().config._attn_implementation == "eager"
+        self._masks = TreeMasks(target)
+        wanted = [name for name in _TOKEN_OUTPUTS if returns_cache and model_kwargs.get(f"output_{name}")]
+        self._outputs = TokenOutputs(wanted, len(self._rows), layer_windows(target) if wanted else [])
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
 
     @property
@@ -270,7 +277,7 @@ class TargetModel:
 
     def __exit__(self, *exc_info: object) -> None:
         self._taps.remove()
-        self._committed.record_past(False)
+        self._committed.end(self._returns_cache)
 
     def first_position(self) -> int:
         """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
@@ -288,7 +295,7 @@ class TargetModel:
         counts as a scored root.
         """
         committed = self._committed
-        committed.record_past(False)
+        committed.begin_prompt()
         prompt = PromptPairs(
             self.table, self._ids, self._kwargs.get("inputs_embeds"), self._new, committed.visible, committed.width
         )
@@ -296,9 +303,7 @@ class TargetModel:
             end = min(start + self._chunk_size, self._new)
             scored = self._forward(**self._prompt_inputs(start, end))
             if end == self._new:
-                # Only from here on: recording would keep every row of a long prompt in the sliding layers.
-                committed.record_past(True)
-                committed.leave_out_root()
+                committed.begin_rounds()
                 self.base = self.base - 1
                 self._next_position = self._next_position - 1
             yield replace(scored, logits=scored.logits[:, -1:]), prompt.pairs(scored.features, start, end)
@@ -311,6 +316,14 @@ class TargetModel:
         if pairs.given_embeds is not None:
             pairs.given_embeds[rows, pairs.lengths - 1] = self.table.embed(first)
         return pairs
+
+    def scorable(self, tree: DraftTree) -> DraftTree:
+        """What of a tree the target's attention can score: all of it, or its likeliest path where it takes no mask."""
+        return likeliest_chain(tree) if self._masks.chains_only else tree
+
+    def token_outputs(self) -> dict[str, Any]:
+        """`hidden_states` and `attentions` of the emitted tokens, if the call asks for them."""
+        return self._outputs.output()
 
     def score(self, tree: DraftTree) -> Scored:
         """
@@ -329,9 +342,10 @@ class TargetModel:
         return self._forward(
             input_ids=torch.cat((self._last, tree.tokens[:, 1:].to(self.device)), dim=1),
             position_ids=self._next_position + depths,
-            attention_mask=self._mask(tree, depths),
+            attention_mask=self._masks.mask(tree, depths, self._committed),
             past_key_values=self.cache,
             use_cache=True,
+            **self._outputs.flags,
         )
 
     def commit(self, walk: Walk) -> None:
@@ -351,6 +365,7 @@ class TargetModel:
         self._next_position = self._next_position + grown
         if len(self._rows) > 1 and not self._returns_cache:
             nodes = self._retire(nodes, walk.stopped.tolist())
+        self._outputs.keep(nodes, self._committed)
         self._committed.commit(nodes, self._scored)
 
     def _retire(self, nodes: torch.LongTensor, stopped: list[bool]) -> torch.LongTensor:
@@ -414,54 +429,12 @@ class TargetModel:
         with self._taps.armed():
             outputs = self.target(**inputs, return_dict=True)
         features = self._taps.take()
+        self._outputs.see(outputs)
         if len(self._rows) < self.base.shape[0]:
             place = dict(zip(self._rows, range(len(self._rows)), strict=True))
             spread = [place.get(row, 0) for row in range(self.base.shape[0])]
             features = tuple(feature[spread] for feature in features)
         return Scored(outputs.logits, features, self._rows)
-
-    def _mask(self, tree: DraftTree, depths: torch.LongTensor) -> torch.Tensor | dict[str, torch.Tensor] | None:
-        """The mask of a tree: one for each kind of layer; a lone root needs no more than plain decoding does."""
-        if self._scored == 1:
-            visible = self._committed.visible
-            return None if visible is None else nn.functional.pad(visible, (0, 1), value=True).long()
-        seen = tree.ancestors().to(self.device)
-        masks = {kind: self._kind_mask(layer, window, seen, depths) for kind, (layer, window) in self._kinds.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _kind_mask(
-        self, layer: int, window: int | None, seen: torch.BoolTensor, depths: torch.LongTensor
-    ) -> torch.Tensor:
-        """
-        Args:
-            layer (`int`):
-                Its stored columns are the mask's first ones; a sliding layer stores less than the whole prefix.
-            window (`int`, *optional*):
-                A node sees rows less than `window` rows before it, as plain decoding would count them.
-            seen (`torch.BoolTensor` of shape `[B, N, N]`): The tree's ancestors.
-            depths (`torch.LongTensor` of shape `[B, N]`): The tree's depths.
-
-        Returns:
-            `torch.Tensor` of shape `[B, 1, N, T]`, T the columns that the layer shows: Boolean, or additive for eager
-            attention, which adds what it is given.
-        """
-        committed, (batch_size, count) = self._committed, depths.shape
-        stored = committed.stored(layer)
-        columns = torch.arange(committed.width - stored, committed.width, device=self.device)
-        if committed.visible is None:
-            prefix = seen.new_ones(batch_size, 1, stored)
-        else:
-            prefix = committed.visible[:, None, committed.width - stored :]
-        prefix = prefix.expand(-1, count, -1)
-        if window is not None:
-            prefix = prefix & ((committed.width + depths)[:, :, None] - columns < window)
-            seen = seen & (depths[:, :, None] - depths[:, None, :] < window)
-        unused = seen.new_zeros(batch_size, count, committed.unused(layer, count))
-        mask = torch.cat((prefix, seen, unused), dim=2).unsqueeze(1)
-        if not self._float_mask:
-            return mask
-        dtype = self.target.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _check_inputs(model_kwargs: dict[str, Any], batch_size: int, returns_cache: bool) -> None:

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache, cache_utils
 
+from .target_layer import RoomyLayer
+
 
 class TargetCache:
     """
@@ -34,34 +36,63 @@ class TargetCache:
         width (`int`): Columns that hold committed tokens, once the prompt has been read.
         visible (`torch.BoolTensor` of shape `[B, width]`, *optional*):
             Columns that count; `None` for all, which stays so until rows grow apart.
+
+    Attributes:
+        static (`bool`): The cache does not grow.
+        own (`list[int]`): Columns of each row without the padding that shifting it brought.
     """
 
     def __init__(self, cache: Any, batch_size: int, width: int, visible: torch.BoolTensor | None):
         self.cache = cache
         self.width = width
         self.visible = visible
-        self._static = isinstance(cache, StaticCache)
-        # Columns of each row without the padding that shifting it brought.
-        self._own = [width] * batch_size
+        self.static = isinstance(cache, StaticCache)
+        self.own = [width] * batch_size
 
     def room(self) -> int | None:
         """Free columns of a static cache; `None` for one that grows."""
-        return self.cache.get_max_length() - self.width if self._static else None
+        return self.cache.get_max_length() - self.width if self.static else None
 
     def stored(self, layer: int) -> int:
         """How many of the committed columns a layer holds; one that slides drops those before its window."""
-        return self.width if self._static else self.cache.layers[layer].keys.shape[-2]
+        return self.width if self.static else self.cache.layers[layer].keys.shape[-2]
 
     def unused(self, layer: int, count: int) -> int:
         """Columns behind `count` new ones that the layer shows to the attention although nothing is in them."""
-        return self.cache.layers[layer].keys.shape[-2] - self.width - count if self._static else 0
+        return self.cache.layers[layer].keys.shape[-2] - self.width - count if self.static else 0
 
-    def leave_out_root(self) -> None:
-        """The prompt's last column is the first root's; it counts as scored and not as committed."""
+    def begin_prompt(self) -> None:
+        """Before the target reads the prompt: sliding layers need not keep what they slide over."""
+        self._record_past(False)
+
+    def begin_rounds(self) -> None:
+        """
+        After the target has read the prompt, whose last column is the first root's: it counts as scored and not as
+        committed.
+        """
+        # Only from here on: recording would keep every row of a long prompt in the sliding layers.
+        self._record_past(True)
+        layers = self.cache.layers
+        for index, layer in enumerate(layers):
+            if type(layer) is cache_utils.DynamicLayer and layer.is_initialized:
+                layers[index] = RoomyLayer(layer)
         self.width -= 1
-        self._own = [columns - 1 for columns in self._own]
+        self.own = [columns - 1 for columns in self.own]
         if self.visible is not None:
             self.visible = self.visible[:, :-1]
+
+    def end(self, kept: bool) -> None:
+        """
+        Give the cache its own layers back.
+
+        Args:
+            kept (`bool`): Somebody goes on with it.
+        """
+        self._record_past(False)
+        layers = self.cache.layers
+        for index, layer in enumerate(layers):
+            if type(layer) is RoomyLayer:
+                layers[index] = layer.original(kept)
 
     def commit(self, nodes: torch.LongTensor, scored: int) -> None:
         """
@@ -74,9 +105,9 @@ class TargetCache:
         kept = nodes.tolist()
         lengths = [sum(node >= 0 for node in row) for row in kept]
         widest = max(lengths)
-        self._own = [own + length for own, length in zip(self._own, lengths, strict=True)]
+        self.own = [own + length for own, length in zip(self.own, lengths, strict=True)]
         # Never less than before, although the longest row may have gone: sliding layers have dropped what that needs.
-        width = max(self.width, *self._own)
+        width = max(self.width, *self.own)
         if min(lengths) == widest and width == self.width + widest:
             if any(row != list(range(widest)) for row in kept):
                 self._move(self.width + nodes, self.width)
@@ -90,25 +121,25 @@ class TargetCache:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the batch and forget the others."""
-        self._own = [self._own[row] for row in rows]
+        self.own = [self.own[row] for row in rows]
         if self.visible is not None:
             self.visible = self.visible[rows]
         for layer in self.cache.layers:
             if layer.keys is not None:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+                layer.batch_select_indices(rows)
 
     def behind(self) -> list[int]:
         """1 for each row that has fewer tokens than another, 0 for the others; empty if all have as many."""
-        longest = max(self._own)
-        return [int(own < longest) for own in self._own] if min(self._own) < longest else []
+        longest = max(self.own)
+        return [int(own < longest) for own in self.own] if min(self.own) < longest else []
 
     def align_left(self) -> None:
         """Lay every row's columns out as plain decoding does, token j in column j."""
-        own = torch.tensor(self._own).unsqueeze(1)
+        own = torch.tensor(self.own).unsqueeze(1)
         source = self.width - own + torch.arange(self.width)
         self._move(source.clamp_max(self.width - 1), 0)
 
-    def record_past(self, on: bool) -> None:
+    def _record_past(self, on: bool) -> None:
         """
         Sliding layers must not drop columns before a tree's rejected nodes are gone; transformers has no call to end
         that.
@@ -148,13 +179,13 @@ class TargetCache:
 
     def _first(self, layer: Any) -> int:
         """The column that a layer's first row holds."""
-        if self._static:
+        if self.static:
             return 0
         return layer.get_seq_length() - layer.keys.shape[-2]
 
     def _cut(self, width: int, total: int) -> None:
         """Drop the columns from `width` to `total`."""
-        if self._static:
+        if self.static:
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(width)
         else:

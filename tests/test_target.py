@@ -118,10 +118,10 @@ def test_masks_take_the_form_that_each_backend_reads():
         with scorer_for(tiny_target(kind, attention), prompt_of(12)) as scorer, torch.no_grad():
             start(scorer, 3)
             scorer.score(make_tree([3], [-1]))
-            assert scorer._mask(make_tree([3], [-1]), torch.zeros(1, 1, dtype=torch.long)) is None
+            root, committed = make_tree([3], [-1]), scorer._committed
+            assert scorer._masks.mask(root, torch.zeros(1, 1, dtype=torch.long), committed) is None
             scorer.commit(walk_of([0], [3]))
-            scorer._scored = 4
-            masks[kind, attention] = scorer._mask(tree, tree.depths())
+            masks[kind, attention] = scorer._masks.mask(tree, tree.depths(), committed)
     nodes = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).bool()
     sdpa, eager = masks["llama", "sdpa"], masks["llama", "eager"]
     assert sdpa.dtype == torch.bool and sdpa.shape == (1, 1, 4, 13 + 4)
