@@ -56,6 +56,11 @@ class SpecBlockConfig(LlamaConfig):
         probability_cuts (`bool`, *optional*, defaults to `False`): Narrow confident slots as the authors' runner does.
         tree_budget (`int`, *optional*, defaults to 60): Most drafted nodes of a tree.
         max_starts (`int`, *optional*): Most starts of a later block; `None` takes them all, as the release does.
+        prefix_broadcast (`bool`, *optional*, defaults to `True`):
+            Condition and token enter every slot and not only the first; `False` is an ablation of the paper's.
+        layer_shift (`bool`, *optional*, defaults to `True`):
+            Carry the state of the slot before into every slot between the layers; `False` is an ablation of the
+            paper's.
         acceptance (`list[list[float]]`, *optional*):
             Measured tau of several plans, each row `[tree_budget, num_blocks, max_starts, tau, tau with look-ups]`
             with 0 starts for all; [`calibrate`] chooses among them.
@@ -89,6 +94,8 @@ class SpecBlockConfig(LlamaConfig):
     probability_cuts: bool = False
     tree_budget: int = 60
     max_starts: int | None = None
+    prefix_broadcast: bool = True
+    layer_shift: bool = True
     acceptance: list[list[float]] | None = None
 
     def __post_init__(self, **kwargs):

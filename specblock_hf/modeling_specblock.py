@@ -134,6 +134,7 @@ class SpecBlockInput(nn.Module):
         self.position_queries = nn.Embedding(config.block_size, hidden)
         self.query_norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.fuse = nn.Linear(3 * hidden, hidden, bias=False)
+        self.prefix_broadcast = config.prefix_broadcast
 
     def forward(self, conditions: torch.Tensor, token_embeds: torch.Tensor) -> torch.Tensor:
         """`[B, R, d]` and `[B, R, d]` to `[B, R, K, d]`."""
@@ -144,7 +145,10 @@ class SpecBlockInput(nn.Module):
         queries = nn.functional.linear(
             self.query_norm(self.position_queries.weight), self.fuse.weight[:, 2 * hidden :]
         )
-        return shared.unsqueeze(-2) + queries
+        slots = shared.unsqueeze(-2) + queries
+        if self.prefix_broadcast:
+            return slots
+        return torch.cat([slots[..., :1, :], queries[1:].expand_as(slots[..., 1:, :])], dim=-2)
 
 
 class SpecBlockModel(DraftHead, StrictPreTrainedModel):
@@ -170,7 +174,8 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         self.input_layer = SpecBlockInput(config)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.shift_proj = nn.ModuleList(
-            nn.Linear(2 * hidden, hidden, bias=False) for _ in range(config.num_hidden_layers - 1)
+            nn.Linear(2 * hidden, hidden, bias=False)
+            for _ in range(config.num_hidden_layers - 1 if config.layer_shift else 0)
         )
         self.norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
@@ -233,7 +238,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
             )
         hidden = self.input_layer(conditions, token_embeds).flatten(1, 2)
         for index, layer in enumerate(self.layers):
-            if index > 0:
+            if index > 0 and self.config.layer_shift:
                 hidden = self._shift(hidden, index - 1, batch, rows)
             hidden = layer(
                 hidden,

@@ -70,11 +70,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = Fals
     )
 
 
-def load_target(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_target(
+    name: str | None, dtype: torch.dtype, device_map: str | dict | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A target and its tokenizer by folder or Hub id; the default target if there is no name."""
     if name is None:
         return load_default_target(dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
+    return target, AutoTokenizer.from_pretrained(name)
 
 
 def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TreeDrafter]:

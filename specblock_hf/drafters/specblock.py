@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Literal
 
 import torch
@@ -24,11 +23,12 @@ from torch import nn
 from ..drafter import DraftingPlan, Limits, Pairs
 from ..expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
 from ..modeling_specblock import BlockPath, SpecBlockModel
-from ..training.objective import TargetBatch
 from ..sampled_expansion import SampledGrowth, gumbel_draw, private_generator, shape_for
+from ..training.objective import TargetBatch
 from ..tree import DraftTree
 from .block_drafter import BlockDrafter, BlockState
-from .specblock_loss import specblock_loss
+from .specblock_loss import SpecBlockObjective, specblock_loss
+from .specblock_release import release_loss
 
 
 # Of a drafter with little training, for one whose configuration does not say: nodes, blocks, starts (0: all), tau
@@ -62,6 +62,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     >>> drafter.last_statistics.tau
     ```
     """
+
+    objective_class = SpecBlockObjective
 
     can_sample = True
 
@@ -166,23 +168,14 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     def loss(
         self,
         batch: TargetBatch,
-        num_blocks: int = 3,
-        rank_weight: float = 1.0,
-        cuts: list[int] | None = None,
-        starts_share: float = 1.0,
+        objective: SpecBlockObjective | None = None,
+        *,
+        progress: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[str, torch.Tensor]:
-        """
-        The training objective; see [`specblock_loss`].
-
-        Args:
-            batch ([`TargetBatch`]): Texts and the target's view of them.
-            num_blocks (`int`, *optional*, defaults to 3): Blocks that are trained (paper: 3).
-            rank_weight (`float`, *optional*, defaults to 1.0): Weight of the rank head's loss.
-            cuts (`list[int]`, *optional*): Cut of every transition; drawn uniformly from 1 to K if not given.
-            starts_share (`float`, *optional*, defaults to 1.0): Share of a later block's starts that are trained.
-            generator (`torch.Generator`, *optional*): Draws them.
-        """
-        if cuts is None:
-            cuts = [random.randint(1, self.config.block_size) for _ in range(num_blocks - 1)]
-        return specblock_loss(self, batch, num_blocks, rank_weight, cuts, starts_share, generator)
+        """The training objective with cuts drawn from 1 to K; see [`specblock_loss`] and [`SpecBlockObjective`]."""
+        objective = (objective or SpecBlockObjective()).at(progress)
+        cuts = torch.randint(1, self.config.block_size + 1, (objective.num_blocks - 1,), generator=generator).tolist()
+        if objective.release:
+            return release_loss(self, batch, objective, cuts)
+        return specblock_loss(self, batch, objective, cuts, generator)

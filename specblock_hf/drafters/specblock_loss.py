@@ -18,20 +18,81 @@ The SpecBlock objective: valid-prefix masked cross-entropy over blocks and slots
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..modeling_specblock import BlockPath, GraphCache
-from ..training.objective import TargetBatch, rank_buckets, rank_cross_entropy, soft_cross_entropy
+from ..training.objective import (
+    TargetBatch,
+    ordinal_rank_loss,
+    rank_buckets,
+    rank_cross_entropy,
+    soft_cross_entropy,
+)
 
 
 if TYPE_CHECKING:
     from .specblock import SpecBlockDrafter
 
 
-SLOT_DECAY = 0.8
+@dataclass(frozen=True)
+class SpecBlockObjective:
+    """
+    What may be chosen about the objective. Defaults are what measured better where that is known, and the paper's
+    elsewhere.
+
+    Args:
+        num_blocks (`int`, *optional*, defaults to 3): Blocks that are trained (paper: 3); 1 leaves cross-block
+            training out.
+        starts_share (`float`, *optional*, defaults to 1.0): Share of a later block's possible starts that are trained.
+        rank_weight (`float`, *optional*, defaults to 1.0): Weight of the rank head's loss; 0 skips it.
+        join_at (`float`, *optional*, defaults to 0.1): Share of the run's steps before the rank head and later blocks
+            join.
+        slot_decay (`float`, *optional*, defaults to 0.8): Slot k counts this to the power of k.
+        valid_prefix (`bool`, *optional*, defaults to `True`):
+            Leave out slots after a wrong guess, and blocks that a tree under verification cannot have reached (section
+            3.3); without it every place of an answer counts in every slot.
+        slot_mean (`str`, *optional*, defaults to `"first"`):
+            What a slot's sum is divided by: the rows of the block's `"first"` slot, so that the mean is the paper's
+            expectation, or its own `"survivors"` as in the authors' release.
+        rank_loss (`str`, *optional*, defaults to `"plain"`):
+            `"plain"` cross-entropy, or `"release"`: rare buckets reweighted, ordinal smoothing, distance weights.
+        earlier_keys (`bool`, *optional*, defaults to `False`):
+            Later blocks also see their own block's keys of earlier positions, as in the release's training and
+            unlike any drafting.
+        release (`bool`, *optional*, defaults to `False`):
+            The authors' released objective to the letter, see [`release_loss`]; of the above only `num_blocks`,
+            `rank_weight`, `join_at` and `slot_decay` matter then.
+    """
+
+    num_blocks: int = 3
+    starts_share: float = 1.0
+    rank_weight: float = 1.0
+    join_at: float = 0.1
+    slot_decay: float = 0.8
+    valid_prefix: bool = True
+    slot_mean: str = "first"
+    rank_loss: str = "plain"
+    earlier_keys: bool = False
+    release: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 1:
+            raise ValueError(
+                f"num_blocks is {self.num_blocks}; at least the first block is trained, so give 1 or more."
+            )
+        for name, value, known in (
+            ("slot_mean", self.slot_mean, ("first", "survivors")),
+            ("rank_loss", self.rank_loss, ("plain", "release")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; known are {' and '.join(known)}.")
+
+    def at(self, progress: float) -> SpecBlockObjective:
+        """The objective at a share of the run: the first block alone, and then all of it."""
+        return self if progress >= self.join_at else replace(self, num_blocks=1, rank_weight=0.0)
 
 
 @dataclass
@@ -57,10 +118,8 @@ class TrainingBlock:
 def specblock_loss(
     drafter: SpecBlockDrafter,
     batch: TargetBatch,
-    num_blocks: int,
-    rank_weight: float,
+    objective: SpecBlockObjective,
     cuts: list[int],
-    starts_share: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
     """
@@ -73,62 +132,84 @@ def specblock_loss(
     Args:
         drafter ([`SpecBlockDrafter`]): The drafter.
         batch ([`TargetBatch`]): Texts and the target's view of them.
-        num_blocks (`int`): Blocks that are trained.
-        rank_weight (`float`): Weight of the rank head's loss; 0 skips it.
+        objective ([`SpecBlockObjective`]): What is trained, and how it is weighed.
         cuts (`list[int]`): Cut M of every transition from a block to the next, each from 1 to K.
-        starts_share (`float`, *optional*, defaults to 1.0): Share of a later block's starts that are trained.
-        generator (`torch.Generator`, *optional*): Draws them.
+        generator (`torch.Generator`, *optional*): Draws the share of the later starts.
 
     Returns:
-        `dict[str, torch.Tensor]`: `loss`, `draft_loss`, `rank_loss`, and without gradient `agreed` and `counted` of
-        shape
-        `[blocks, K]`: surviving rows whose guess is the text's token, and surviving rows.
+        `dict[str, torch.Tensor]`: `loss`, `draft_loss`, `rank_loss`, and the counts `agreed` and `counted` of shape
+        `[blocks, K]` and `rank_confusion` of shape `[buckets, buckets]`; see [`TreeDrafter.loss`].
     """
     cache = GraphCache(drafter.config.num_hidden_layers)
-    block = _first_block(drafter, batch, cache)
+    block = first_block(drafter, batch, cache)
     alive = block.valid
-    draft_loss = block.hidden.new_zeros((), dtype=torch.float32)
-    rank_loss = draft_loss.clone()
-    agreed, counted = [], []
-    for number in range(num_blocks):
+    blocks = []
+    for number in range(objective.num_blocks):
         if number > 0:
-            if starts_share < 1:
-                alive = alive & (torch.rand(alive.shape, generator=generator).to(alive.device) < starts_share)
-            block = _later_block(drafter, batch, cache, block, alive, cuts[number - 1])
-        scores = _score_block(drafter, batch, block, rank_weight > 0, cuts[number] if number < len(cuts) else 0)
-        first = scores["counted"][0].clamp_min(1)
-        decay = SLOT_DECAY ** torch.arange(len(scores["draft"]), device=first.device)
-        # Every slot is divided by the number of first slots, not by its own survivors: the mean is the paper's
-        # expectation, and
-        # a late slot with one survivor weighs as little as its noise deserves.
-        draft_loss = draft_loss + (scores["draft"] * decay).sum() / first
-        rank_loss = rank_loss + scores["rank"].sum() / first
-        agreed.append(scores["agreed"])
-        counted.append(scores["counted"])
-        alive = scores["alive"]
+            if objective.starts_share < 1:
+                draws = torch.rand(alive.shape, generator=generator).to(alive.device)
+                alive = alive & (draws < objective.starts_share)
+            starts = _starts(batch, block, alive, cuts[number - 1])
+            block = later_block(drafter, batch, cache, block, starts, cuts[number - 1], objective.earlier_keys)
+        scores = _score_block(drafter, batch, block, objective, cuts[number] if number < len(cuts) else 0)
+        alive = scores.pop("alive")
+        blocks.append(scores)
+    sums = {name: torch.stack([scores[name] for scores in blocks]) for name in blocks[0]}
+    # Divided by the first slots, the mean is the paper's expectation, and a late slot with one survivor weighs as
+    # little as its noise deserves.
+    first = sums["counted"][:, :1].clamp_min(1)
+    rows = first if objective.slot_mean == "first" else sums["counted"].clamp_min(1)
+    decay = objective.slot_decay ** torch.arange(drafter.config.block_size, device=first.device)
+    draft_loss = (sums["draft"] / rows * decay).sum()
+    plain = objective.rank_loss == "plain"
+    rank_loss = (sums["rank"] / (first if plain else sums["rank_weights"].sum(-1, keepdim=True).clamp_min(1e-6))).sum()
     return {
-        "loss": draft_loss + rank_weight * rank_loss,
+        "loss": draft_loss + objective.rank_weight * rank_loss,
         "draft_loss": draft_loss,
         "rank_loss": rank_loss,
-        "agreed": torch.stack(agreed),
-        "counted": torch.stack(counted),
+        "agreed": sums["agreed"],
+        "counted": sums["counted"],
+        "rank_confusion": sums["confusion"].sum((0, 1)),
     }
 
 
-def _first_block(drafter: SpecBlockDrafter, batch: TargetBatch, cache: GraphCache) -> TrainingBlock:
+def first_block(drafter: SpecBlockDrafter, batch: TargetBatch, cache: GraphCache) -> TrainingBlock:
+    """The block that starts at every committed pair."""
     pairs = torch.arange(batch.tokens.shape[1] - 1, device=batch.tokens.device).expand(len(batch.tokens), -1)
     conditions = drafter.project_features(batch.features[:, :-1])
     hidden = drafter(batch.embeds[:, 1:], conditions, pairs, cache=cache)
     return TrainingBlock(hidden, pairs, 0, pairs < batch.lengths[:, None] - 1)
 
 
-def _later_block(
-    drafter, batch: TargetBatch, cache: GraphCache, before: TrainingBlock, alive: torch.BoolTensor, cut: int
+def _starts(batch: TargetBatch, before: TrainingBlock, alive: torch.BoolTensor, cut: int) -> torch.BoolTensor:
+    """Rows whose next block begins where the token that its first slot is about is still part of the answer."""
+    wanted = before.pairs + before.shift + cut + 2
+    last = batch.tokens.shape[1] - 1
+    return alive & (wanted < batch.lengths[:, None]) & batch.scored.gather(1, wanted.clamp_max(last))
+
+
+def later_block(
+    drafter: SpecBlockDrafter,
+    batch: TargetBatch,
+    cache: GraphCache,
+    before: TrainingBlock,
+    starts: torch.BoolTensor,
+    cut: int,
+    earlier_keys: bool,
 ) -> TrainingBlock:
+    """
+    A block that continues rows of another one after its slot `cut - 1`.
+
+    Args:
+        drafter ([`SpecBlockDrafter`]): The drafter.
+        batch ([`TargetBatch`]): The texts.
+        cache (`GraphCache`): Holds the keys of all blocks so far.
+        before (`TrainingBlock`): The block to continue.
+        starts (`torch.BoolTensor` of shape `[B, R]`): Which of its rows are continued.
+        cut (`int`): Slots that are kept of it.
+        earlier_keys (`bool`): See [`SpecBlockObjective`].
+    """
     shift, size, last = before.shift + cut, drafter.config.block_size, batch.tokens.shape[1] - 1
-    # A row starts where the token that its first slot is about is still part of the answer.
-    wanted = before.pairs + shift + 2
-    starts = alive & (wanted < batch.lengths[:, None]) & batch.scored.gather(1, wanted.clamp_max(last))
     width = max(int(starts.sum(-1).max()), 1)
     # A stable sort brings each text's starts to the front in their order; what remains is padding.
     rows = starts.int().sort(dim=-1, descending=True, stable=True).indices[:, :width]
@@ -141,18 +222,24 @@ def _later_block(
     conditions = before.hidden[:, :, cut - 1].gather(1, rows[..., None].expand(-1, -1, before.hidden.shape[-1]))
     embeds = batch.embeds.gather(1, places[..., None].expand(-1, -1, batch.embeds.shape[-1]))
     mask = path.mask((batch.tokens.shape[1] - 1) * size, size)
+    valid = starts.gather(1, rows)
+    if earlier_keys:
+        earlier = (pairs[:, :, None] > pairs[:, None]) & valid[:, None]
+        mask[..., -width * size :] |= earlier.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None]
     hidden = drafter(embeds, conditions, pairs, attention_mask=mask, cache=cache)
-    return TrainingBlock(hidden, pairs, shift, starts.gather(1, rows), path)
+    return TrainingBlock(hidden, pairs, shift, valid, path)
 
 
-def _score_block(drafter, batch: TargetBatch, block: TrainingBlock, rank: bool, cut: int) -> dict[str, torch.Tensor]:
+def _score_block(
+    drafter: SpecBlockDrafter, batch: TargetBatch, block: TrainingBlock, objective: SpecBlockObjective, cut: int
+) -> dict[str, torch.Tensor]:
     """
-    Sums over surviving rows of every slot, and the rows whose chain is right up to `cut` (that slot itself may
-    err).
+    Sums over surviving rows of every slot, and `alive`: the rows whose chain is right up to `cut` (that slot itself
+    may err).
     """
     alive, survivors = block.valid, block.valid
     last = batch.tokens.shape[1] - 1
-    sums: dict[str, list] = {"draft": [], "rank": [], "agreed": [], "counted": []}
+    slots = []
     for slot in range(drafter.config.block_size):
         places = block.pairs + block.shift + 2 + slot
         inside = places < batch.lengths[:, None]
@@ -164,16 +251,42 @@ def _score_block(drafter, batch: TargetBatch, block: TrainingBlock, rank: bool, 
         place = places[row, column]
         normed, logits = drafter.draft_logits(block.hidden[row, column, slot])
         ids = batch.top_ids[row, place]
-        sums["draft"].append(soft_cross_entropy(logits, ids, batch.top_probs[row, place]).sum())
-        if rank:
-            buckets = rank_buckets(logits.detach(), ids[:, 0])
-            rank_logits = drafter.rank_logits(normed, logits.detach().topk(drafter.config.rank_top_k, -1).values)
-            sums["rank"].append(rank_cross_entropy(rank_logits, buckets).sum())
-        else:
-            sums["rank"].append(logits.new_zeros((), dtype=torch.float32))
         guess = drafter.draft_to_target[logits.detach().argmax(-1)]
         right = guess == batch.tokens[row, place]
-        sums["agreed"].append(right.sum())
-        sums["counted"].append(torch.tensor(len(row), device=right.device))
-        alive = torch.zeros_like(alive).index_put((row, column), right)
-    return {name: torch.stack(values) for name, values in sums.items()} | {"alive": survivors}
+        sums = {
+            "draft": soft_cross_entropy(logits, ids, batch.top_probs[row, place]).sum(),
+            "agreed": right.sum(),
+            "counted": torch.tensor(len(row), device=right.device),
+        }
+        slots.append(sums | _score_ranks(drafter, normed, logits.detach(), ids[:, 0], objective))
+        if objective.valid_prefix:
+            alive = torch.zeros_like(alive).index_put((row, column), right)
+    return {name: torch.stack([sums[name] for sums in slots]) for name in slots[0]} | {"alive": survivors}
+
+
+def _score_ranks(
+    drafter: SpecBlockDrafter,
+    normed: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.LongTensor,
+    objective: SpecBlockObjective,
+) -> dict[str, torch.Tensor]:
+    """The rank head's loss, summed over rows, the rows' weights, and places by true and predicted bucket."""
+    classes = drafter.config.num_rank_classes
+    if objective.rank_weight == 0:
+        nothing = logits.new_zeros((), dtype=torch.float32)
+        confusion = torch.zeros(classes, classes, dtype=torch.long, device=logits.device)
+        return {"rank": nothing, "rank_weights": nothing, "confusion": confusion}
+    buckets = rank_buckets(logits, ids)
+    rank_logits = drafter.rank_logits(normed, logits.topk(drafter.config.rank_top_k, -1).values)
+    if objective.rank_loss == "plain":
+        losses = rank_cross_entropy(rank_logits, buckets)
+        weights = torch.ones_like(losses)
+    else:
+        losses, weights = ordinal_rank_loss(rank_logits, buckets, torch.ones_like(buckets))
+    pairs = buckets * classes + rank_logits.detach().argmax(-1)
+    return {
+        "rank": losses.sum(),
+        "rank_weights": weights.sum(),
+        "confusion": pairs.bincount(minlength=classes**2).view(classes, classes),
+    }

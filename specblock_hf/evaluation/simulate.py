@@ -46,6 +46,11 @@ class SimulatedAcceptance:
         """Share of the rounds whose accepted length reached `depth`."""
         return sum(a >= depth for a in self.accepted) / max(1, len(self.accepted))
 
+    def rates(self) -> list[float]:
+        """For every depth that a round reached, the share of rounds at the depth before that went on to it."""
+        reached = [self.at_depth(depth) for depth in range(max(self.accepted, default=0) + 1)]
+        return [after / before for before, after in zip(reached, reached[1:], strict=False)]
+
 
 @torch.no_grad()
 def simulate_acceptance(

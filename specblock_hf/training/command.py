@@ -20,33 +20,36 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import align_module_device
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..configuration_specblock import SpecBlockConfig
+from ..auto import DRAFTERS, AutoDrafter
 from ..drafter import DraftingPlan, TokenTable
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
-from ..drafters.specblock import SpecBlockDrafter
+from ..evaluation.held_out import held_out_rates
 from ..evaluation.simulate import simulate_acceptance
 from ..terminal import load_target
 from .arguments import DrafterTrainingArguments
 from .attention import NAME as CPU_ATTENTION
+from .batches import batches_of_epoch, draft_vocabulary, padding_share
 from .data import Example, load_examples, split_examples
 from .features import FeatureStore, TargetView, view_target
-from .trainer import DrafterTrainer, draft_vocabulary
+from .options import add_fields, read_pairs
+from .rehearsal import rehearse
+from .trainer import DrafterTrainer, make_accelerator
 
 
-PLANS = tuple(
-    DraftingPlan(*values)
-    for values in (
-        *((budget, 1) for budget in (2, 4, 6, 8, 12, 16, 24)),
-        *((budget, 2, starts) for budget in (8, 12, 16) for starts in (2, 4)),
-        *((budget, 2, starts) for budget in (24, 32, 60) for starts in (4, 8)),
-        (60, 2),
-    )
+PLANS = (
+    *(DraftingPlan(budget, 1) for budget in (2, 4, 6, 8, 12, 16, 24)),
+    *(DraftingPlan(budget, 2, starts) for budget in (8, 12, 16) for starts in (2, 4)),
+    *(DraftingPlan(budget, 2, starts) for budget in (24, 32, 60) for starts in (4, 8)),
+    DraftingPlan(60, 2),
 )
 """What a drafter's acceptance is measured with: from the smallest plan that can pay on a CPU to the paper's."""
 
@@ -56,63 +59,77 @@ TOP_K = 64  # the target's likeliest tokens that the drafter learns from
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options: the data, the drafter, and every field of [`DrafterTrainingArguments`]."""
     parser.add_argument("--target", help="folder or Hub id (default: the default target, from a wheel)")
+    parser.add_argument("--device-map", help="spread the target over devices, such as `auto`; one process only")
     parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
-    parser.add_argument("--init-from", help="drafter to start from instead of random weights")
+    parser.add_argument("--drafter", choices=sorted(DRAFTERS), default="specblock", help="default: %(default)s")
+    parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
     parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the drafter's configuration"
+    )
+    parser.add_argument(
+        "--objective",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in DRAFTERS),
+    )
     parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
     parser.add_argument("--views", help="keep the target's states here and compute them once: for small targets")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
+    parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--eval-examples", type=int, default=24, help="held-out answers per evaluation (%(default)s)")
-    for field in dataclasses.fields(DrafterTrainingArguments):
-        name = "--" + field.name.replace("_", "-").removesuffix("-dir")
-        if field.name == "output_dir":
-            parser.add_argument(name, dest=field.name, required=True, help="folder of checkpoints, log and drafter")
-        elif isinstance(field.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            parser.add_argument(name, type=int, nargs="+", default=field.default_factory())
-        elif isinstance(field.default, tuple):
-            parser.add_argument(name, type=float, nargs=len(field.default), default=field.default)
-        else:
-            parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
+    add_fields(parser, DrafterTrainingArguments, "output_dir")
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, and leave the drafter in `OUTPUT/final`."""
     names = [field.name for field in dataclasses.fields(DrafterTrainingArguments)]
     arguments = DrafterTrainingArguments(**{name: getattr(args, name) for name in names})
+    accelerator = make_accelerator(arguments, args.cpu)
+    main = accelerator.is_main_process
     folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
     torch.manual_seed(arguments.seed)
-    target, tokenizer = load_target(args.target, torch.bfloat16 if arguments.bf16 else torch.float32)
-    target.eval().requires_grad_(False).to(args.device)
+    target, tokenizer = _load_target(args, arguments, accelerator)
     table = TokenTable.of(target)
     examples = load_examples(args.data, tokenizer, arguments.max_length)
     train, held_out = split_examples(examples, arguments.held_out)
-    drafter = _make_drafter(args, target, train).to(args.device)
-    views = _views(args.views, "train", train, target, drafter.feature_layers)
+    drafter = _make_drafter(args, target, train, print if main else _silent).to(accelerator.device)
+    objective = _objective(drafter, args.objective)
+    views = _views(args.views, "train", train, target, drafter.feature_layers, accelerator)
     # Views are kept of all answers, so that runs on parts of them can share one folder.
     chosen = [i for i, e in enumerate(train) if e.greedy or not args.greedy_only]
-    evaluate = _evaluation(args, arguments, drafter, table, held_out, target)
-    if table.device.type == "cpu":
+    evaluate = _evaluation(args, arguments, drafter, table, objective, held_out, target) if main else None
+    if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
-    DrafterTrainer(
+    trainer = DrafterTrainer(
         drafter,
         table,
         [train[i] for i in chosen],
         lambda indices: views([chosen[i] for i in indices]),
         arguments,
         evaluate,
-    ).train()
-    finish(args, drafter.to(target.dtype), table, held_out, target)
+        objective,
+        accelerator,
+    )
+    rehearsal = rehearse(trainer, target)
+    if main:
+        batches = batches_of_epoch(trainer.examples, arguments.batch_tokens, arguments.seed, 0)
+        print(f"padding: {padding_share(trainer.examples, batches):.1%} of the batches' places")
+        print(rehearsal)
+    trainer.train()
+    trained = trainer.whole_drafter().to(target.dtype)
+    if main:
+        finish(args, trained, table, held_out, target)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def finish(
     args: argparse.Namespace,
-    drafter: SpecBlockDrafter,
+    drafter: PreTrainedModel,
     table: TokenTable,
     held_out: list[Example],
     target: PreTrainedModel,
@@ -131,53 +148,97 @@ def finish(
     drafter.save_pretrained(Path(args.output_dir) / "final")
 
 
-def _make_drafter(args: argparse.Namespace, target: PreTrainedModel, train: list[Example]) -> SpecBlockDrafter:
+def _silent(*values: object) -> None:
+    """What processes other than the first print."""
+
+
+def _known_objective(name: str) -> str:
+    kind = DRAFTERS[name].objective_class
+    return "nothing" if kind is None else ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind))
+
+
+def _objective(drafter: PreTrainedModel, pairs: list[str]) -> Any:
+    kind = drafter.objective_class
+    chosen = read_pairs(pairs, [] if kind is None else [f.name for f in dataclasses.fields(kind)], "--objective")
+    return None if kind is None else kind(**chosen)
+
+
+def _load_target(args: argparse.Namespace, arguments: DrafterTrainingArguments, accelerator: Accelerator):
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.mixed_precision]
+    if args.device_map is not None and accelerator.num_processes > 1:
+        raise ValueError(
+            f"--device-map {args.device_map} spreads one target over the devices that {accelerator.num_processes} "
+            "processes share; start one process, or leave it out and each process holds the target on its own device."
+        )
+    target, tokenizer = load_target(args.target, dtype, device_map=args.device_map)
+    target.eval().requires_grad_(False)
+    return target if args.device_map else target.to(accelerator.device), tokenizer
+
+
+def _make_drafter(
+    args: argparse.Namespace, target: PreTrainedModel, train: list[Example], say: Callable[..., None]
+) -> PreTrainedModel:
     if args.init_from:
-        drafter = SpecBlockDrafter.from_pretrained(args.init_from, dtype=torch.float32)
-        drafter.check_target(target)
-        return drafter
-    size = min(args.draft_vocab_size, target.config.get_text_config().vocab_size)
-    config = SpecBlockConfig.for_target(target.config, draft_vocab_size=size)
-    drafter = SpecBlockDrafter(config)
-    ids, coverage = draft_vocabulary(train, size, config.vocab_size)
-    print(f"draft vocabulary: {size} of {config.vocab_size} tokens, {coverage:.2%} of the answers' tokens")
+        if args.config:
+            raise ValueError("--config shapes a new drafter and --init-from brings a shape along; give one of them.")
+        return AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
+    kind = DRAFTERS[args.drafter]
+    known = [f.name for f in dataclasses.fields(kind.config_class)]
+    vocab_size = target.config.get_text_config().vocab_size
+    overrides = {"draft_vocab_size": min(args.draft_vocab_size, vocab_size)}
+    config = kind.config_class.for_target(target.config, **(overrides | read_pairs(args.config, known, "--config")))
+    drafter = kind(config)
+    ids, coverage = draft_vocabulary(train, config.draft_vocab_size, vocab_size)
+    say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the answers' tokens")
     drafter.set_draft_vocabulary(ids)
     # Starting from the target's own rows saves the drafter from learning what every token means.
-    with torch.no_grad():
-        drafter.lm_head.weight.copy_(target.get_output_embeddings().weight[ids])
+    head = target.get_output_embeddings()
+    with torch.no_grad(), align_module_device(head, execution_device="cpu"):
+        drafter.lm_head.weight.copy_(head.weight[ids])
     return drafter
 
 
 def _views(
-    folder: str | None, name: str, examples: list[Example], target: PreTrainedModel, layers: tuple[int, ...]
+    folder: str | None,
+    name: str,
+    examples: list[Example],
+    target: PreTrainedModel,
+    layers: tuple[int, ...],
+    accelerator: Accelerator | None = None,
 ) -> Callable[[list[int]], list[TargetView]]:
     if folder is None:
         return lambda indices: view_target(target, [examples[i] for i in indices], layers, TOP_K)
     store = FeatureStore(Path(folder) / name, examples)
-    store.build(target, layers, TOP_K)
+    if accelerator is None:
+        store.build(target, layers, TOP_K)
+    else:
+        store.build(target, layers, TOP_K, part=(accelerator.process_index, accelerator.num_processes))
+        accelerator.wait_for_everyone()
     return lambda indices: [store[i] for i in indices]
 
 
 def _evaluation(
     args: argparse.Namespace,
     arguments: DrafterTrainingArguments,
-    drafter: SpecBlockDrafter,
+    drafter: PreTrainedModel,
     table: TokenTable,
+    objective: Any,
     held_out: list[Example],
     target: PreTrainedModel,
-) -> Callable[[nn.Module], dict[str, float]] | None:
+) -> Callable[[nn.Module], dict[str, Any]] | None:
+    """What is measured on held-out answers while training: only the main process asks."""
     greedy = [e for e in held_out if e.greedy][: args.eval_examples]
     if not greedy:
         return None
     views = _views(args.views, "held-out", greedy, target, drafter.feature_layers)(list(range(len(greedy))))
 
-    def evaluate(trained: nn.Module) -> dict[str, float]:
-        numbers = {}
-        with torch.autocast(table.device.type, torch.bfloat16, enabled=arguments.bf16):
-            for budget in arguments.eval_budgets:
-                plan = DraftingPlan(budget, drafter.config.num_blocks)
-                result = simulate_acceptance(trained, table, greedy, views, plan)
-                numbers[f"tau_{budget}"] = round(result.tau, 4)
-        return numbers
+    def evaluate(trained: nn.Module) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        forwards = trained.default_plan(torch.device("cuda")).num_forwards
+        for budget in arguments.eval_budgets:
+            result = simulate_acceptance(trained, table, greedy, views, DraftingPlan(budget, forwards))
+            numbers[f"tau_{budget}"] = round(result.tau, 4)
+        numbers["depths"] = [round(rate, 4) for rate in result.rates()]
+        return numbers | held_out_rates(trained, table, greedy, views, objective, arguments.batch_tokens)
 
     return evaluate

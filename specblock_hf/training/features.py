@@ -72,7 +72,9 @@ def view_target(
         logits = head(out.last_hidden_state[row, predicting]).float()
         values, top_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         top_probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
-        features = torch.stack([hidden[i][row, : lengths[row]] for i in feature_layers], dim=1)
+        # A target that is spread over devices has its states where its layers are.
+        states = [hidden[i][row, : lengths[row]].to(logits.device) for i in feature_layers]
+        features = torch.stack(states, dim=1)
         views.append(TargetView(features, top_ids.to(torch.int32), top_probs.to(torch.float32)))
     return views
 
@@ -102,8 +104,28 @@ class FeatureStore:
     def num_shards(self) -> int:
         return -(-len(self.examples) // self.shard_size)
 
-    def build(self, target: PreTrainedModel, feature_layers: Sequence[int], top_k: int = 64, batch_tokens: int = 4096):
-        """Compute all missing shards, with a progress bar; views are stored in the target's dtype."""
+    def build(
+        self,
+        target: PreTrainedModel,
+        feature_layers: Sequence[int],
+        top_k: int = 64,
+        batch_tokens: int = 4096,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        """
+        Compute all missing shards, with a progress bar; views are stored in the target's dtype.
+
+        Args:
+            target ([`~transformers.PreTrainedModel`]): The target.
+            feature_layers (`Sequence[int]`): Which of its hidden states are kept.
+            top_k (`int`, *optional*, defaults to 64): How many of its likeliest tokens are kept.
+            batch_tokens (`int`, *optional*, defaults to 4096): Tokens of one forward, padding included.
+            part (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
+                Number of this process and of all processes, which share the shards among them.
+
+        Raises:
+            ValueError: The folder holds views of something else.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         meta = {
             "feature_layers": list(feature_layers),
@@ -116,10 +138,12 @@ class FeatureStore:
         meta_path = self.folder / "meta.json"
         if meta_path.exists() and (found := json.loads(meta_path.read_text())) != meta:
             raise ValueError(f"{self.folder} holds views of {found}, not of {meta}; remove it or name another folder.")
-        _write_aside(meta_path, lambda path: path.write_text(json.dumps(meta)))
+        number, count = part
+        if number == 0:
+            _write_aside(meta_path, lambda path: path.write_text(json.dumps(meta)))
         tokens = sum(len(e.input_ids) for e in self.examples)
-        with tqdm(total=tokens, unit="tok", desc="target views") as bar:
-            for shard in range(self.num_shards):
+        with tqdm(total=tokens, unit="tok", desc="target views", disable=number > 0) as bar:
+            for shard in range(number, self.num_shards, count):
                 members = self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
                 if not self.path(shard).exists():
                     self._write(shard, members, target, feature_layers, top_k, batch_tokens)

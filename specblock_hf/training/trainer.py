@@ -11,121 +11,62 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training a drafter: deterministic batches, a resumable loop, a log that can be plotted."""
+"""Training a drafter, in one process or many: deterministic batches, a resumable loop, a log that can be plotted."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm.auto import tqdm
 
-from ..drafter import TokenTable
+from ..drafter import TokenTable, TreeDrafter
 from .arguments import DrafterTrainingArguments
+from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
+from .clock import StepClock
 from .data import Example
 from .features import TargetView
 from .objective import TargetBatch
+from .report import merge_outputs, report_of
 
 
-NEIGHBOURS = 256  # conversations of similar length among which batches are mixed anew in every epoch
-
-
-def batches_of_epoch(examples: Sequence[Example], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of one epoch's batches: neighbours in length, in an order that only `seed` and `epoch` decide."""
-    rng = random.Random(f"{seed}-{epoch}")
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    for first in range(0, len(order), NEIGHBOURS):
-        window = order[first : first + NEIGHBOURS]
-        rng.shuffle(window)
-        order[first : first + NEIGHBOURS] = window
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    longest = 0
-    for index in order:
-        longest = max(longest, len(examples[index].input_ids))
-        if batch and longest * (len(batch) + 1) > batch_tokens:
-            batches.append(batch)
-            batch, longest = [], len(examples[index].input_ids)
-        batch.append(index)
-    batches.append(batch)
-    rng.shuffle(batches)
-    return batches
-
-
-def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) -> tuple[torch.LongTensor, float]:
+class ObjectiveModule(nn.Module):
     """
-    The most frequent tokens of the answers, and the share of the answers' tokens that they cover.
+    A drafter whose `forward` is its objective: what accelerate wraps, so that every weight of a step is used within
+    one call, whatever the drafter calls in between.
 
     Args:
-        examples (`Sequence[Example]`): Training conversations.
-        size (`int`): Tokens to choose; if fewer occur, the lowest other ids (bytes, punctuation) fill up.
-        vocab_size (`int`): Of the target.
+        drafter (`TreeDrafter`): Its weights become `drafter.*`.
+        objective (*optional*): See [`TreeDrafter.loss`].
     """
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for example in examples:
-        answer = torch.tensor(example.input_ids[example.answer_start :])
-        counts.index_add_(0, answer, torch.ones_like(answer))
-    ids = counts.sort(descending=True, stable=True).indices[:size]
-    return ids.sort().values, (counts[ids].sum() / counts.sum()).item()
 
+    def __init__(self, drafter: TreeDrafter, objective: Any = None):
+        super().__init__()
+        self.drafter = drafter
+        self.objective = objective
 
-def collate(
-    examples: Sequence[Example], views: Sequence[TargetView], table: TokenTable, draft_ids: torch.LongTensor
-) -> TargetBatch:
-    """
-    Pad conversations and the target's view of them into one batch.
-
-    Args:
-        examples (`Sequence[Example]`): B conversations.
-        views (`Sequence[TargetView]`): The target's view of each.
-        table (`TokenTable`): The target's embedding.
-        draft_ids (`torch.LongTensor` of shape `[vocab_size]`): Draft id of every target id, -1 outside the draft
-            vocabulary.
-    """
-    lengths = torch.tensor([len(e.input_ids) for e in examples])
-    shape = (len(examples), int(lengths.max()))
-    top_k = views[0].top_ids.shape[1]
-    tokens = torch.zeros(shape, dtype=torch.long)
-    features = torch.zeros(*shape, views[0].features[0].numel(), dtype=views[0].features.dtype)
-    top_ids = torch.full((*shape, top_k), -1, dtype=torch.long)
-    top_probs = torch.zeros(*shape, top_k)
-    scored = torch.zeros(shape, dtype=torch.bool)
-    for row, (example, view) in enumerate(zip(examples, views, strict=True)):
-        length = len(example.input_ids)
-        answer = slice(example.answer_start, length)
-        tokens[row, :length] = torch.tensor(example.input_ids)
-        features[row, :length] = view.features.flatten(1)
-        top_ids[row, answer] = draft_ids[view.top_ids.long().cpu()]
-        top_probs[row, answer] = view.top_probs
-        scored[row, answer] = True
-    device = table.device
-    with torch.no_grad():
-        embeds = table.embed(tokens.to(device))
-    return TargetBatch(
-        tokens.to(device),
-        embeds,
-        features.to(device),
-        lengths.to(device),
-        top_ids.to(device),
-        top_probs.to(device),
-        scored.to(device),
-        table,
-    )
+    def forward(self, batch: TargetBatch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return self.drafter.loss(batch, self.objective, progress=progress, generator=generator)
 
 
 class DrafterTrainer:
     """
-    Trains a drafter on conversations that the target has written.
+    Trains a drafter on conversations that the target has written. A step takes the mean gradient of
+    `num_processes * gradient_accumulation` batches, so a run with more processes and as much less accumulation is the
+    same run.
 
     Args:
         drafter (`TreeDrafter`): Any drafter with a `loss`; trained in place.
@@ -134,6 +75,8 @@ class DrafterTrainer:
         views (`Callable`): Gives the target's views of a list of indices into `examples`.
         args ([`DrafterTrainingArguments`]): How to train.
         evaluate (`Callable`, *optional*): Called with the drafter; gives a dictionary of numbers for the log.
+        objective (*optional*): An instance of the drafter's `objective_class`; its defaults if not given.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Made by [`make_accelerator`] if not given.
     """
 
     def __init__(
@@ -143,7 +86,9 @@ class DrafterTrainer:
         examples: Sequence[Example],
         views: Callable[[list[int]], list[TargetView]],
         args: DrafterTrainingArguments,
-        evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        objective: Any = None,
+        accelerator: Accelerator | None = None,
     ):
         if not examples:
             raise ValueError("there is no conversation to train on; give more answers or hold fewer of them out.")
@@ -153,20 +98,19 @@ class DrafterTrainer:
         self.views = views
         self.args = args
         self.evaluate = evaluate
+        self.accelerator = accelerator or make_accelerator(args, cpu=table.device.type == "cpu")
         self.folder = Path(args.output_dir)
-        steps_an_epoch = len(batches_of_epoch(examples, args.batch_tokens, args.seed, 0))
-        self.total_steps = max(1, round(steps_an_epoch * args.epochs))
-        self.optimizer = torch.optim.AdamW(
+        self.batches_a_step = self.accelerator.num_processes * args.gradient_accumulation
+        batches_an_epoch = len(batches_of_epoch(examples, args.batch_tokens, args.seed, 0))
+        self.total_steps = max(1, round(batches_an_epoch * args.epochs / self.batches_a_step))
+        optimizer = torch.optim.AdamW(
             drafter.parameters_of("full"), lr=args.learning_rate, betas=args.betas, weight_decay=0.0, fused=True
         )
+        self.module, self.optimizer = self.accelerator.prepare(ObjectiveModule(drafter, objective), optimizer)
+        self.clock = StepClock(self.accelerator.device)
         self.step = 0
         self.tokens_seen = 0
-        self.read_draft_vocabulary()
-
-    def read_draft_vocabulary(self) -> None:
-        """Keep the draft id of every target id on the CPU, where batches are made; -1 outside the draft vocabulary."""
-        self.draft_ids = torch.full((self.table.vocab_size,), -1, dtype=torch.long)
-        self.draft_ids[self.drafter.draft_to_target.cpu()] = torch.arange(self.drafter.config.draft_vocab_size)
+        self.draft_ids = draft_ids_of(drafter, table.vocab_size)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -182,120 +126,222 @@ class DrafterTrainer:
         there.
         """
         self.resume()
-        self.drafter.train()
-        with tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step") as bar:
+        self.module.train()
+        main, args = self.accelerator.is_main_process, self.args
+        with tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=not main) as bar:
             started, window = time.perf_counter(), []
-            for indices in self.batches_from(self.step):
-                window.append(self.train_step(indices))
+            for batches in self.batches_from(self.step):
+                window.append(self.train_step(batches))
                 self.step += 1
+                last = self.step == self.total_steps
                 bar.update()
-                if self.step % self.args.log_steps == 0 or self.step == self.total_steps:
+                if self.step % args.log_steps == 0 or last:
                     self.log(window, time.perf_counter() - started, bar)
                     started, window = time.perf_counter(), []
-                if self.evaluate and (self.step % self.args.eval_steps == 0 or self.step == self.total_steps):
+                if self.evaluate and (self.step % args.eval_steps == 0 or last):
                     self.write({"step": self.step, "tokens": self.tokens_seen, **self.evaluation()})
                     started = time.perf_counter()
-                if self.step % self.args.save_steps == 0 or self.step == self.total_steps:
+                if self.step % args.save_steps == 0 or last:
                     self.save()
-        self.drafter.eval()
-        self.drafter.save_pretrained(self.folder / "final")
+        self.module.eval()
+        self.save_drafter(self.folder / "final", self.state_dicts()[0])
 
-    def batches_from(self, step: int) -> Iterator[list[int]]:
-        """The batches from `step` on; they follow from the step alone, so a resumed run sees the very same ones."""
-        passed = 0
-        for epoch in itertools.count():
-            for batch in batches_of_epoch(self.examples, self.args.batch_tokens, self.args.seed, epoch):
-                if passed == self.total_steps:
-                    return
-                if passed >= step:
-                    yield batch
-                passed += 1
+    def batches_from(self, step: int) -> Iterator[list[list[int]]]:
+        """The batches of every step from `step` on, those of all processes together."""
+        count = self.batches_a_step
+        stream = batches_from(self.examples, self.args.batch_tokens, self.args.seed, step * count)
+        for _ in range(step, self.total_steps):
+            yield [next(stream) for _ in range(count)]
 
-    def train_step(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """One optimiser step on one batch; returns what the drafter's loss returned."""
-        args = self.args
-        examples = [self.examples[i] for i in indices]
-        batch = collate(examples, self.views(indices), self.table, self.draft_ids)
-        joined = self.step >= args.rank_start_ratio * self.total_steps
-        rng = random.Random(f"{args.seed}-cuts-{self.step}")
-        cuts = [rng.randint(1, self.drafter.config.block_size) for _ in range(args.num_blocks - 1)]
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=args.bf16):
-            out = self.drafter.loss(
-                batch,
-                num_blocks=args.num_blocks if joined else 1,
-                rank_weight=args.rank_weight if joined else 0.0,
-                cuts=cuts,
-                starts_share=args.starts_share,
-                generator=torch.Generator().manual_seed(rng.getrandbits(32)),
-            )
-        out["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters_of("full"), args.max_grad_norm)
+    def train_step(self, batches: list[list[int]]) -> dict[str, torch.Tensor]:
+        """
+        One optimiser step.
+
+        Args:
+            batches (`list[list[int]]`): Indices of the conversations of every batch, those of all processes together.
+
+        Returns:
+            `dict[str, torch.Tensor]`: What the drafter's loss returned for this process's batches, and `grad_norm`.
+        """
+        outputs = self.gradients(batches, self.step / self.total_steps)
+        parameters = list(self.module.parameters())
+        for parameter in parameters:
+            # A part that has not joined yet has no gradient; the optimiser's state must not depend on that.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         with self.drafter.lock:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.tokens_seen += int(batch.scored.sum())
-        return {name: value.detach() for name, value in out.items()} | {"grad_norm": norm}
+        self.optimizer.zero_grad()
+        self.clock.lap("update")
+        self.tokens_seen += self.answer_tokens(batches)
+        return outputs | {"grad_norm": norm.detach()}
+
+    def largest_step(self) -> list[list[int]]:
+        """The batches of the first epoch with the most places, as many as a step takes."""
+        batches = batches_of_epoch(self.examples, self.args.batch_tokens, self.args.seed, 0)
+        batches.sort(key=lambda batch: len(batch) * max(len(self.examples[i].input_ids) for i in batch), reverse=True)
+        return [batches[i % len(batches)] for i in range(self.batches_a_step)]
+
+    def answer_tokens(self, batches: list[list[int]]) -> int:
+        """Tokens of the answers, which are the ones that the loss counts."""
+        return sum(len(e.input_ids) - e.answer_start for batch in batches for e in (self.examples[i] for i in batch))
+
+    def gradients(self, batches: list[list[int]], progress: float) -> dict[str, torch.Tensor]:
+        """
+        Leave the mean gradient of all processes' batches in the weights; returns this process's outputs.
+
+        Args:
+            batches (`list[list[int]]`): As in [`train_step`].
+            progress (`float`): Share of the run that is done, as the objective is told.
+        """
+        accelerator, outputs = self.accelerator, []
+        own = range(accelerator.process_index, len(batches), accelerator.num_processes)
+        self.clock.start()
+        for number in own:
+            examples = [self.examples[i] for i in batches[number]]
+            batch = collate(examples, self.views(batches[number]), self.table, self.draft_ids)
+            self.clock.lap("target")
+            generator = torch.Generator().manual_seed(self.seed_of(self.step * len(batches) + number))
+            # Processes meet once a step, at the backward pass of the last of their batches.
+            with accelerator.no_sync(self.module) if number != own[-1] else nullcontext():
+                out = self.module(batch, progress, generator)
+                self.clock.lap("forward")
+                accelerator.backward(out["loss"] / len(own))
+            self.clock.lap("backward")
+            outputs.append({name: value.detach() for name, value in out.items()})
+        return merge_outputs(outputs)
+
+    def seed_of(self, batch: int) -> int:
+        """Of the randomness of the run's batch of this number, whichever process takes it."""
+        return (self.args.seed + 1) * 1_000_003 + batch
 
     def evaluation(self) -> dict[str, float]:
-        self.drafter.eval()
-        numbers = self.evaluate(self.drafter)
-        self.drafter.train()
+        """What `evaluate` says of the drafter as it is; the main process asks, the others wait."""
+        drafter = self.whole_drafter()
+        numbers = {}
+        if self.accelerator.is_main_process:
+            drafter.eval()
+            with self.accelerator.autocast():
+                numbers = self.evaluate(drafter)
+            drafter.train()
+        self.accelerator.wait_for_everyone()
         return numbers
 
+    def whole_drafter(self) -> nn.Module:
+        """The drafter, or a copy with all of its weights where processes hold shards of it."""
+        if not self.accelerator.distributed_type == "FSDP":
+            return self.drafter
+        (weights, _) = self.state_dicts()
+        twin = type(self.drafter)(self.drafter.config)
+        if self.accelerator.is_main_process:
+            twin.load_state_dict(weights)
+        return twin.to(self.accelerator.device)
+
     def log(self, window: list[dict], seconds: float, bar: tqdm) -> None:
-        row: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self.tokens_seen,
-            "learning_rate": self.learning_rate(self.step - 1),
-        }
-        for name in ("loss", "draft_loss", "rank_loss", "grad_norm"):
-            row[name] = round(torch.stack([w[name] for w in window]).mean().item(), 4)
-        blocks = max(len(w["counted"]) for w in window)
-        full = [w for w in window if len(w["counted"]) == blocks]
-        agreed, counted = (torch.stack([w[n] for w in full]).sum(0) for n in ("agreed", "counted"))
-        row["agreement"] = [[round(v, 4) for v in block] for block in (agreed / counted.clamp_min(1)).tolist()]
-        row["chain"] = round((agreed[0] / counted[0, 0]).sum().item(), 4)
+        """Write a line of means over some steps and all processes."""
+        rate = self.learning_rate(self.step - 1)
+        row: dict[str, Any] = {"step": self.step, "tokens": self.tokens_seen, "learning_rate": rate}
+        row |= report_of(window, self.accelerator)
         row["seconds_per_step"] = round(seconds / len(window), 3)
+        row["shares"] = self.clock.shares()
         bar.set_postfix(loss=row["loss"], chain=row["chain"])
         self.write(row)
 
     def write(self, row: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
+        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.step)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+
+    def state_dicts(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """The drafter's weights and the optimiser's state, whole and on the CPU (empty where others write them)."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, optimizer = get_state_dict(self.module, self.optimizer.optimizer, options=options)
+        return {name.removeprefix("drafter."): value for name, value in weights.items()}, optimizer
+
+    def save_drafter(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            self.drafter.save_pretrained(folder, state_dict=weights)
 
     def save(self) -> None:
         """A checkpoint, written aside and moved into place, so that a kill at any moment leaves a whole one behind."""
-        final = self.folder / f"checkpoint-{self.step}"
-        partial = self.folder / "checkpoint.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.drafter.save_pretrained(partial)
-        state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "tokens_seen": self.tokens_seen}
-        torch.save(state, partial / "trainer.pt")
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        for old in self.checkpoints()[:-2]:
-            shutil.rmtree(old)
+        weights, optimizer = self.state_dicts()
+        if self.accelerator.is_main_process:
+            final = self.folder / f"checkpoint-{self.step}"
+            partial = self.folder / "checkpoint.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            self.save_drafter(partial, weights)
+            state = {"optimizer": optimizer, "step": self.step, "tokens_seen": self.tokens_seen}
+            torch.save(state | {"batches_a_step": self.batches_a_step}, partial / "trainer.pt")
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            for old in self.checkpoints()[:-2]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
     def resume(self) -> None:
-        """Take up the newest checkpoint of the output folder, if there is one, and cut the log back to it."""
+        """
+        Take up the newest checkpoint of the output folder, if there is one, and cut the log back to it.
+
+        Raises:
+            ValueError: The checkpoint is of a run with another number of batches a step.
+        """
         found = self.checkpoints()
         if found:
-            weights = load_file(found[-1] / "model.safetensors")
-            self.drafter.load_state_dict(weights)
-            self.read_draft_vocabulary()
-            state = torch.load(found[-1] / "trainer.pt", weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+            self.load(found[-1])
+        self.accelerator.wait_for_everyone()
         log, partial = self.folder / "log.jsonl", self.folder / "log.partial"
-        if log.exists():
+        if log.exists() and self.accelerator.is_main_process:
             # A kill may have cut the last line off; the steps behind the checkpoint are about to be taken again.
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
             os.replace(partial, log)
+
+    def load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+        if state["batches_a_step"] != self.batches_a_step:
+            raise ValueError(
+                f"{checkpoint} was made with {state['batches_a_step']} batches a step and this run has "
+                f"{self.batches_a_step} (processes times --gradient-accumulation); make the product the same, or "
+                "begin in another folder with --init-from."
+            )
+        weights = {f"drafter.{name}": value for name, value in load_file(checkpoint / "model.safetensors").items()}
+        set_state_dict(
+            self.module,
+            self.optimizer.optimizer,
+            model_state_dict=weights,
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+        self.draft_ids = draft_ids_of(self.drafter, self.table.vocab_size)
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+
+
+def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accelerator:
+    """
+    The processes, precision and trackers of a run.
+
+    Args:
+        args ([`DrafterTrainingArguments`]): For the precision and the trackers.
+        cpu (`bool`, *optional*, defaults to `False`): Leave accelerators alone.
+    """
+    # Before parts of the objective join, their weights have no gradient, which is an error in processes that meet.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[unused],
+    )
+    if args.report_to:
+        accelerator.init_trackers("specblock", config={"arguments": json.dumps(vars(args))})
+    return accelerator

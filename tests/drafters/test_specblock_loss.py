@@ -23,7 +23,7 @@ import torch
 from conftest import VOCAB
 from training_for_tests import DRAFT_VOCAB, Told, naive_states, tiny_drafter
 
-from specblock_hf.drafters.specblock_loss import specblock_loss
+from specblock_hf.drafters.specblock_loss import SpecBlockObjective, specblock_loss
 from specblock_hf.training.attention import NAME as CHUNKED
 from specblock_hf.training.objective import TargetBatch
 
@@ -120,7 +120,7 @@ def test_loss_counts_and_gradients_equal_the_naive_ones(num_blocks, cuts, block_
     drafter = lively_drafter(block_size=block_size)
     told = favoured_text(drafter)
     batch = batch_of(drafter, told)
-    out = specblock_loss(drafter, batch, num_blocks, 0.7, cuts)
+    out = specblock_loss(drafter, batch, SpecBlockObjective(num_blocks, rank_weight=0.7), cuts)
     draft, rank, hits, counts = naive_loss(drafter, told, batch, num_blocks, cuts)
 
     assert out["counted"].tolist() == counts and out["agreed"].tolist() == hits
@@ -142,7 +142,7 @@ def test_slots_that_few_texts_reach_are_in_the_comparison():
     """The cases above would prove little if chains never survived."""
     drafter = lively_drafter()
     told = favoured_text(drafter)
-    out = specblock_loss(drafter, batch_of(drafter, told), 3, 1.0, [2, 1])
+    out = specblock_loss(drafter, batch_of(drafter, told), SpecBlockObjective(), [2, 1])
     assert (out["counted"] > 0).all()
     assert (out["counted"][:, 1:] == out["agreed"][:, :-1]).sum() < out["counted"][:, 1:].numel()
 
@@ -152,7 +152,7 @@ def test_only_answers_are_learned():
     drafter = lively_drafter()
     told = favoured_text(drafter)
     batch = batch_of(drafter, told)
-    out = specblock_loss(drafter, batch, 2, 1.0, [2])
+    out = specblock_loss(drafter, batch, SpecBlockObjective(2), [2])
     scored = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     for row in range(ROWS):
         scored[row, max(ANSWER_STARTS[row], 2) : LENGTHS[row]] = True
@@ -163,9 +163,9 @@ def test_only_answers_are_learned():
         top_ids=torch.where(batch.scored[..., None], batch.top_ids, (batch.top_ids + 3) % DRAFT_VOCAB),
         top_probs=torch.where(batch.scored[..., None], batch.top_probs, 0.9),
     )
-    assert torch.equal(specblock_loss(drafter, other, 2, 1.0, [2])["loss"], out["loss"])
+    assert torch.equal(specblock_loss(drafter, other, SpecBlockObjective(2), [2])["loss"], out["loss"])
     moved = replace(batch, top_probs=batch.top_probs.flip(-1))
-    assert not torch.equal(specblock_loss(drafter, moved, 2, 1.0, [2])["loss"], out["loss"])
+    assert not torch.equal(specblock_loss(drafter, moved, SpecBlockObjective(2), [2])["loss"], out["loss"])
 
 
 def test_padding_does_not_matter():
@@ -179,7 +179,7 @@ def test_padding_does_not_matter():
         embeds=torch.where(padding[..., None], 40.0, batch.embeds),
         features=torch.where(padding[..., None], -40.0, batch.features),
     )
-    ours, theirs = (specblock_loss(drafter, b, 3, 1.0, [2, 1]) for b in (batch, other))
+    ours, theirs = (specblock_loss(drafter, b, SpecBlockObjective(), [2, 1]) for b in (batch, other))
     assert ours["counted"].tolist() == theirs["counted"].tolist()
     torch.testing.assert_close(ours["loss"], theirs["loss"])
 
@@ -188,7 +188,7 @@ def test_a_batch_without_answers_gives_zero():
     drafter = lively_drafter()
     batch = batch_of(drafter, favoured_text(drafter))
     batch = replace(batch, scored=torch.zeros_like(batch.scored))
-    out = specblock_loss(drafter, batch, 3, 1.0, [2, 1])
+    out = specblock_loss(drafter, batch, SpecBlockObjective(), [2, 1])
     assert out["loss"].item() == 0 and out["counted"].sum() == 0
     out["loss"].backward()
     assert all(p.grad is None or not p.grad.any() for p in drafter.parameters())
@@ -197,7 +197,9 @@ def test_a_batch_without_answers_gives_zero():
 def test_without_the_rank_head():
     drafter = lively_drafter()
     batch = batch_of(drafter, favoured_text(drafter))
-    with_rank, without = (specblock_loss(drafter, batch, 2, weight, [2]) for weight in (1.0, 0.0))
+    with_rank, without = (
+        specblock_loss(drafter, batch, SpecBlockObjective(2, rank_weight=weight), [2]) for weight in (1.0, 0.0)
+    )
     assert without["rank_loss"].item() == 0 and with_rank["rank_loss"].item() > 0
     torch.testing.assert_close(without["loss"], with_rank["draft_loss"])
     with_rank["rank_loss"].backward()
@@ -213,7 +215,7 @@ def test_every_attention_backend_gives_the_same_loss(attention):
     for backend in ("sdpa", attention):
         drafter.set_attn_implementation(backend)
         drafter.zero_grad()
-        out = drafter.loss(batch, cuts=[2, 1])
+        out = specblock_loss(drafter, batch, SpecBlockObjective(), [2, 1])
         out["loss"].backward()
         results.append((out["loss"].detach(), [p.grad.clone() for p in drafter.parameters()]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-4)
@@ -228,9 +230,10 @@ def test_a_share_of_the_starts():
 
     def counted(share: float, seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        return drafter.loss(batch, 2, cuts=[1], starts_share=share, generator=generator)["counted"].tolist()
+        objective = SpecBlockObjective(2, starts_share=share)
+        return specblock_loss(drafter, batch, objective, [1], generator)["counted"].tolist()
 
-    whole = drafter.loss(batch, 2, cuts=[1])["counted"].tolist()
+    whole = specblock_loss(drafter, batch, SpecBlockObjective(2), [1])["counted"].tolist()
     half = counted(0.5, 0)
     assert half == counted(0.5, 0) and half != counted(0.5, 1)
     assert half[0] == whole[0] and 0 < half[1][0] < whole[1][0]
@@ -242,12 +245,13 @@ def test_cuts_are_drawn_from_one_to_the_block_size(monkeypatch):
     batch = batch_of(drafter, favoured_text(drafter))
     seen = []
 
-    def spy(drafter, batch, num_blocks, rank_weight, cuts, *rest):
+    def spy(drafter, batch, objective, cuts, generator):
         seen.append(cuts)
         return {"loss": torch.tensor(math.nan)}
 
     monkeypatch.setattr("specblock_hf.drafters.specblock.specblock_loss", spy)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        drafter.loss(batch)
+        drafter.loss(batch, generator=generator)
     assert {len(cuts) for cuts in seen} == {2}
     assert {cut for cuts in seen for cut in cuts} == {1, 2, 3, 4}

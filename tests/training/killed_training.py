@@ -30,6 +30,7 @@ from conftest import tiny_target
 from training_for_tests import Told, example_of, tiny_drafter
 
 from specblock_hf import DraftingPlan, TokenTable
+from specblock_hf.drafters.specblock_loss import SpecBlockObjective
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.features import view_target
@@ -59,13 +60,13 @@ def train(folder: Path, step_taken) -> None:
         epochs=4,
         batch_tokens=32,
         learning_rate=1e-2,
-        starts_share=0.8,
         log_steps=1,
         save_steps=3,
         eval_steps=4,
-        bf16=False,
+        mixed_precision="no",
     )
-    trainer = DrafterTrainer(drafter, table, examples, views_of, args, evaluate)
+    objective = SpecBlockObjective(starts_share=0.8)
+    trainer = DrafterTrainer(drafter, table, examples, views_of, args, evaluate, objective)
     assert trainer.total_steps == STEPS
     trainer.train()
 

@@ -31,10 +31,12 @@ from safetensors.torch import load_file
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
 
 from specblock_hf import SpecBlockDrafter, TokenTable, cli
+from specblock_hf.drafters.specblock_loss import SpecBlockObjective
 from specblock_hf.training import command
 from specblock_hf.training.arguments import DrafterTrainingArguments
+from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
 from specblock_hf.training.features import view_target
-from specblock_hf.training.trainer import DrafterTrainer, batches_of_epoch, collate, draft_vocabulary
+from specblock_hf.training.trainer import DrafterTrainer
 
 
 def examples_of(lengths):
@@ -42,17 +44,26 @@ def examples_of(lengths):
 
 
 def arguments(folder, **overrides) -> DrafterTrainingArguments:
-    fields = {"epochs": 3, "batch_tokens": 40, "learning_rate": 1e-2, "bf16": False, "log_steps": 2, "save_steps": 4}
+    fields = {
+        "epochs": 3,
+        "batch_tokens": 40,
+        "learning_rate": 1e-2,
+        "mixed_precision": "no",
+        "log_steps": 2,
+        "save_steps": 4,
+    }
     return DrafterTrainingArguments(output_dir=str(folder), **(fields | overrides))
 
 
-def tiny_trainer(folder, rows: int = 8, evaluate=None, seed: int = 1, **overrides) -> DrafterTrainer:
+def tiny_trainer(folder, rows: int = 8, evaluate=None, seed: int = 1, objective=None, **overrides) -> DrafterTrainer:
     target = tiny_target("llama")
     drafter, table = tiny_drafter(seed), TokenTable.of(target)
     examples = [example_of(tokens, 3) for tokens in Told(rows, 18).tokens.tolist()]
     views = view_target(target, examples, drafter.feature_layers, 5)
     args = arguments(folder, **overrides)
-    return DrafterTrainer(drafter, table, examples, lambda indices: [views[i] for i in indices], args, evaluate)
+    return DrafterTrainer(
+        drafter, table, examples, lambda indices: [views[i] for i in indices], args, evaluate, objective
+    )
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -140,7 +151,9 @@ def test_training_learns_and_leaves_a_drafter_behind(tmp_path):
         numbers.append(len(numbers))
         return {"tau_8": float(len(numbers))}
 
-    trainer = tiny_trainer(tmp_path, evaluate=evaluate, epochs=15, eval_steps=20, rank_start_ratio=0.2)
+    trainer = tiny_trainer(
+        tmp_path, evaluate=evaluate, epochs=15, eval_steps=20, objective=SpecBlockObjective(join_at=0.2)
+    )
     trainer.train()
     rows = log_of(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == list(range(2, 61, 2))
@@ -229,7 +242,8 @@ def test_sigkill_at_random_steps_changes_nothing(tmp_path):
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, killed)]
     assert weights[0] == weights[1]
-    logs = [[{k: v for k, v in row.items() if k != "seconds_per_step"} for row in log_of(f)] for f in (whole, killed)]
+    times = {"seconds_per_step", "shares"}
+    logs = [[{k: v for k, v in row.items() if k not in times} for row in log_of(f)] for f in (whole, killed)]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[1] if "loss" in row] == list(range(1, 25))
     assert [row["step"] for row in logs[1] if "tau" in row] == [4, 8, 12, 16, 20, 24]
@@ -258,7 +272,19 @@ def test_the_command_trains_from_a_folder_of_answers(answers, capsys, monkeypatc
     status = cli.main(
         ["train", "--target", str(answers / "target"), "--data", str(answers / "answers"), "--draft-vocab-size", "24"]
         + ["--output", str(answers / "run"), "--epochs", "2", "--batch-tokens", "60", "--learning-rate", "0.01"]
-        + ["--held-out", "0.3", "--eval-steps", "5", "--eval-budgets", "8", "--log-steps", "1", "--no-bf16", *options]
+        + [
+            "--held-out",
+            "0.3",
+            "--eval-steps",
+            "5",
+            "--eval-budgets",
+            "8",
+            "--log-steps",
+            "1",
+            "--mixed-precision",
+            "no",
+            *options,
+        ]
     )
     assert status == 0, capsys.readouterr().err
     assert "draft vocabulary: 24 of 32 tokens" in capsys.readouterr().out
@@ -276,7 +302,18 @@ def test_the_command_trains_from_a_folder_of_answers(answers, capsys, monkeypatc
 def test_the_command_trains_without_held_out_answers(answers, capsys):
     status = cli.main(
         ["train", "--target", str(answers / "target"), "--data", str(answers / "answers"), "--draft-vocab-size", "24"]
-        + ["--output", str(answers / "run"), "--epochs", "1", "--batch-tokens", "300", "--held-out", "0", "--no-bf16"]
+        + [
+            "--output",
+            str(answers / "run"),
+            "--epochs",
+            "1",
+            "--batch-tokens",
+            "300",
+            "--held-out",
+            "0",
+            "--mixed-precision",
+            "no",
+        ]
     )
     assert status == 0, capsys.readouterr().err
     assert SpecBlockDrafter.from_pretrained(answers / "run" / "final").config.acceptance is None

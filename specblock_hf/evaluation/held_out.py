@@ -1,0 +1,64 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The objective's own counts on held-out answers: how often every slot of every block is right, and the rank head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..drafter import TokenTable
+from ..training.batches import batches_of_epoch, collate, draft_ids_of
+from ..training.data import Example
+from ..training.features import TargetView
+from ..training.report import describe_counts
+
+
+@torch.no_grad()
+def held_out_rates(
+    drafter: PreTrainedModel,
+    table: TokenTable,
+    examples: Sequence[Example],
+    views: Sequence[TargetView],
+    objective: Any = None,
+    batch_tokens: int = 4096,
+) -> dict:
+    """
+    Rates that need no tree: the share of right guesses of every block and slot, given that the drafts before were
+    right (the paper's appendix C), and the rank head's precision, recall and F1 (appendix B).
+
+    Args:
+        drafter ([`~transformers.PreTrainedModel`]): A [`TreeDrafter`] with a `loss`.
+        table ([`TokenTable`]): The target's embedding and head.
+        examples (`Sequence[Example]`): Held-out conversations.
+        views (`Sequence[TargetView]`): The target's view of each.
+        objective (*optional*): As in [`TreeDrafter.loss`].
+        batch_tokens (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
+
+    Returns:
+        `dict`: See [`describe_counts`]; every name begins with `held_out_`.
+    """
+    draft_ids = draft_ids_of(drafter, table.vocab_size)
+    generator = torch.Generator().manual_seed(0)  # the same cuts at every evaluation
+    totals: dict[str, torch.Tensor] = {}
+    for indices in batches_of_epoch(examples, batch_tokens, seed=0, epoch=0):
+        batch = collate([examples[i] for i in indices], [views[i] for i in indices], table, draft_ids)
+        out = drafter.loss(batch, objective, generator=generator)
+        for name, value in out.items():
+            if value.ndim > 0:
+                totals[name] = totals[name] + value if name in totals else value
+    return {f"held_out_{name}": value for name, value in describe_counts(totals).items()}
