@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModel  # noqa: E402
 
 from .auto import AutoDrafter  # noqa: E402
 from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
+from .configuration_block_diffusion import BlockDiffusionConfig  # noqa: E402
 from .configuration_eagle3 import Eagle3Config  # noqa: E402
 from .configuration_specblock import SpecBlockConfig  # noqa: E402
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
+from .drafters.block_diffusion import BlockDiffusionDrafter  # noqa: E402
 from .drafters.eagle3 import Eagle3Drafter  # noqa: E402
 from .drafters.lookup import JoinedDrafter, LookupDrafter  # noqa: E402
 from .drafters.specblock import SpecBlockDrafter  # noqa: E402
@@ -37,11 +39,15 @@ from .verification import Walk, sample_and_walk  # noqa: E402
 install()
 AutoConfig.register("specblock", SpecBlockConfig, exist_ok=True)
 AutoConfig.register("eagle3", Eagle3Config, exist_ok=True)
+AutoConfig.register("block_diffusion", BlockDiffusionConfig, exist_ok=True)
 AutoModel.register(SpecBlockConfig, SpecBlockDrafter, exist_ok=True)
 AutoModel.register(Eagle3Config, Eagle3Drafter, exist_ok=True)
+AutoModel.register(BlockDiffusionConfig, BlockDiffusionDrafter, exist_ok=True)
 
 __all__ = [
     "AutoDrafter",
+    "BlockDiffusionConfig",
+    "BlockDiffusionDrafter",
     "Calibration",
     "CostCurves",
     "DraftingPlan",

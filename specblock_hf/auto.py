@@ -20,15 +20,18 @@ import os
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .conversion import Layout, layout_of, read_config, read_tensors_of
+from .conversion import Layout, Tensors, layout_of, read_config, read_tensors_of
+from .conversion_block_drafters import read_block_config
+from .drafters.block_diffusion import BlockDiffusionDrafter
 from .drafters.eagle3 import Eagle3Drafter
 from .drafters.specblock import SpecBlockDrafter
 from .hub import LOCATION_OPTIONS, DrafterFiles, read_tensors
 from .loading import refuse_misfits
 
 
-DRAFTERS: dict[str, type[SpecBlockDrafter | Eagle3Drafter]] = {
-    kind.config_class.model_type: kind for kind in (SpecBlockDrafter, Eagle3Drafter)
+Drafter = SpecBlockDrafter | Eagle3Drafter | BlockDiffusionDrafter
+DRAFTERS: dict[str, type[Drafter]] = {
+    kind.config_class.model_type: kind for kind in (SpecBlockDrafter, Eagle3Drafter, BlockDiffusionDrafter)
 }
 """Class of a drafter by its configuration's `model_type`."""
 
@@ -57,10 +60,10 @@ class AutoDrafter:
         *,
         target: PreTrainedModel | PreTrainedConfig | None = None,
         **kwargs,
-    ) -> SpecBlockDrafter | Eagle3Drafter:
+    ) -> Drafter:
         """
         Load a drafter: SpecBlock in our layout or the authors' own, EAGLE-3 in ours, SafeAILab's, SGLang's or that of
-        `speculators`.
+        `speculators`, and DFlash, DFlash 2, JetSpec and DSpark as published. No code of a repository is ever run.
 
         Args:
             name (`str` or `os.PathLike`): Folder or Hub id.
@@ -88,15 +91,18 @@ class AutoDrafter:
         return drafter
 
 
-def _load_foreign(
-    files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict
-) -> SpecBlockDrafter | Eagle3Drafter:
+def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> Drafter:
     found = files.tensors()
+    if layout in (Layout.DFLASH, Layout.DSPARK):
+        return _load_tensors(files, read_block_config(files.config, files.name, found, target), found, kwargs)
     mapping = files.optional("vocab_mapping.pt") if layout == Layout.SPECBLOCK else None
     config = read_config(files.config, files.name, found, target)
-    config._name_or_path = os.fspath(files.name)
     vocabulary = read_tensors(mapping) if mapping is not None else None
-    tensors = read_tensors_of(config, layout, files.name, found, vocabulary)
+    return _load_tensors(files, config, read_tensors_of(config, layout, files.name, found, vocabulary), kwargs)
+
+
+def _load_tensors(files: DrafterFiles, config: PreTrainedConfig, tensors: Tensors, kwargs: dict) -> Drafter:
+    config._name_or_path = os.fspath(files.name)
     kind = DRAFTERS[config.model_type]
     with torch.device("meta"):
         wanted = {key: value.shape for key, value in kind(config).state_dict().items()}

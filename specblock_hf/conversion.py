@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
+from .configuration_block_diffusion import BlockDiffusionConfig
 from .configuration_eagle3 import Eagle3Config
 from .configuration_specblock import SpecBlockConfig
 from .drafter import UNRECORDED_LAYER, default_feature_layers
@@ -45,6 +46,8 @@ class Layout(StrEnum):
     SAFEAILAB = "safeailab"
     SGLANG = "sglang"
     SPECULATORS = "speculators"
+    DFLASH = "dflash"
+    DSPARK = "dspark"
 
 
 # Fields that every layout names as transformers' LlamaConfig does.
@@ -63,6 +66,17 @@ _OPTIONAL = (
 )
 _NAMES = {Layout.SAFEAILAB: ("midlayer.", "layers.0."), Layout.SGLANG: ("midlayer.", "layers.0.")}
 """Prefix of the layer's tensors in a layout, and in ours."""
+_WRITABLE = {
+    SpecBlockConfig.model_type: (Layout.SPECBLOCK,),
+    Eagle3Config.model_type: (Layout.SAFEAILAB, Layout.SGLANG, Layout.SPECULATORS),
+}
+"""Layouts that a drafter can be written in."""
+_BLOCK_DRAFTERS = {
+    "DFlashDraftModel": Layout.DFLASH,
+    "DFlash2DraftModel": Layout.DFLASH,
+    "Qwen3DSparkModel": Layout.DSPARK,
+}
+"""Layouts that say nothing of themselves but their class: `model_type` is that of the layers."""
 
 
 def layout_of(config: Mapping[str, Any], name: object) -> Layout:
@@ -75,8 +89,16 @@ def layout_of(config: Mapping[str, Any], name: object) -> Layout:
         ValueError: It is not a drafter that can be read.
     """
     architectures = config.get("architectures") or []
-    if config.get("model_type") in (SpecBlockConfig.model_type, Eagle3Config.model_type):
+    if config.get("model_type") in (c.model_type for c in (SpecBlockConfig, Eagle3Config, BlockDiffusionConfig)):
         return Layout.OURS
+    for architecture in architectures:
+        if architecture in _BLOCK_DRAFTERS:
+            return _BLOCK_DRAFTERS[architecture]
+    if "dflash_config" in config or any("DFlash" in a or "DSpark" in a for a in architectures):
+        raise ValueError(
+            f"{name} is a variant of DFlash that is not known (architectures {architectures}); load one of "
+            f"{', '.join(_BLOCK_DRAFTERS)}."
+        )
     if config.get("speculators_model_type") == "eagle3":
         return Layout.SPECULATORS
     if any(architecture.startswith("LlamaForCausalLMSpecBlock") for architecture in architectures):
@@ -88,7 +110,7 @@ def layout_of(config: Mapping[str, Any], name: object) -> Layout:
     raise ValueError(
         f"{name} is not a drafter in a known layout (architectures {architectures}, model_type "
         f"{config.get('model_type')!r}); SpecBlock drafters of this library or its paper's authors can be loaded, and "
-        "EAGLE-3 drafters as SafeAILab, SGLang or speculators write them."
+        "EAGLE-3 drafters as SafeAILab, SGLang or speculators write them, DFlash, JetSpec and DSpark as published."
     )
 
 
@@ -118,7 +140,7 @@ def read_config(
     if lacking:
         raise ValueError(f"config.json of {name} lacks {', '.join(lacking)}; take it from the original repository.")
     fields = {key: inner[key] for key in (*_REQUIRED, *_OPTIONAL) if inner.get(key) is not None}
-    fields |= {"draft_vocab_size": config["draft_vocab_size"], "rope_parameters": _rope(inner)}
+    fields |= {"draft_vocab_size": config["draft_vocab_size"], "rope_parameters": rope_parameters_of(inner)}
     fields["num_key_value_heads"] = fields.get("num_key_value_heads", fields["num_attention_heads"])
     if layout == Layout.SPECBLOCK:
         kind: type[SpecBlockConfig | Eagle3Config] = SpecBlockConfig
@@ -127,14 +149,14 @@ def read_config(
         kind = Eagle3Config
         fields |= _eagle3_fields(config, name, layout, tensors, target)
     if target is not None:
-        fields |= _target_fields(target)
+        fields |= target_fields(target)
     if fields.get("feature_layers") is None:
         depth = fields.get("target_num_layers")
         fields["feature_layers"] = list(default_feature_layers(depth)) if depth else [UNRECORDED_LAYER] * 3
     return kind(**fields)
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """As transformers 5 keeps it. The authors of both methods mean 10000 where nothing is said."""
     if config.get("rope_parameters"):
         return dict(config["rope_parameters"])
@@ -143,7 +165,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **scaling, "rope_theta": float(config.get("rope_theta", 10000.0))}
 
 
-def _target_fields(target: PreTrainedConfig) -> dict[str, Any]:
+def target_fields(target: PreTrainedConfig) -> dict[str, Any]:
     text = target.get_text_config()
     return {
         "target_num_layers": text.num_hidden_layers,
@@ -259,7 +281,7 @@ def write_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout: Layou
         ValueError: The layout is another method's or cannot say what this drafter does.
     """
     config, tensors = drafter.config, {key: value.contiguous() for key, value in drafter.state_dict().items()}
-    if isinstance(config, SpecBlockConfig) != (layout == Layout.SPECBLOCK) or layout == Layout.OURS:
+    if layout not in _WRITABLE.get(config.model_type, ()):
         raise ValueError(
             f"A {config.model_type} drafter cannot be written in the layout {layout.value}; choose another."
         )
@@ -339,4 +361,12 @@ def _speculators_fields(config: Eagle3Config) -> dict[str, Any]:
     }
 
 
-__all__ = ["Layout", "layout_of", "read_config", "read_tensors_of", "write_checkpoint"]
+__all__ = [
+    "Layout",
+    "layout_of",
+    "read_config",
+    "read_tensors_of",
+    "rope_parameters_of",
+    "target_fields",
+    "write_checkpoint",
+]
