@@ -15,12 +15,10 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
-
-from .drafter import UNRECORDED_LAYER, default_feature_layers
+from .configuration_drafter import DrafterConfig
 
 
-class Eagle3Config(LlamaConfig):
+class Eagle3Config(DrafterConfig):
     r"""
     Configuration of an [`Eagle3Drafter`] (EAGLE-3, https://huggingface.co/papers/2503.01840): one Llama-type layer, so
     every field of [`~transformers.LlamaConfig`] keeps its meaning. The tree's defaults are those of the authors' code.
@@ -47,6 +45,8 @@ class Eagle3Config(LlamaConfig):
             Children of a node, and nodes of a level that get children (the authors' `top_k`).
         tree_budget (`int`, *optional*, defaults to 59):
             Most drafted nodes of a tree (the authors' `total_token` 60 counts the root).
+        acceptance (`list[list[float]]`, *optional*):
+            Measured tau of several plans, in the rows that [`SpecBlockConfig`] describes.
 
     Example:
 
@@ -62,13 +62,6 @@ class Eagle3Config(LlamaConfig):
     model_type = "eagle3"
     block_size = 1  # tokens that one forward predicts: what this drafter shares with SpecBlock is counted in blocks
 
-    vocab_size: int = 32000
-    num_hidden_layers: int = 1
-    draft_vocab_size: int = 32000
-    feature_layers: list[int] | None = None
-    target_hidden_size: int | None = None
-    target_num_layers: int | None = None
-    target_name_or_path: str | None = None
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     own_embedding: bool = False
@@ -77,17 +70,7 @@ class Eagle3Config(LlamaConfig):
     tree_budget: int = 59
 
     def __post_init__(self, **kwargs):
-        if self.target_hidden_size is None:
-            self.target_hidden_size = self.hidden_size
-        if self.feature_layers is None:
-            layers = self.target_num_layers
-            self.feature_layers = list(default_feature_layers(layers)) if layers else [UNRECORDED_LAYER] * 3
         super().__post_init__(**kwargs)
-        if self.draft_vocab_size > self.vocab_size:
-            raise ValueError(
-                f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocab_size "
-                f"({self.vocab_size}); pass a draft vocabulary that is a subset of the target's."
-            )
         if self.num_hidden_layers != 1:
             raise ValueError(
                 f"An EAGLE-3 drafter has one layer and num_hidden_layers is {self.num_hidden_layers}; drafters of "

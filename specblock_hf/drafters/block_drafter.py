@@ -19,15 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from ..drafter import DrafterLock, DraftState, Pairs, TokenTable, TreeDrafter
+from ..drafter import DraftState, Pairs, TokenTable
 from ..expansion import Starts
 from ..modeling_specblock import BlockCache, BlockPath, committed_mask
 from ..tree import DraftTree
+from .network_drafter import NetworkDrafter, refuse_other_target
 
 
 PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask to (K * 256) x (K * all pairs)
@@ -45,63 +44,25 @@ class BlockState(DraftState):
     committed: int | torch.LongTensor = 0
 
 
-def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
-    """
-    Args:
-        config ([`~transformers.PreTrainedConfig`]): Of a drafter, with what it knows about its target.
-        target ([`~transformers.PreTrainedModel`]): What it shall draft for.
-
-    Raises:
-        ValueError: The target has another size, vocabulary or depth; the message names which.
-    """
-    text = target.config.get_text_config()
-    for what, ours, theirs in (
-        ("hidden size", config.target_hidden_size, text.hidden_size),
-        ("vocabulary", config.vocab_size, text.vocab_size),
-        ("number of layers", config.target_num_layers, text.num_hidden_layers),
-    ):
-        if ours is not None and ours != theirs:
-            trained_for = config.target_name_or_path or "another target"
-            raise ValueError(
-                f"This drafter was trained for {trained_for}: its {what} is {ours}, that of this "
-                f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train "
-                "one with `specblock train`."
-            )
-    if max(config.feature_layers) > text.num_hidden_layers:
-        raise ValueError(
-            f"This drafter reads hidden state {max(config.feature_layers)} of a target with "
-            f"{text.num_hidden_layers} layers; load the drafter that belongs to this target."
-        )
-
-
-class BlockDrafter(TreeDrafter):
+class BlockDrafter(NetworkDrafter):
     """
     A drafter whose network keeps keys and values of K slots (`config.block_size`; 1 for EAGLE-3) for every committed
-    pair. Drafters name it before their network, whose
+    pair. The network's
     `forward(embeds, conditions, positions, mask, cache)` turns rows into states `[B, R, K, d]`, and
     `project_features` makes the conditions of committed pairs. The conditions of later rows are states that the
     forward returned.
     """
 
-    dtype: torch.dtype
-    device: torch.device
     project_features: Callable[[torch.Tensor], torch.Tensor]
-    __call__: Callable[..., torch.Tensor]
-
-    def __init__(self, config: Any):
-        super().__init__(config)  # type: ignore[call-arg]
-        self.lock = DrafterLock()
 
     @property
-    def feature_layers(self) -> tuple[int, ...]:
-        return tuple(self.config.feature_layers)
-
-    def check_target(self, target: PreTrainedModel) -> None:
-        refuse_other_target(self.config, target)
+    def columns_per_pair(self) -> int:
+        """Slots of a committed pair whose keys and values are kept."""
+        return self.config.block_size
 
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
         committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device=self.device)
-        columns = min(max_length, PREFILL_PAIRS) * self.config.block_size
+        columns = min(max_length, PREFILL_PAIRS) * self.columns_per_pair
         cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)
         return BlockState(
             table, batch_size, max_length, first_position=first_position, cache=cache, committed=committed
@@ -114,14 +75,13 @@ class BlockDrafter(TreeDrafter):
     def _first_block(self, state: BlockState, pairs: Pairs) -> tuple[DraftTree, torch.Tensor, torch.LongTensor]:
         """Take `pairs` in; a tree of roots, and the states `[B, 1, K, d]` and positions `[B, 1]` of the last pairs."""
         hidden, positions = self._last_rows(self._commit(state, pairs), pairs)
-        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
-        return DraftTree.root(pairs.tokens.gather(1, last).squeeze(1).to(self.device)), hidden, positions
+        return self._root(pairs), hidden, positions
 
     def _commit(self, state: BlockState, pairs: Pairs) -> Iterator[torch.Tensor]:
         """
         Forwards over new pairs, which leave their keys behind; yields the states `[B, T', K, d]` chunk by chunk.
         """
-        size, total = self.config.block_size, pairs.tokens.shape[1]
+        size, total = self.columns_per_pair, pairs.tokens.shape[1]
         embeds = replace(pairs, table=state.table).embeds().to(self.device, self.dtype)
         for first in range(0, total, PREFILL_PAIRS):
             rows = slice(first, min(first + PREFILL_PAIRS, total))
@@ -172,3 +132,6 @@ class BlockDrafter(TreeDrafter):
         state.calls += 1
         mask = path.mask(first_width, size)
         return self(embeds, conditions, positions.expand(-1, count), mask, state.cache)
+
+
+__all__ = ["PREFILL_PAIRS", "BlockDrafter", "BlockState", "refuse_other_target"]
