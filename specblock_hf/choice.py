@@ -66,6 +66,7 @@ _ROW_WISE: dict[type[LogitsProcessor], str | None] = {
             logits_process.TopKLogitsWarper,
             logits_process.TopPLogitsWarper,
             logits_process.TypicalLogitsWarper,
+            logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
             logits_process.WatermarkLogitsProcessor,
         )
     ),
@@ -382,10 +383,21 @@ def _processor_of_row(processor: Any, row: int, batch_size: int) -> LogitsProces
     if type(own) is logits_process.PrefixConstrainedLogitsProcessor:
         allowed = own._prefix_allowed_tokens_fn
         own._prefix_allowed_tokens_fn = lambda _, ids: allowed(row, ids)
+    elif type(own) is logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor:
+        # It decodes a text of its own next to each row's, with a cache of its own.
+        context = dict(own.unconditional_context)
+        for name in ("input_ids", "attention_mask"):
+            if context[name] is not None:
+                context[name] = context[name][_prompt_of_row(row, batch_size, len(context[name]))]
+        own.unconditional_context = context
     elif held is not None and isinstance(values := vars(own)[held], torch.Tensor | list):
-        # One entry for each prompt, which several sequences may continue.
-        prompt = row * len(values) // batch_size
-        setattr(own, held, values[prompt : prompt + 1])
+        setattr(own, held, values[_prompt_of_row(row, batch_size, len(values))])
         if type(own) is logits_process.EncoderNoRepeatNGramLogitsProcessor:
             own.batch_size = 1
     return own
+
+
+def _prompt_of_row(row: int, batch_size: int, prompts: int) -> slice:
+    """Where what is held for each prompt has a row's entry; several sequences may continue one prompt."""
+    prompt = row * prompts // batch_size
+    return slice(prompt, prompt + 1)

@@ -180,7 +180,8 @@ def generate_with_drafter(
         generation_config.return_dict_in_generate or is_users(model_kwargs["past_key_values"]),
     ) as scorer:
         plan = drafting_plan(drafter, generation_config, scorer.device)
-        if not generation_config.do_sample:
+        # A chain is cut out by likelihood, by which a drawn tree must not be cut.
+        if not generation_config.do_sample or scorer.chains_only:
             plan = replace(plan, draft_sampling="topk", verification=None)
         verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify)

@@ -97,7 +97,7 @@ class TokenOutputs:
         return result
 
     def _attended(self, layers: Layers, row: int, path: torch.LongTensor, committed: TargetCache) -> Layers:
-        """The attention `[1, H, 1, T]` of the path's last node to its row's columns and to the path, layer by layer."""
+        """Of every layer `[1, H, 1, T]`: the path's last node's attention to its row's columns and to the path."""
         entry = []
         for number, layer in enumerate(layers):
             weights, window = layer[row, :, path[-1]], self._windows[number]

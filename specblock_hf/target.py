@@ -110,15 +110,22 @@ def check_target(target: PreTrainedModel) -> None:
         )
     decoder = target.get_decoder()
     taken = inspect.signature(target.forward).parameters
-    if not {"attention_mask", "position_ids"} <= taken.keys() or not _has_layers(decoder):
+    config = target.config.get_text_config(decoder=True)
+    needed = {"attention_mask", "past_key_values", "position_ids"}
+    if not needed <= taken.keys() or len(_layers(decoder)) != config.num_hidden_layers:
         raise ValueError(
-            f"{name} takes no position_ids or does not list its layers as get_decoder().layers or .h, which a draft "
-            "tree needs; drop assistant_model."
+            f"{name} takes no position_ids or past_key_values or does not list its layers as get_decoder().layers or "
+            ".h, which a draft tree needs; drop assistant_model."
+        )
+    if config.model_type == "gpt_neo" or (config.model_type == "falcon" and config.alibi):
+        raise ValueError(
+            f"{name} counts distances in columns of the cache, where siblings of a draft tree lie next to each other; "
+            "drop assistant_model."
         )
     if TreeMasks(target).chains_only:
         logger.warning_once(
-            f"attn_implementation={decoder.config._attn_implementation!r} takes no mask that tells it of a draft tree, "
-            "so only the likeliest path of every draft is verified and fewer tokens are accepted; "
+            f"attn_implementation={decoder.config._attn_implementation!r} takes no mask that could show it a draft "
+            "tree, so only the likeliest path of every draft is verified and fewer tokens are accepted; "
             'target.set_attn_implementation("sdpa") before generate() has whole trees verified.'
         )
     unknown = set(layer_types(target)) - {"full_attention", "sliding_attention", "dummy"}
@@ -129,13 +136,12 @@ def check_target(target: PreTrainedModel) -> None:
         )
 
 
-def _has_layers(decoder: nn.Module) -> bool:
-    return hasattr(decoder, "layers") or hasattr(decoder, "h")
-
-
-def _layers(decoder: nn.Module) -> nn.ModuleList:
-    """The decoder's layers, which GPT-2 and the families after it call `h`."""
-    return decoder.layers if hasattr(decoder, "layers") else decoder.h
+def _layers(decoder: nn.Module) -> Sequence[nn.Module]:
+    """The decoder's layers, which GPT-2 and the families after it call `h`; none if it has another name for them."""
+    for name in ("layers", "h"):
+        if hasattr(decoder, name):
+            return getattr(decoder, name)
+    return ()
 
 
 @dataclass
@@ -279,6 +285,11 @@ class TargetModel:
         self._taps.remove()
         self._committed.end(self._returns_cache)
 
+    @property
+    def chains_only(self) -> bool:
+        """Whether the target's attention takes no mask that could show it a draft tree."""
+        return self._masks.chains_only
+
     def first_position(self) -> int:
         """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
         cached, visible = self._committed.width - self._new, self._committed.visible
@@ -319,7 +330,7 @@ class TargetModel:
 
     def scorable(self, tree: DraftTree) -> DraftTree:
         """What of a tree the target's attention can score: all of it, or its likeliest path where it takes no mask."""
-        return likeliest_chain(tree) if self._masks.chains_only else tree
+        return likeliest_chain(tree) if self.chains_only else tree
 
     def token_outputs(self) -> dict[str, Any]:
         """`hidden_states` and `attentions` of the emitted tokens, if the call asks for them."""

@@ -96,7 +96,7 @@ class TreeMasks:
         self, tree: DraftTree, depths: torch.LongTensor, committed: TargetCache
     ) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """
-        The mask of a tree: one for each kind of layer; a lone root, and a chain, need no more than plain decoding does.
+        The mask of a tree, one for each kind of layer; for a lone root or a chain, plain decoding's own.
 
         Args:
             tree ([`DraftTree`]): N nodes wide.
