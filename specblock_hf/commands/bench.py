@@ -214,12 +214,17 @@ def named(text: str) -> tuple[str, str]:
 
 
 def named_plan(text: str) -> tuple[str, DraftingPlan]:
-    """`METHOD=NODES,FORWARDS[,STARTS]` as a pair; 0 starts are all."""
+    """`METHOD=NODES,FORWARDS[,STARTS]` as a pair."""
     name, value = named(text)
+    return name, plan_of(value)
+
+
+def plan_of(text: str) -> DraftingPlan:
+    """`NODES,FORWARDS[,STARTS]`; 0 starts, or none given, are all."""
     try:
-        nodes, forwards, *starts = map(int, value.split(","))
+        nodes, forwards, *starts = map(int, text.split(","))
         if len(starts) > 1:
             raise ValueError(f"{len(starts)} numbers of starts")
-        return name, DraftingPlan(nodes, forwards, (starts[0] or None) if starts else None)
+        return DraftingPlan(nodes, forwards, (starts[0] or None) if starts else None)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not METHOD=NODES,FORWARDS[,STARTS] ({error})") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not NODES,FORWARDS[,STARTS] ({error})") from error

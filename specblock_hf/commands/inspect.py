@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`specblock inspect`: what a drafter is, for which target, and whether it fits one."""
+"""`specblock inspect`: what a drafter is, for which target, whether it fits one, and what it drafts for it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..conversion import layout_of
 from ..drafter import UNRECORDED_LAYER
 from ..hub import DrafterFiles
 from ..loading import StrictPreTrainedModel
+from . import trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("drafter", help="folder or Hub id")
     parser.add_argument("--target", help="folder or Hub id of a target to check against; its weights are not loaded")
     parser.add_argument("--revision", help="branch, tag or commit of the drafter")
+    parser.add_argument(
+        "--trace", action="store_true", help="run the target (default: the default one) and show a draft tree instead"
+    )
+    trace.add_arguments(parser.add_argument_group("with --trace"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 1 if it does not fit `--target`, otherwise 0.
     """
+    if args.trace:
+        return trace.run(args)
     drafter = AutoDrafter.from_pretrained(args.drafter, revision=args.revision)
     files = DrafterFiles.of(args.drafter, {"revision": args.revision})
     print("\n".join(describe(drafter, layout_of(files.config, args.drafter))))

@@ -94,7 +94,7 @@ def draw_speedup(axes: Axes, figures: Mapping[str, Any]) -> None:
 def draw_rounds(axes: Axes, figures: Mapping[str, Any]) -> None:
     """Bars of a round's time by part; tau stands beside the name."""
     methods = [method for method in figures["methods"] if method["round"]]
-    names = [f"{method['method']}\ntau {method['mean']['tau']:.2f}" for method in methods]
+    names = [f"{method['method']}\ntau {method['round']['tau']:.2f}" for method in methods]
     start = [0.0] * len(methods)
     for part in ("draft", "verify", "host"):
         times = [method["round"][f"{part}_ms"] for method in methods]

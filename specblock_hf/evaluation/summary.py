@@ -144,9 +144,11 @@ def round_figures(rows: Sequence[Row]) -> dict[str, Any] | None:
     counted = [row for row in rows if row["draft_rows"] is not None]
     weight = sum(row["rounds"] for row in counted)
     draft_rows = sum(row["draft_rows"] * row["rounds"] for row in counted) / weight if weight else None
+    pooled_tau = tau(rows)
     return {f"{name}_ms": 1000 * seconds / rounds for name, seconds in parts.items()} | {
+        "tau": pooled_tau,
         "draft_share": parts["draft"] / total,
-        "ms_per_token": 1000 * total / rounds / tau(rows),
+        "ms_per_token": 1000 * total / rounds / pooled_tau,
         "forwards": sum(row["draft_calls"] for row in rows) / rounds,
         "rows": draft_rows,
         "nodes": sum(row["nodes"] for row in rows) / rounds,
