@@ -265,15 +265,16 @@ class BlockDiffusionModel(StrictPreTrainedModel):
                 What a row may see at all. All columns if not given.
         """
         masks: dict[tuple[bool, int | None], torch.Tensor | None] = {}
+        backend = self.config._attn_implementation
         ahead = keys.unsqueeze(1) - queries.unsqueeze(2)
+        everything = torch.ones_like(ahead, dtype=torch.bool) if visible is None else visible
         for causal, window in set(self.config.layer_rules):
-            parts = [] if visible is None else [visible]
-            if causal:
-                parts.append(ahead <= 0)
-            if window is not None:
-                parts.append(ahead.abs() < window)
-            mask = torch.stack(torch.broadcast_tensors(*parts)).all(0).unsqueeze(1) if parts else None
-            if mask is not None and self.config._attn_implementation == "eager":
+            if visible is None and not causal and window is None and backend == "sdpa":
+                masks[causal, window] = None  # which other backends may take for causal
+                continue
+            mask = everything & (ahead <= 0) if causal else everything
+            mask = (mask & (ahead.abs() < window) if window is not None else mask).unsqueeze(1)
+            if backend == "eager":
                 # The eager backend adds its mask to the scores.
                 lowest = torch.finfo(self.dtype).min
                 mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, lowest)

@@ -99,7 +99,8 @@ class BlockDiffusionDrafter(BlockDiffusionModel, TreeDrafter):
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         if self.config.acceptance is None:
             return [(DraftingPlan(nodes, 1), taus[with_lookup]) for nodes, *taus in TYPICAL_ACCEPTANCE]
-        return [(DraftingPlan(int(nodes), 1), taus[with_lookup]) for nodes, _, _, *taus in self.config.acceptance]
+        rows = [row for row in self.config.acceptance if row[1] == 1]  # there never is a second forward
+        return [(DraftingPlan(int(nodes), 1), taus[with_lookup]) for nodes, _, _, *taus in rows]
 
     def check_target(self, target: PreTrainedModel) -> None:
         name = type(target).__name__
@@ -141,7 +142,7 @@ class BlockDiffusionDrafter(BlockDiffusionModel, TreeDrafter):
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         self.extend(state, pairs)
         last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
-        anchors = pairs.tokens.gather(1, last).to(self.device)
+        anchors = pairs.tokens.gather(1, last).clamp_min(0).to(self.device)  # -1 in a finished row
         tree = DraftTree.root(anchors.squeeze(1))
         budget = max(limits.nodes)
         depth = min(self.config.num_predictions, max(limits.depth), budget)

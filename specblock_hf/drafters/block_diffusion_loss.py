@@ -81,7 +81,7 @@ def block_diffusion_loss(
         drafter ([`BlockDiffusionDrafter`]): The drafter.
         batch ([`TargetBatch`]): Texts, the target's view of them and its `table`.
         objective ([`BlockDiffusionObjective`]): What is chosen.
-        generator (`torch.Generator`, *optional*): Draws the places.
+        generator (`torch.Generator`, *optional*): Draws the places; they are the same in every call without one.
 
     Returns:
         `dict[str, torch.Tensor]`: `loss`, and without gradient `agreed` and `counted` of shape `[1, D]`: slots whose
@@ -138,7 +138,8 @@ def _draw_anchors(
     """Up to `most` distinct places `[B, A]` in every text, answer tokens that another follows; and which are real."""
     possible = batch.scored[:, :-1] & batch.scored[:, 1:]
     count = max(1, min(most, int(possible.sum(-1).max())))
-    order = torch.rand(possible.shape, generator=generator).to(possible.device)
+    # Without a generator the draws are fixed: the global one belongs to others.
+    order = torch.rand(possible.shape, generator=generator or torch.Generator()).to(possible.device)
     order = order.masked_fill(~possible, -1.0)
     drawn = order.topk(count, dim=-1)
     return drawn.indices, drawn.values >= 0
