@@ -20,15 +20,21 @@ check_transformers()
 
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
-from .auto import AutoDrafter  # noqa: E402
+from .auto import DRAFTERS, AutoDrafter  # noqa: E402
 from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
 from .configuration_block_diffusion import BlockDiffusionConfig  # noqa: E402
 from .configuration_eagle3 import Eagle3Config  # noqa: E402
+from .configuration_falcon import FalconDrafterConfig  # noqa: E402
+from .configuration_medusa import MedusaConfig  # noqa: E402
+from .configuration_parallelspec import ParallelSpecConfig  # noqa: E402
 from .configuration_specblock import SpecBlockConfig  # noqa: E402
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
 from .drafters.block_diffusion import BlockDiffusionDrafter  # noqa: E402
 from .drafters.eagle3 import Eagle3Drafter  # noqa: E402
+from .drafters.falcon import FalconDrafter  # noqa: E402
 from .drafters.lookup import JoinedDrafter, LookupDrafter  # noqa: E402
+from .drafters.medusa import MedusaDrafter  # noqa: E402
+from .drafters.parallelspec import ParallelSpecDrafter  # noqa: E402
 from .drafters.specblock import SpecBlockDrafter  # noqa: E402
 from .generation import install, uninstall  # noqa: E402
 from .statistics import GenerationStatistics  # noqa: E402
@@ -37,12 +43,9 @@ from .verification import Walk, sample_and_walk  # noqa: E402
 
 
 install()
-AutoConfig.register("specblock", SpecBlockConfig, exist_ok=True)
-AutoConfig.register("eagle3", Eagle3Config, exist_ok=True)
-AutoConfig.register("block_diffusion", BlockDiffusionConfig, exist_ok=True)
-AutoModel.register(SpecBlockConfig, SpecBlockDrafter, exist_ok=True)
-AutoModel.register(Eagle3Config, Eagle3Drafter, exist_ok=True)
-AutoModel.register(BlockDiffusionConfig, BlockDiffusionDrafter, exist_ok=True)
+for _kind in DRAFTERS.values():
+    AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
+    AutoModel.register(_kind.config_class, _kind, exist_ok=True)
 
 __all__ = [
     "AutoDrafter",
@@ -55,11 +58,17 @@ __all__ = [
     "DraftTree",
     "Eagle3Config",
     "Eagle3Drafter",
+    "FalconDrafter",
+    "FalconDrafterConfig",
     "GenerationStatistics",
     "JoinedDrafter",
     "Limits",
     "LookupDrafter",
+    "MedusaConfig",
+    "MedusaDrafter",
     "Pairs",
+    "ParallelSpecConfig",
+    "ParallelSpecDrafter",
     "SpecBlockConfig",
     "SpecBlockDrafter",
     "TokenTable",

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import os
+from typing import get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,15 +25,18 @@ from .conversion import Layout, Tensors, layout_of, read_config, read_tensors_of
 from .conversion_block_drafters import read_block_config
 from .drafters.block_diffusion import BlockDiffusionDrafter
 from .drafters.eagle3 import Eagle3Drafter
+from .drafters.falcon import FalconDrafter
+from .drafters.medusa import MedusaDrafter
+from .drafters.parallelspec import ParallelSpecDrafter
 from .drafters.specblock import SpecBlockDrafter
 from .hub import LOCATION_OPTIONS, DrafterFiles, read_tensors
 from .loading import refuse_misfits
 
 
-Drafter = SpecBlockDrafter | Eagle3Drafter | BlockDiffusionDrafter
-DRAFTERS: dict[str, type[Drafter]] = {
-    kind.config_class.model_type: kind for kind in (SpecBlockDrafter, Eagle3Drafter, BlockDiffusionDrafter)
-}
+Drafter = (
+    SpecBlockDrafter | Eagle3Drafter | MedusaDrafter | ParallelSpecDrafter | FalconDrafter | BlockDiffusionDrafter
+)
+DRAFTERS: dict[str, type[Drafter]] = {kind.config_class.model_type: kind for kind in get_args(Drafter)}
 """Class of a drafter by its configuration's `model_type`."""
 
 

@@ -31,6 +31,9 @@ from transformers import PreTrainedConfig
 
 from .configuration_block_diffusion import BlockDiffusionConfig
 from .configuration_eagle3 import Eagle3Config
+from .configuration_falcon import FalconDrafterConfig
+from .configuration_medusa import MedusaConfig
+from .configuration_parallelspec import ParallelSpecConfig
 from .configuration_specblock import SpecBlockConfig
 from .drafter import UNRECORDED_LAYER, default_feature_layers
 
@@ -50,6 +53,17 @@ class Layout(StrEnum):
     DSPARK = "dspark"
 
 
+_OURS = {
+    config.model_type
+    for config in (
+        SpecBlockConfig,
+        Eagle3Config,
+        MedusaConfig,
+        ParallelSpecConfig,
+        FalconDrafterConfig,
+        BlockDiffusionConfig,
+    )
+}
 # Fields that every layout names as transformers' LlamaConfig does.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps")
 _OPTIONAL = (
@@ -89,7 +103,7 @@ def layout_of(config: Mapping[str, Any], name: object) -> Layout:
         ValueError: It is not a drafter that can be read.
     """
     architectures = config.get("architectures") or []
-    if config.get("model_type") in (c.model_type for c in (SpecBlockConfig, Eagle3Config, BlockDiffusionConfig)):
+    if config.get("model_type") in _OURS:
         return Layout.OURS
     for architecture in architectures:
         if architecture in _BLOCK_DRAFTERS:

@@ -27,12 +27,19 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from .configuration_eagle3 import Eagle3Config
 from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
 from .modeling_specblock import BlockCache
+from .path_attention import PathCache
 
 
 class Eagle3Layer(nn.Module):
@@ -57,18 +64,35 @@ class Eagle3Layer(nn.Module):
         conditions: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        cache: BlockCache | None,
+        cache: BlockCache | PathCache | None,
     ) -> torch.Tensor:
         """`[B, R, d]` and `[B, R, d]` to `[B, R, d]`."""
         normed = self.hidden_norm(conditions)
-        attended, _ = self.self_attn(
-            hidden_states=torch.cat([self.input_layernorm(token_embeds), normed], dim=-1),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-        )
+        inputs = torch.cat([self.input_layernorm(token_embeds), normed], dim=-1)
+        if isinstance(cache, PathCache) and cache.holds_pairs:
+            attended = self._attend_on_path(inputs, position_embeddings, cache)
+        else:
+            attended, _ = self.self_attn(
+                hidden_states=inputs,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+            )
         hidden = (normed if self.norm_before_residual else conditions) + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _attend_on_path(
+        self, inputs: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: PathCache
+    ) -> torch.Tensor:
+        attention = self.self_attn
+        heads = (*inputs.shape[:-1], -1, attention.head_dim)
+        query, keys, values = (
+            project(inputs).view(heads).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        query, keys = apply_rotary_pos_emb(query, keys, *position_embeddings)
+        cache.update(keys, values, attention.layer_idx)
+        return attention.o_proj(cache.attend(query, attention.scaling))
 
 
 class Eagle3Model(DraftHead, StrictPreTrainedModel):
@@ -116,7 +140,7 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
         conditions: torch.Tensor,
         position_ids: torch.LongTensor,
         attention_mask: torch.BoolTensor | None = None,
-        cache: BlockCache | None = None,
+        cache: BlockCache | PathCache | None = None,
     ) -> torch.Tensor:
         """
         Predict one token for every row.
@@ -128,12 +152,15 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `[B, R]`): Position i of a pair, one more for every level below.
             attention_mask (`torch.BoolTensor` of shape `[B, 1, R, columns]`, *optional*):
                 True where a row sees a column. Without one, attention is causal.
-            cache (`BlockCache`, *optional*): Where keys and values of earlier rows are, and these go.
+            cache (`BlockCache` or `PathCache`, *optional*):
+                Where keys and values of earlier rows are, and these go. In a `PathCache` that holds the pairs, row i
+                is the next one of pair i's path, and no mask is asked for.
 
         Returns:
             `torch.Tensor` of shape `[B, R, 1, d]`: The states before the final norm, as a block of one slot.
         """
-        if self.config._attn_implementation == "eager":
+        on_path = isinstance(cache, PathCache) and cache.holds_pairs
+        if self.config._attn_implementation == "eager" and not on_path:
             # The eager backend adds its mask to the scores, and without one lets everybody see everything.
             if attention_mask is None:
                 rows = token_embeds.shape[1]

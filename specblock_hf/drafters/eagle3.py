@@ -15,17 +15,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from torch import nn
 
 from ..drafter import DraftingPlan, Limits, Pairs, TokenTable
 from ..expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
 from ..modeling_eagle3 import Eagle3Model
 from ..modeling_specblock import BlockPath
+from ..training.objective import TargetBatch
 from ..tree import DraftTree
 from .block_drafter import BlockDrafter, BlockState
+from .eagle3_loss import Eagle3Objective, eagle3_loss
 
 
 class Eagle3Drafter(BlockDrafter, Eagle3Model):
@@ -46,6 +45,8 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
     >>> output = target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)
     ```
     """
+
+    objective_class = Eagle3Objective
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         config = self.config
@@ -83,11 +84,13 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
         tokens, log_probs = self.best_tokens(hidden, width)
         return BlockOutputs(tokens, log_probs, torch.zeros_like(tokens[..., 0]))
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
-        return list((self.lm_head if scope == "head" else self).parameters())
-
-    def loss(self, batch) -> dict[str, torch.Tensor]:
-        raise ValueError(
-            "EAGLE-3 drafters are loaded and run but not trained by this library; train a SpecBlockDrafter with "
-            "`specblock train`, or train EAGLE-3 elsewhere and load the result."
-        )
+    def loss(
+        self,
+        batch: TargetBatch,
+        objective: Eagle3Objective | None = None,
+        *,
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The training objective; see [`eagle3_loss`]."""
+        return eagle3_loss(self, batch, objective or Eagle3Objective())
