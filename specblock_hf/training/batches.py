@@ -73,7 +73,8 @@ def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) ->
 def draft_ids_of(drafter: DraftHead, vocab_size: int) -> torch.LongTensor:
     """The draft id of every target id `[vocab_size]`, on the CPU where batches are made; -1 where there is none."""
     ids = torch.full((vocab_size,), -1, dtype=torch.long)
-    ids[drafter.draft_to_target.cpu()] = torch.arange(drafter.config.draft_vocab_size)
+    order = drafter.draft_to_target.cpu()
+    ids[order] = torch.arange(len(order))
     return ids
 
 

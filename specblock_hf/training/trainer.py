@@ -27,10 +27,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..drafter import TokenTable, TreeDrafter
@@ -57,6 +59,7 @@ class ObjectiveModule(nn.Module):
         super().__init__()
         self.drafter = drafter
         self.objective = objective
+        self._no_split_modules = drafter._no_split_modules  # what FSDP shards one by one
 
     def forward(self, batch: TargetBatch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return self.drafter.loss(batch, self.objective, progress=progress, generator=generator)
@@ -170,6 +173,8 @@ class DrafterTrainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        if isinstance(norm, DTensor):  # of sharded weights
+            norm = norm.full_tensor()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         with self.drafter.lock:
@@ -232,7 +237,7 @@ class DrafterTrainer:
 
     def whole_drafter(self) -> nn.Module:
         """The drafter, or a copy with all of its weights where processes hold shards of it."""
-        if not self.accelerator.distributed_type == "FSDP":
+        if self.accelerator.distributed_type != DistributedType.FSDP:
             return self.drafter
         (weights, _) = self.state_dicts()
         twin = type(self.drafter)(self.drafter.config)
@@ -332,7 +337,13 @@ def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accel
     Args:
         args ([`DrafterTrainingArguments`]): For the precision and the trackers.
         cpu (`bool`, *optional*, defaults to `False`): Leave accelerators alone.
+
+    Raises:
+        ValueError: A tracker is not installed.
     """
+    for name in args.report_to:
+        if name not in get_available_trackers():
+            raise ValueError(f"report_to names {name!r}, which is not installed here; install it or leave it out.")
     # Before parts of the objective join, their weights have no gradient, which is an error in processes that meet.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(

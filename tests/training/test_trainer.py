@@ -55,14 +55,14 @@ def arguments(folder, **overrides) -> DrafterTrainingArguments:
     return DrafterTrainingArguments(output_dir=str(folder), **(fields | overrides))
 
 
-def tiny_trainer(folder, rows: int = 8, evaluate=None, seed: int = 1, objective=None, **overrides) -> DrafterTrainer:
+def tiny_trainer(folder, rows: int = 8, evaluate=None, seed: int = 1, objective=None, accelerator=None, **overrides):
     target = tiny_target("llama")
     drafter, table = tiny_drafter(seed), TokenTable.of(target)
     examples = [example_of(tokens, 3) for tokens in Told(rows, 18).tokens.tolist()]
     views = view_target(target, examples, drafter.feature_layers, 5)
     args = arguments(folder, **overrides)
     return DrafterTrainer(
-        drafter, table, examples, lambda indices: [views[i] for i in indices], args, evaluate, objective
+        drafter, table, examples, lambda indices: [views[i] for i in indices], args, evaluate, objective, accelerator
     )
 
 

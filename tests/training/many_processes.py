@@ -1,0 +1,124 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains a tiny drafter in one process and in two, in the folders `one` and `two` of a folder; a test compares what is
+left behind. The two hold copies of the weights until they stop, and go on with a part of each weight, as under FSDP,
+which accelerate itself only sets up on accelerators.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from conftest import tiny_target
+from torch.distributed.fsdp import fully_shard
+from training_for_tests import Told, example_of, tiny_drafter
+
+from specblock_hf import DraftingPlan, TokenTable
+from specblock_hf.evaluation.simulate import simulate_acceptance
+from specblock_hf.training.arguments import DrafterTrainingArguments
+from specblock_hf.training.features import view_target
+from specblock_hf.training.trainer import DrafterTrainer, make_accelerator
+
+
+class ShardingAccelerator(Accelerator):
+    """Shards on the CPU what accelerate would only shard on accelerators."""
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        return DistributedType.FSDP
+
+    def prepare(self, module, optimizer):
+        for layer in module.drafter.layers:
+            fully_shard(layer)
+        fully_shard(module)
+        # Sharding has replaced the weights.
+        optimizer.param_groups[0]["params"] = list(module.parameters())
+        return module, self.prepare_optimizer(optimizer)
+
+
+def main(folder: Path, accumulation: int, stop_at: int | None = None, sharded: bool = False) -> None:
+    torch.set_num_threads(1)
+    target = tiny_target("llama")
+    drafter, table = tiny_drafter(), TokenTable.of(target)
+    examples = [example_of(tokens, 3) for tokens in Told(24, 16).tokens.tolist()]
+    views = view_target(target, examples, drafter.feature_layers, 5)
+
+    def evaluate(trained) -> dict[str, float]:
+        return {"tau": simulate_acceptance(trained, table, examples[:2], views[:2], DraftingPlan(8, 2)).tau}
+
+    args = DrafterTrainingArguments(
+        output_dir=str(folder),
+        epochs=4,
+        batch_tokens=32,
+        learning_rate=1e-2,
+        gradient_accumulation=accumulation,
+        log_steps=1,
+        save_steps=6,
+        eval_steps=8,
+        mixed_precision="no",
+    )
+    accelerator = ShardingAccelerator(cpu=True) if sharded else make_accelerator(args, cpu=True)
+    trainer = DrafterTrainer(
+        drafter, table, examples, lambda indices: [views[i] for i in indices], args, evaluate, accelerator=accelerator
+    )
+    assert trainer.total_steps == 24 and trainer.batches_a_step == 2
+    steps = trainer.train_step
+
+    def step(batches):
+        if trainer.step == stop_at:
+            raise StopIteration
+        return steps(batches)
+
+    trainer.train_step = step
+    with suppress(StopIteration):
+        trainer.train()
+    accelerator.end_training()
+
+
+def launch(count: int, *arguments) -> None:
+    """Call `main` in so many processes that talk over gloo, forked from this one, which has imported everything."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ |= {name: str(value) for name, value in (places | {"MASTER_PORT": port}).items()}
+            os.environ["MASTER_ADDR"] = "localhost"
+            try:
+                main(*arguments)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    launch(2, root / "two", 1, 14)
+    launch(2, root / "two", 1, None, True)
+    main(root / "one", 2)
