@@ -88,12 +88,15 @@ def read_block_config(
     lacking = [key for key in (*_REQUIRED, "mask_token_id") if given.get(key) is None]
     if lacking:
         raise ValueError(f"config.json of {name} lacks {', '.join(lacking)}; take it from the original repository.")
+    rope = rope_parameters_of(config)
+    if "rope_theta" not in rope:
+        raise ValueError(f"config.json of {name} states no rope_theta for all layers alike; load another drafter.")
     fields = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL) if config.get(key) is not None}
     slides = "sliding_attention" in (config.get("layer_types") or ())
     fields |= {key: given.get(key, default) for key, default in _NUMBERS.items()}
     fields |= {
         "use_sliding_window": config.get("use_sliding_window", slides),
-        "rope_parameters": rope_parameters_of(config),
+        "rope_parameters": rope,
         "block_size": given.get("block_size", 16),
         "mask_token_id": given["mask_token_id"],
         "feature_layers": _feature_layers(given, name),
