@@ -116,10 +116,19 @@ def draw_tree(axes: Axes, panel: TreePanel, tokenizer: Decoder) -> None:
         if node:
             x, y = places[parents[node]]
             # Down along the parent's column, then to the right: lines of siblings share a stem.
-            style = {"color": KEPT_COLOUR, "linewidth": 2.5} if marked else {"color": "#999999", "linewidth": 0.8}
-            axes.plot([x, x, depth], [y, line, line], zorder=1 + marked, **style)
-        box = {"boxstyle": "round,pad=0.25", "facecolor": _colour(forwards[node])}
-        box |= {"edgecolor": KEPT_COLOUR, "linewidth": 2.2} if marked else {"edgecolor": "#666666", "linewidth": 0.6}
+            axes.plot(
+                [x, x, depth],
+                [y, line, line],
+                color=KEPT_COLOUR if marked else "#999999",
+                linewidth=2.5 if marked else 0.8,
+                zorder=1 + marked,
+            )
+        box = {
+            "boxstyle": "round,pad=0.25",
+            "facecolor": _colour(forwards[node]),
+            "edgecolor": KEPT_COLOUR if marked else "#666666",
+            "linewidth": 2.2 if marked else 0.6,
+        }
         # A token may be a dollar sign, which would begin a formula.
         text = _short(tokenizer.decode([tokens[node]]))
         axes.text(depth, line, text, ha="center", va="center", size=8, zorder=3, bbox=box, parse_math=False)

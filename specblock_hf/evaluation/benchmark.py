@@ -231,7 +231,8 @@ class Benchmark:
             `list[Row]`: For each turn and method one.
         """
         settings = decoding_settings(unit.temperature, self.max_new_tokens)
-        rows, replies = [], []
+        rows: list[Row] = []
+        replies: list[str] = []
         for turn in range(len(unit.turns)):
             prompt_ids = self._encode(unit.turns[: turn + 1], replies)
             runs: dict[str, list[Run]] = {method.name: [] for method in self.methods}

@@ -18,6 +18,7 @@ the geometric mean with a bootstrap interval over prompts; everything about roun
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections import defaultdict
@@ -112,13 +113,15 @@ def geometric_mean(suites: Sequence[Sequence[float]]) -> tuple[float, float, flo
         `tuple[float, float, float]`: Mean, lower and upper end.
     """
 
+    logs = [[math.log(ratio) for ratio in ratios] for ratios in suites]
+
     def mean(samples: Sequence[Sequence[float]]) -> float:
-        return statistics.geometric_mean(statistics.geometric_mean(sample) for sample in samples)
+        return math.exp(statistics.fmean(statistics.fmean(sample) for sample in samples))
 
     draw = random.Random(0)
-    means = sorted(mean([draw.choices(ratios, k=len(ratios)) for ratios in suites]) for _ in range(RESAMPLES))
+    means = sorted(mean([draw.choices(ratios, k=len(ratios)) for ratios in logs]) for _ in range(RESAMPLES))
     outside = round(RESAMPLES * (1 - CONFIDENCE) / 2)
-    return mean(suites), means[outside], means[-1 - outside]
+    return mean(logs), means[outside], means[-1 - outside]
 
 
 def tau(rows: Sequence[Row]) -> float | None:

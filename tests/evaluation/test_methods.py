@@ -1,0 +1,147 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a method's name means, and the plan that its drafter gets."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import tiny_target
+from models_for_tests import save_models, tiny_drafter, tiny_tokenizer
+
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, SpecBlockDrafter
+from specblock_hf.evaluation import methods
+from specblock_hf.evaluation.methods import MethodLoader, apply_plans, choose_plans, grow_as
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+    folders = save_models(tmp_path_factory.mktemp("models"))
+    loader = MethodLoader(
+        tiny_target("llama"), tiny_tokenizer(), {name: folders[name] for name in ("specblock", "eagle3")}
+    )
+    loader.folders = folders
+    return loader
+
+
+def test_plain_is_always_there_and_the_order_is_kept(loader):
+    assert [m.name for m in loader.load(["lookup", "eagle3"])] == ["vanilla", "lookup", "eagle3"]
+    assert [m.name for m in loader.load(["lookup", "vanilla"])] == ["lookup", "vanilla"]
+
+
+def test_names_mean_what_they_say(loader):
+    names = [
+        "vanilla",
+        "prompt_lookup",
+        f"assistant:{loader.folders['target']}",
+        "lookup",
+        "specblock",
+        "eagle3+lookup",
+    ]
+    plain, own, assistant, lookup, specblock, joined = loader.load(names)
+    assert plain.options == {} and plain.kind == "plain"
+    assert own.options == {"prompt_lookup_num_tokens": 10} and own.kind == "transformers" and own.drafter is None
+    assert assistant.kind == "transformers" and type(assistant.options["assistant_model"]) is type(loader.target)
+    assert assistant.options.keys() == {"assistant_model"} and not assistant.options["assistant_model"].training
+    assert type(lookup.drafter) is LookupDrafter and lookup.kind == "lookup"
+    assert type(specblock.drafter) is SpecBlockDrafter and specblock.kind == "specblock"
+    assert specblock.options == {"assistant_model": specblock.drafter}
+    assert type(joined.drafter) is JoinedDrafter and joined.kind == "eagle3"
+    assert joined.drafter.label == "Eagle3Drafter + LookupDrafter"
+
+
+def test_a_drafter_is_loaded_once_for_each_tree(loader):
+    names = ["specblock", "specblock+lookup", "specblock:best_first", "specblock:best_first+lookup", "specblock:fixed"]
+    _, alone, joined, best, best_joined, fixed = loader.load(names)
+    assert joined.drafter.network is alone.drafter and best_joined.drafter.network is best.drafter
+    assert len({id(m.drafter.network) for m in (alone, best, fixed)}) == 3
+    assert [m.drafter.config.expansion for m in (alone, best, fixed)] == ["rank_guided", "best_first", "rank_guided"]
+    assert alone.drafter.config.branching == [2, 4, 10, 0] and fixed.drafter.config.branching == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "medusa",
+            "there is no method 'medusa': .* the drafters are specblock, eagle3; name its drafter with --drafter",
+        ),
+        ("specblock:wide", "there is no tree 'wide'; name rank_guided, best_first or fixed."),
+        ("eagle3:fixed", "Eagle3Drafter grows its trees in one way only, so that :fixed cannot be asked of it"),
+        ("specblock+eagle3", "adds 'eagle3' to 'specblock'; only look-ups join a drafter"),
+        ("lookup+lookup", "adds 'lookup' to 'lookup'; only look-ups join a drafter"),
+    ],
+)
+def test_other_names_are_refused(loader, name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        loader.load(["vanilla", name])
+
+
+def test_a_name_stands_there_once(loader):
+    with pytest.raises(ValueError, match="the method 'lookup' is named twice"):
+        loader.load(["lookup", "vanilla", "lookup"])
+
+
+def test_a_fixed_tree_is_as_wide_at_every_slot(loader):
+    drafter = tiny_drafter()
+    drafter.config.branching = [1, 1, 1, 0]
+    grow_as(drafter, "fixed")
+    assert drafter.config.branching == [1, 1, 1, 1]
+
+
+def test_plans_are_given_defaults_or_calibrated(loader, monkeypatch):
+    calibrated = []
+    real = methods.calibrate
+
+    def quick(target, drafter):
+        calibrated.append(drafter.label)
+        return real(target, drafter, context=16, repeats=1)
+
+    monkeypatch.setattr(methods, "calibrate", quick)
+    chosen = loader.load(["prompt_lookup", "lookup", "specblock", "specblock+lookup", "eagle3"])
+    given = {"specblock": DraftingPlan(6, 2, 3), "eagle3": DraftingPlan(4, 2)}
+    notes = choose_plans(chosen, loader.target, given)
+    assert calibrated == ["SpecBlockDrafter + LookupDrafter"]
+    assert notes["specblock"] == {"from": "given", "plan": [6, 2, 3]}
+    assert notes["eagle3"] == {"from": "given", "plan": [4, 2, None]}
+    assert notes["lookup"] == {"from": "default", "plan": [8, 1, None]}
+    joined = notes["specblock+lookup"]
+    assert joined["from"] == "calibrated, assumed acceptance" and joined["curves"]["plain"] > 0
+    drafters = {method.name: method.drafter for method in chosen}
+    assert drafters["specblock"].drafting_plan == DraftingPlan(6, 2, 3)
+    assert drafters["lookup"].drafting_plan == DraftingPlan(8, 1)
+    assert drafters["specblock+lookup"].drafting_plan == DraftingPlan(*joined["plan"])
+    fresh = loader.load(["lookup", "specblock", "specblock+lookup", "eagle3"])
+    for method in fresh[1:]:
+        method.drafter.drafting_plan = None
+    apply_plans(fresh, notes)
+    assert {m.name: m.drafter.drafting_plan for m in fresh[1:]} == {
+        name: drafters[name].drafting_plan for name in notes
+    }
+
+
+def test_measured_acceptance_is_told_from_assumed(loader, monkeypatch):
+    drafter = tiny_drafter()
+    drafter.config.acceptance = [[2, 1, 0, 1.5, 1.8]]
+    monkeypatch.setattr(loader, "_load", lambda base: drafter)
+    real = methods.calibrate
+    monkeypatch.setattr(methods, "calibrate", lambda *args: real(*args, context=16, repeats=1))
+    notes = choose_plans(loader.load(["other"]), loader.target, {})
+    assert notes["other"]["from"] == "calibrated, measured acceptance"
+    loader._loaded.pop("other")
+
+
+def test_a_plan_for_no_drafter_is_refused(loader):
+    chosen = loader.load(["prompt_lookup", "lookup"])
+    with pytest.raises(ValueError, match=r"given to 'prompt_lookup', which is none of the methods .* \(lookup\)"):
+        choose_plans(chosen, loader.target, {"prompt_lookup": DraftingPlan(4, 1)})
