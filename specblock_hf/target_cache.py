@@ -125,7 +125,11 @@ class TargetCache:
         if self.visible is not None:
             self.visible = self.visible[rows]
         for layer in self.cache.layers:
-            if layer.keys is not None:
+            if layer.keys is None:
+                continue
+            if self.static:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            else:
                 layer.batch_select_indices(rows)
 
     def behind(self) -> list[int]:
