@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, Qwen3Config
 
+from .drafter import UNRECORDED_LAYER
+
 
 def spread_feature_layers(num_features: int, target_num_layers: int) -> list[int]:
     """
@@ -47,7 +49,7 @@ class BlockDiffusionConfig(Qwen3Config):
         mask_token_id (`int`, *optional*): Token whose embedding stands for an unknown one. Defaults to the last id.
         feature_layers (`list[int]`, *optional*):
             Indices into the target's `hidden_states` (0 is the embedding, i the output of layer i - 1). Defaults to
-            `num_hidden_layers` of them, spread over the target.
+            `num_hidden_layers` of them, spread over the target; -1 where its depth is not known before it is.
         target_hidden_size (`int`, *optional*, defaults to `hidden_size`): Width of the target's states.
         target_num_layers (`int`, *optional*): N, to refuse a target of another depth.
         target_name_or_path (`str`, *optional*): The target that the drafter was trained for.
@@ -90,6 +92,7 @@ class BlockDiffusionConfig(Qwen3Config):
     """
 
     model_type = "block_diffusion"
+    num_blocks = 1  # forwards of a round
 
     num_hidden_layers: int = 5
     block_size: int = 16
@@ -121,14 +124,10 @@ class BlockDiffusionConfig(Qwen3Config):
             self.target_hidden_size = self.hidden_size
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
-        super().__post_init__(**kwargs)
         if self.feature_layers is None:
-            if self.target_num_layers is None:
-                raise ValueError(
-                    "Neither feature_layers nor target_num_layers is given, so what to read of the target is unknown; "
-                    "pass one of them."
-                )
-            self.feature_layers = spread_feature_layers(self.num_hidden_layers, self.target_num_layers)
+            count, depth = self.num_hidden_layers, self.target_num_layers
+            self.feature_layers = [UNRECORDED_LAYER] * count if depth is None else spread_feature_layers(count, depth)
+        super().__post_init__(**kwargs)
         self._check()
 
     def _check(self) -> None:

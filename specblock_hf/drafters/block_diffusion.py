@@ -22,15 +22,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..configuration_block_diffusion import BlockDiffusionConfig
-from ..drafter import DrafterLock, DraftingPlan, Limits, Pairs, TokenTable, TreeDrafter
+from ..configuration_block_diffusion import spread_feature_layers
+from ..drafter import UNRECORDED_LAYER, DraftingPlan, Limits, Pairs, TokenTable
 from ..expansion import BlockOutputs, Children, Starts, best_first
 from ..modeling_block_diffusion import BlockDiffusionModel
 from ..modeling_specblock import BlockCache
 from ..training.objective import TargetBatch
 from ..tree import DraftTree
 from .block_diffusion_loss import BlockDiffusionObjective, block_diffusion_loss
-from .block_drafter import BlockState, refuse_other_target
+from .block_drafter import BlockState
+from .network_drafter import NetworkDrafter
 
 
 FIRST_COLUMNS = 512  # of the cache, which doubles when it is full
@@ -54,7 +55,7 @@ class Block:
     logits: torch.Tensor
 
 
-class BlockDiffusionDrafter(BlockDiffusionModel, TreeDrafter):
+class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
     """
     A drafter that fills a block of masks in one forward, which reads the known text as keys and values made of the
     target's features alone (DFlash, https://huggingface.co/papers/2602.06036). Causal blocks make it JetSpec
@@ -78,23 +79,16 @@ class BlockDiffusionDrafter(BlockDiffusionModel, TreeDrafter):
 
     objective_class = BlockDiffusionObjective
 
-    def __init__(self, config: BlockDiffusionConfig):
-        super().__init__(config)
-        self.lock = DrafterLock()
-
-    @property
-    def feature_layers(self) -> tuple[int, ...]:
-        return tuple(self.config.feature_layers)
-
     @property
     def draft_to_target(self) -> torch.LongTensor:
         """`[vocab_size]`: the drafter says every token of the target by its own id."""
         return torch.arange(self.config.vocab_size, device=self.device)
 
-    def default_plan(self, device: torch.device) -> DraftingPlan:
-        # A verified node costs real time on a CPU: half a step for a dozen in float32.
-        budget = self.config.tree_budget
-        return DraftingPlan(min(12, budget) if device.type == "cpu" else budget, 1)
+    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
+        if UNRECORDED_LAYER not in self.feature_layers:
+            return self.feature_layers
+        depth = target.config.get_text_config().num_hidden_layers
+        return tuple(spread_feature_layers(len(self.feature_layers), depth))
 
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         if self.config.acceptance is None:
@@ -109,7 +103,7 @@ class BlockDiffusionDrafter(BlockDiffusionModel, TreeDrafter):
                 f"This drafter was published for a target like {name}, whose recurrent state cannot return to an "
                 "earlier token of a draft tree; drop assistant_model, or use a target of attention layers only."
             )
-        refuse_other_target(self.config, target)
+        super().check_target(target)
         rows = target.get_input_embeddings().weight.shape[0]
         if self.config.mask_token_id >= rows and not self.config.own_embedding:
             raise ValueError(
@@ -141,14 +135,13 @@ class BlockDiffusionDrafter(BlockDiffusionModel, TreeDrafter):
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         self.extend(state, pairs)
-        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
-        anchors = pairs.tokens.gather(1, last).clamp_min(0).to(self.device)  # -1 in a finished row
-        tree = DraftTree.root(anchors.squeeze(1))
+        tree = self._root(pairs)
         budget = max(limits.nodes)
         depth = min(self.config.num_predictions, max(limits.depth), budget)
         if depth == 0:
             return tree
-        block = self.draft_block(state, anchors, pairs.positions.gather(1, last).to(self.device) + 1, depth)
+        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
+        block = self.draft_block(state, tree.tokens, pairs.positions.gather(1, last).to(self.device) + 1, depth)
         children = self.children_of(block, min(self.config.tree_width or budget, budget))
         beam = min(limits.max_starts or budget, budget)
         tree, _ = best_first(tree, Starts.root(tree), children, depth, beam, 0, most=budget)

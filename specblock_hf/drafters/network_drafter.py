@@ -96,9 +96,9 @@ class NetworkDrafter(TreeDrafter):
         return list((self.lm_head if scope == "head" else self).parameters())
 
     def _root(self, pairs: Pairs) -> DraftTree:
-        """Each row's last token."""
+        """Each row's last token; any valid id in a finished row, whose tokens are -1."""
         last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
-        return DraftTree.root(pairs.tokens.gather(1, last).squeeze(1).to(self.device))
+        return DraftTree.root(pairs.tokens.gather(1, last).clamp_min(0).squeeze(1).to(self.device))
 
     def _product_tree(self, tree: DraftTree, hidden: torch.Tensor, limits: Limits) -> DraftTree:
         """

@@ -343,7 +343,6 @@ def test_a_recurrent_target_is_refused(tmp_path):
     ("overrides", "sentence"),
     [
         ({"block_size": 1}, r"^block_size is 1, so a block predicts no token; give 2 or more\.$"),
-        ({"feature_layers": None}, r"^Neither feature_layers nor target_num_layers is given, "),
         (
             {"target_hidden_size": 64},
             r"^The target's embedding is 64 wide and the drafter's states 32; .*own_embedding",
@@ -368,6 +367,10 @@ def test_layers_spread_over_the_target():
     assert spread_feature_layers(5, 36) == [index + 1 for index in (1, 9, 17, 25, 33)]
     assert spread_feature_layers(1, 36) == [19]
     assert block_config(feature_layers=None, target_num_layers=8).feature_layers == [2, 6]
+    drafter = block_drafter(feature_layers=None, num_hidden_layers=3)
+    assert drafter.feature_layers == (-1, -1, -1)
+    assert drafter.feature_layers_for(tiny_target("llama")) == (2, 2, 2)
+    assert block_drafter().feature_layers_for(tiny_target("llama")) == (1, 2, 3)
 
 
 def test_plans():
