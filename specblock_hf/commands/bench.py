@@ -149,8 +149,9 @@ def drafter_paths(args: argparse.Namespace) -> dict[str, str]:
 
 def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Sequence[Method]) -> dict[str, Any]:
     """What decides the figures; a run goes on only where all of it is the same."""
-    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.machine()
-    threads = f", {torch.get_num_threads()} thread(s)"
+    hardware = f"{torch.get_num_threads()} {platform.machine()} CPU thread(s), {torch.backends.cpu.get_capability()}"
+    if target.device.type == "cuda":
+        hardware = torch.cuda.get_device_name(target.device)
     return {
         "target": target.name_or_path,
         "methods": [method.name for method in methods],
@@ -167,7 +168,7 @@ def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Seque
         "seed": args.seed,
         "dtype": args.dtype,
         "attention": target.config._attn_implementation,
-        "hardware": device + threads,
+        "hardware": hardware,
         "versions": {"torch": version("torch"), "transformers": version("transformers")},
     }
 

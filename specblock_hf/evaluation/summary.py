@@ -34,6 +34,9 @@ CONFIDENCE = 0.95
 DEEPEST = 8
 """Positions whose acceptance is reported."""
 
+CARD_FIELDS = ("hardware", "dtype", "versions")
+WITHOUT_NETWORK = ("plain", "transformers", "lookup")
+
 
 def summarise(setting: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """
@@ -42,7 +45,8 @@ def summarise(setting: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]
         rows (sequence of `Row`): From [`Benchmark.run`], of whole units.
 
     Returns:
-        `dict`: The setting and, for each temperature, the figures of each method, ready for JSON.
+        `dict`: The setting and, for each temperature, the figures of each method, ready for JSON; `hardware`, `dtype`,
+        `versions` and `rows` are what `specblock push --results` reads.
     """
     temperatures = []
     for temperature in setting["conditions"]["temperatures"]:
@@ -57,7 +61,21 @@ def summarise(setting: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]
         suites = list(dict.fromkeys(row["suite"] for row in chosen))
         temperatures.append({"temperature": temperature, "suites": suites, "methods": methods})
     seconds = sum(sum(row["seconds"]) for row in rows)
-    return dict(setting) | {"answers": len(rows), "answer_seconds": seconds, "temperatures": temperatures}
+    summary = dict(setting) | {"answers": len(rows), "answer_seconds": seconds, "temperatures": temperatures}
+    return summary | {name: setting["conditions"][name] for name in CARD_FIELDS} | {"rows": _card_rows(temperatures)}
+
+
+def _card_rows(temperatures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a model card takes of it (see [`CardFacts`]): the suites of each method that has a drafter's network."""
+    return [
+        {"suite": f"{suite}, {method['method']}", "temperature": figures["temperature"]}
+        | {name: cell[name] for name in ("prompts", "tau", "speedup")}
+        for figures in temperatures
+        for method in figures["methods"]
+        if method["kind"] not in WITHOUT_NETWORK
+        for suite, cell in method["suites"].items()
+        if cell["tau"] is not None
+    ]
 
 
 def _method_figures(name: str, rows: list[Row], plain: list[Row], setting: Mapping[str, Any]) -> dict[str, Any]:

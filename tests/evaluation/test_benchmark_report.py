@@ -26,6 +26,7 @@ from specblock_hf.evaluation import plots
 from specblock_hf.evaluation.plots import draw_benchmark, require_matplotlib
 from specblock_hf.evaluation.report import describe_plan, main_table, markdown
 from specblock_hf.evaluation.summary import acceptance_by_position, geometric_mean, speed_ratios, summarise, tau
+from specblock_hf.hub import CardFacts
 
 
 METHODS = {"vanilla": "plain", "prompt_lookup": "transformers", "eagle3": "eagle3", "specblock": "specblock"}
@@ -144,6 +145,18 @@ def test_acceptance_leaves_out_rounds_that_the_end_has_cut():
     found = acceptance_by_position([row("x", accepted=[3, 1, 0, 9], cut=[False, False, False, True]), row("y")])
     shares = [(round(at["reached"], 6), at["given_before"]) for at in found]
     assert shares == [(0.666667, pytest.approx(2 / 3)), (0.333333, 0.5), (0.333333, 1.0)]
+
+
+def test_a_model_card_can_be_made_of_it(summary):
+    facts = CardFacts(results=json.loads(json.dumps(summary)))
+    assert [row["suite"] for row in facts.results["rows"]] == [
+        "code, eagle3",
+        "chat, eagle3",
+        "code, specblock",
+        "chat, specblock",
+    ]
+    wanted = {"suite": "chat, specblock", "prompts": 1, "temperature": 0.0, "tau": 2.0, "speedup": pytest.approx(2.0)}
+    assert facts.results["rows"][-1] == wanted and facts.results["hardware"] == "an abacus"
 
 
 def test_identity_is_counted(summary):

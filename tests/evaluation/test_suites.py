@@ -22,7 +22,7 @@ import sys
 import pytest
 
 from specblock_hf.evaluation import suites
-from specblock_hf.evaluation.suites import SUITES, gsm8k, humaneval, load_suite, mtbench
+from specblock_hf.evaluation.suites import SUITES, gsm8k, humaneval, load_prompts, load_suite, mtbench, own_prompts
 
 
 def test_humaneval():
@@ -39,7 +39,7 @@ def test_mtbench():
     assert len(prompts) == 80
     assert {prompt.name.split("/")[0] for prompt in prompts} >= {"writing", "coding", "math", "stem"}
     assert (prompts[0].suite, prompts[0].name) == ("mtbench", "writing/81")
-    assert len(prompts[0].texts) == 2 and prompts[0].prompt == prompts[0].texts[0]
+    assert all((prompt.prompt, *prompt.later_turns) == prompt.texts and len(prompt.texts) == 2 for prompt in prompts)
 
 
 def test_gsm8k(tmp_path):
@@ -59,6 +59,36 @@ def test_what_to_ask(tmp_path):
         load_suite("gsm8k")
     with pytest.raises(ValueError, match="there is no suite 'mt'; name humaneval, mtbench or gsm8k"):
         load_suite("mt")
+
+
+def test_prompts_keep_their_later_turns(tmp_path):
+    assert load_prompts("mtbench") == mtbench() and load_prompts("humaneval")[3].later_turns == ()
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"question": "one?"}\n')
+    assert load_prompts("gsm8k", path) == gsm8k(path)
+
+
+def test_prompts_of_ones_own(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"prompt": "a", "question": "not asked"}, {"question": "b"}, {"turns": ["c", "d", "e"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second, third = own_prompts(path)
+    assert [prompt.suite for prompt in (first, second, third)] == ["prompts"] * 3
+    assert [(prompt.name, prompt.prompt, prompt.later_turns) for prompt in (first, second, third)] == [
+        ("1", "a", ()),
+        ("2", "b", ()),
+        ("3", "c", ("d", "e")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"prompt": ""}, {"turns": []}, {"turns": ["a", 1]}, {"prompt": [{"role": "user"}]}]
+)
+def test_a_prompt_without_text_is_refused(tmp_path, row):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="own.jsonl, line 2 asks nothing; give every row `prompt` or `question`"):
+        own_prompts(path)
 
 
 def test_packages_are_not_imported():
