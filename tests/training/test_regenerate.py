@@ -11,27 +11,37 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`specblock regenerate`: rows that training reads, prompts left out, runs that go on to the row."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from chat_server import ChatServer, completion
 from conftest import tiny_target
-from hypothesis import given
-from hypothesis import strategies as st
 from training_for_tests import ALPHABET, char_tokenizer
+from transformers import GenerationConfig
 
 from specblock_hf import cli
-from specblock_hf.evaluation.suites import humaneval
 from specblock_hf.terminal import encode, load_target
 from specblock_hf.training import regenerate as regeneration
-from specblock_hf.training.answering import answer_batch
+from specblock_hf.training.answer_file import AnswerFile
+from specblock_hf.training.answering import Answering
 from specblock_hf.training.data import load_examples, read_rows, render_prompt
-from specblock_hf.training.regenerate import AnswerFile, excluded_texts, normalised, read_prompts, stop_ids_of
+from specblock_hf.training.regenerate import Progress, load_settings, stop_ids_of
+
+
+EOS = ALPHABET.index("3")
 
 
 @pytest.fixture
@@ -50,15 +60,23 @@ def write(path, rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(folder, *options: str) -> int:
+def command_of(folder, *options: str, output: str = "out") -> list[str]:
     files = [str(folder / name) for name in ("first.jsonl", "second.jsonl")]
     fixed = ["--max-new-tokens", "9", "--batch-size", "4", "--dtype", "float32", "--device", "cpu"]
-    paths = ["--target", str(folder / "target"), "--output", str(folder / "out"), "--prompts", *files]
-    return cli.main(["regenerate", *paths, *fixed, *options])
+    paths = ["--target", str(folder / "target"), "--output", str(folder / output), "--prompts", *files]
+    return ["regenerate", *paths, *fixed, *options]
 
 
-def rows_of(folder) -> list[dict]:
-    return list(read_rows(folder / "out"))
+def run(folder, *options: str, output: str = "out") -> int:
+    return cli.main(command_of(folder, *options, output=output))
+
+
+def rows_of(folder, output: str = "out") -> list[dict]:
+    return list(read_rows(folder / output))
+
+
+def in_order(rows: list[dict]) -> list[str]:
+    return sorted(json.dumps(row) for row in rows)
 
 
 def test_rows_are_what_training_reads(folder):
@@ -70,113 +88,186 @@ def test_rows_are_what_training_reads(folder):
     ]
     assert sorted(row["prompt"] for row in rows) == sorted(given) and len(rows) == 12
     for row in rows:
-        assert list(row) == ["prompt", "source", "answer", "answer_ids", "temperature"]
-        assert row["source"] == ("here" if len(row["prompt"]) < 9 else "second") and row["temperature"] == 0.0
-        ids = render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
-        # `3` is the tokenizer's EOS.
-        assert [row["answer_ids"]] == answer_batch(target, [ids], 9, {ALPHABET.index("3")})
+        assert list(row) == ["prompt", "source", "answer", "answer_ids", "temperature", "sample"]
+        assert row["source"] == ("here" if len(row["prompt"]) < 9 else "second")
+        assert (row["temperature"], row["sample"]) == (0.0, 0)
+        ids = torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])])
+        plain = target.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=EOS, pad_token_id=EOS)
+        assert row["answer_ids"] == plain[0, ids.shape[1] :].tolist()
         assert row["answer"] == tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
     examples = load_examples(folder / "out", tokenizer)
     assert len(examples) == sum(len(row["answer_ids"]) >= 2 for row in rows) and all(e.greedy for e in examples)
 
 
-def test_an_answer_that_ended_keeps_its_last_token(folder):
-    """Whatever ends an answer by the generation configuration or the tokenizer is part of the answer."""
-    target, tokenizer = tiny_target("llama"), char_tokenizer()
+def test_what_ends_an_answer(folder):
+    """Whatever does by the generation configuration or the tokenizer; it is part of the answer."""
     assert run(folder) == 0
-    end = rows_of(folder)[0]["answer_ids"][3]
-    config = json.loads((folder / "target" / "generation_config.json").read_text())
-    (folder / "target" / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [end]}))
-    loaded, _ = load_target(str(folder / "target"), target.dtype)
-    assert stop_ids_of(loaded, tokenizer) == {end, ALPHABET.index("3")}
-    assert stop_ids_of(target, tokenizer) == {ALPHABET.index("3")}
     before = {row["prompt"]: row["answer_ids"] for row in rows_of(folder)}
-    (folder / "out").rename(folder / "before")
-    assert run(folder) == 0
+    end = rows_of(folder)[0]["answer_ids"][2]
+    path = folder / "target" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [end]}))
+    target, tokenizer = load_target(str(folder / "target"), torch.float32)
+    assert stop_ids_of(target.generation_config, tokenizer) == {end, EOS}
+    assert stop_ids_of(load_settings(str(folder / "target"), target.config), tokenizer) == {end, EOS}
+    assert stop_ids_of(GenerationConfig(), tokenizer) == {EOS}
+    path.unlink()
+    assert stop_ids_of(load_settings(str(folder / "target"), target.config), tokenizer) == {EOS}
+    path.write_text(json.dumps({"eos_token_id": [end]}))
+    assert run(folder, output="ended") == 0
     shorter = 0
-    for row in rows_of(folder):
+    for row in rows_of(folder, "ended"):
         whole = before[row["prompt"]]
-        cut = whole.index(end) + 1 if end in whole else len(whole)
-        assert row["answer_ids"] == whole[:cut]
-        shorter += cut < len(whole)
+        assert row["answer_ids"] == (whole[: whole.index(end) + 1] if end in whole else whole)
+        shorter += len(row["answer_ids"]) < len(whole)
     assert shorter > 0
 
 
-@pytest.mark.parametrize("torn", [0, 1, 30])
-def test_a_run_goes_on_to_the_row(folder, monkeypatch, torn):
-    """Killed after two batches, in the middle of a line of the second or just before its end."""
-    assert run(folder, "--temperature", "1.0") == 0
-    whole = {row["prompt"]: row for row in rows_of(folder)}
-    (folder / "out").rename(folder / "whole")
-    appended = AnswerFile.append
+OPTIONS = ("--temperature", "1.0", "--answers", "3", "--greedy-share", "0.5")
 
-    def interrupted(self, rows):
-        appended(self, rows)
-        if len(self.path.read_text().splitlines()) == 8:
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(AnswerFile, "append", interrupted)
-    assert run(folder, "--temperature", "1.0") == 130
+def die_after(command: list[str], file: Path, steps: int, torn: str) -> None:
+    """Run the command until so many steps are done, write a part of a row and be killed."""
+    torch.set_num_threads(1)
+    step, taken = Answering._step, []
+
+    def stepped(self) -> None:
+        taken.append(self)
+        if len(taken) > steps:
+            with open(file, "a") as rows:
+                rows.write(torn)
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self)
+
+    Answering._step = stepped
+    cli.main(command)
+
+
+def test_a_killed_run_goes_on_to_the_row(folder, monkeypatch):
+    """Five kills, each with a part of a row on the disk; in the end there are the rows of a run without any."""
+    rows_by_step = [0]
+    step, append = Answering._step, AnswerFile.append
+
+    def stepped(self) -> None:
+        rows_by_step.append(rows_by_step[-1])
+        step(self)
+
+    def appended(self, rows) -> None:
+        rows = list(rows)
+        rows_by_step[-1] += len(rows)
+        append(self, rows)
+
+    monkeypatch.setattr(Answering, "_step", stepped)
+    monkeypatch.setattr(AnswerFile, "append", appended)
+    assert run(folder, *OPTIONS, output="whole") == 0
     monkeypatch.undo()
-    path = folder / "out" / "answers-00000-of-00001.jsonl"
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) - torn])
-    asked = []
-    original = regeneration.answer_batch
-    monkeypatch.setattr(
-        regeneration, "answer_batch", lambda target, ids, *rest: asked.append(len(ids)) or original(target, ids, *rest)
-    )
-    assert run(folder, "--temperature", "1.0") == 0
-    assert asked == [4] if torn == 0 else sorted(asked) == [1, 4]
-    rows = rows_of(folder)
-    assert sorted(row["prompt"] for row in rows) == sorted(whole) and len(rows) == 12
-    kept = [row for row in rows if row == whole[row["prompt"]]]
-    assert len(kept) >= 11  # the same draws as without a break, but for a row whose batch was torn
-    if torn == 0:
-        assert len(kept) == 12
-    assert run(folder, "--temperature", "1.0") == 0 and rows_of(folder) == rows
+    whole = in_order(rows_of(folder, "whole"))
+    assert len(whole) == 36 == rows_by_step[-1]
+    file = folder / "out" / "answers-00000-of-00001.jsonl"
+    kept = 0
+    for number, (steps, torn) in enumerate([(13, '{"prom'), (0, ""), (9, "{"), (8, '{"prompt": "a'), (4, "\n")]):
+        arguments = (command_of(folder, *OPTIONS), file, steps, torn)
+        process = multiprocessing.get_context("fork").Process(target=die_after, args=arguments)
+        process.start()
+        process.join(100)
+        assert process.exitcode == -signal.SIGKILL
+        lines = file.read_text().split("\n")
+        assert set(lines[:-1]) - {""} <= set(whole) and lines[-1] == torn.strip()
+        assert len(lines) - 1 - (torn == "\n") >= kept
+        kept = len(lines) - 1
+        if number == 0:  # nothing is lost that was finished before: it steps as a run without a break does
+            assert kept == rows_by_step[steps] > 0
+    file.write_text(file.read_text().rstrip("\n") + "\n")
+    assert kept < 36
+    assert run(folder, *OPTIONS) == 0 and in_order(rows_of(folder)) == whole
+    assert run(folder, *OPTIONS) == 0 and in_order(rows_of(folder)) == whole
 
 
-def test_every_share_of_sampled_answers(folder):
-    """Which prompts are sampled depends on the prompt alone; another temperature adds answers."""
-    assert run(folder, "--temperature", "0.8", "--sampled-share", "0.5") == 0
+def test_another_temperature_adds_answers(folder):
+    assert run(folder, "--temperature", "0.8", "--greedy-share", "0.5") == 0
     rows = rows_of(folder)
     sampled = {row["prompt"] for row in rows if row["temperature"] == 0.8}
-    assert 0 < len(sampled) < 12 and {row["temperature"] for row in rows} == {0.0, 0.8}
+    assert 0 < len(sampled) < 12 == len(rows) and {row["temperature"] for row in rows} == {0.0, 0.8}
     assert run(folder) == 0
-    rows = rows_of(folder)
-    assert len(rows) == 12 + len(sampled)
-    assert {row["prompt"] for row in rows if row["temperature"] == 0.0} == {row["prompt"] for row in rows}
-    (folder / "out").rename(folder / "before")
-    assert run(folder, "--temperature", "0.8", "--sampled-share", "0.5", "--limit", "7") == 0
-    again = {row["prompt"]: row["temperature"] for row in rows_of(folder)}
+    assert len(rows_of(folder)) == 12 + len(sampled)
+    assert run(folder, "--temperature", "0.8", "--greedy-share", "0.5", "--limit", "7", output="few") == 0
+    again = {row["prompt"]: row["temperature"] for row in rows_of(folder, "few")}
     assert len(again) == 7 and all((p in sampled) == (t == 0.8) for p, t in again.items())
 
 
-def test_shards_share_the_prompts(folder):
-    assert run(folder) == 0
-    whole = sorted(json.dumps(row) for row in rows_of(folder))
-    (folder / "out").rename(folder / "whole")
-    for shard in ("1", "0"):
-        assert run(folder, "--shards", "2", "--shard", shard) == 0
-    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+def as_process(monkeypatch, index: int, count: int) -> None:
+    def state(cpu: bool) -> SimpleNamespace:
+        return SimpleNamespace(
+            process_index=index,
+            num_processes=count,
+            is_main_process=index == 0,
+            device=torch.device("cpu"),
+            destroy_process_group=lambda: None,
+        )
+
+    monkeypatch.setattr(regeneration, "PartialState", state)
+
+
+def test_any_number_of_processes_shares_the_prompts_and_goes_on(folder, monkeypatch):
+    assert run(folder, *OPTIONS, output="whole") == 0
+    whole = in_order(rows_of(folder, "whole"))
+    for index in (2, 0):
+        as_process(monkeypatch, index, 3)
+        assert run(folder, *OPTIONS) == 0
+    names = [f"answers-0000{index}-of-00003.jsonl" for index in (0, 2)]
+    assert sorted(p.name for p in (folder / "out").glob("*.jsonl")) == names
+    assert [len((folder / "out" / name).read_text().splitlines()) for name in names] == [12, 12]
+    # A kill has torn the second one's last row; two processes go on.
+    torn = folder / "out" / names[1]
+    torn.write_text(torn.read_text()[:-20])
+    for index in (0, 1):
+        as_process(monkeypatch, index, 2)
+        assert run(folder, *OPTIONS) == 0
+    assert in_order(rows_of(folder)) == whole
+
+
+@pytest.mark.timeout(300)
+def test_accelerate_launches_processes(folder):
+    """Two processes, started as users do; each answers half of the prompts and says nothing of the other's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # What starts several processes, on GPUs or not.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "specblock_hf", *command_of(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (folder / "out").glob("*.jsonl")) == [
         "answers-00000-of-00002.jsonl",
         "answers-00001-of-00002.jsonl",
     ]
-    assert [len(p.read_text().splitlines()) for p in (folder / "out").iterdir()] == [6, 6]
-    assert sorted(json.dumps(row) for row in rows_of(folder)) == whole
-    assert run(folder) == 0 and sorted(json.dumps(row) for row in rows_of(folder)) == whole
+    assert run(folder, output="whole") == 0
+    assert in_order(rows_of(folder)) == in_order(rows_of(folder, "whole"))
+    assert done.stderr.count("answers wanted") + done.stdout.count("answers wanted") == 1
 
 
-def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
-    row = {"prompt": "a", "answer_ids": [1], "temperature": 0.0}
-    AnswerFile(tmp_path, 1, 2).append([row])
-    other = tmp_path / "answers-00001-of-00002.jsonl"
-    other.write_text(other.read_text() + '{"prompt": "b", "ans')
-    before = other.read_bytes()
-    assert len(AnswerFile(tmp_path, 0, 2).answered()) == 1 and other.read_bytes() == before
-    AnswerFile(tmp_path, 1, 2)
-    assert other.read_text() == json.dumps(row) + "\n"
+def test_a_server_can_answer_instead(folder, capsys):
+    """The same rows and the same resumption; the weights are not even loaded."""
+
+    def echo(body: dict) -> tuple[int, dict, dict]:
+        text = body["messages"][-1]["content"]
+        if len(text) == 5:
+            return 400, {"error": "too long"}, {}
+        return 200, completion(text[::-1], token_ids=[2, 4, 31]), {}
+
+    (folder / "target" / "model.safetensors").unlink()
+    with ChatServer(echo) as server:
+        assert run(folder, "--server", server.url, "--limit", "4") == 0
+        assert len(rows_of(folder)) == 3
+        assert run(folder, "--server", server.url) == 0
+        rows = rows_of(folder)
+        assert len(rows) == 11 and len(server.bodies) == 4 + 9
+        assert {tuple(row["answer_ids"]) for row in rows} == {(2, 4, 31)}
+        assert {body["model"] for body in server.bodies} == {str(folder / "target")}
+    said = "".join(capsys.readouterr())
+    assert "12 answers wanted, 3 of them there already; no prompt left out" in said
+    assert '1 prompts were refused by the server; the first: status 400: {"error": "too long"}' in said
 
 
 def test_evaluation_sets_are_left_out(folder, tmp_path, capsys):
@@ -184,43 +275,32 @@ def test_evaluation_sets_are_left_out(folder, tmp_path, capsys):
     write(tmp_path / "eval.jsonl", [{"question": f"  {prompts[1].upper()}!"}, {"turns": ["x", prompts[4]]}])
     assert run(folder, "--exclude", str(tmp_path / "eval.jsonl"), "humaneval") == 0
     assert {row["prompt"] for row in rows_of(folder)} & set(prompts) == set(prompts) - {prompts[1], prompts[4]}
-    assert len(rows_of(folder)) == 10
-    assert "10 prompts, 0 of them answered already; 0 left out as repeated, 2 left out as part of an" in (
-        "".join(capsys.readouterr())
-    )
+    said = "".join(capsys.readouterr())
+    assert "10 answers wanted, 0 of them there already; 2 left out as part of an evaluation set" in said
 
 
-def test_a_copied_humaneval_function_is_recognised(tmp_path):
-    text = humaneval()[3].texts[0]
-    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": text.replace("    ", "\t").upper()}]
-    write(tmp_path / "prompts.jsonl", [{"prompt": messages}, {"prompt": "a"}])
-    prompts, left_out = read_prompts(
-        [tmp_path / "prompts.jsonl"], char_tokenizer(), excluded_texts(["humaneval"]), 999
-    )
-    assert [prompt.given for prompt in prompts] == ["a"]
-    assert left_out == {"repeated": 0, "part of an evaluation set": 1, "too long": 0}
-
-
-def test_repeated_and_long_prompts_are_left_out(tmp_path):
-    write(tmp_path / "prompts.jsonl", [{"prompt": "abc"}, {"question": "abc"}, {"prompt": "a" * 50}])
-    prompts, left_out = read_prompts([tmp_path / "prompts.jsonl"], char_tokenizer(), set(), 50)
-    assert [prompt.given for prompt in prompts] == ["abc"]
-    assert left_out == {"repeated": 1, "part of an evaluation set": 0, "too long": 1}
-
-
-@given(st.text(), st.sampled_from(["  ", "!", "\n", "—", ""]))
-def test_normalised_texts_ignore_case_spacing_and_punctuation(text, noise):
-    assert normalised(f"{noise} {text}{noise}") == normalised(text) == normalised(normalised(text))
+def test_progress_tells_tokens_per_second_and_the_time_left(capsys):
+    times = iter([100.0, 102.0, 104.0])
+    with Progress(10, 8, True, lambda: next(times)) as progress:
+        progress.add([(None, [1] * 50), (None, [1] * 10)])
+        progress.add([(None, [1] * 60)])
+        assert progress.bar.n == 5 and progress.bar.postfix == "30 tokens/s" and progress.bar.total == 10
+        assert progress.bar.format_dict["initial"] == 2  # what was there already does not count as speed
+    assert "<" in capsys.readouterr().err  # elapsed<left
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shards", "2", "--shard", "2"], "--shard is 2 of 2; number the shards from 0 to 1."),
-        (["--temperature", "-1"], "--temperature is -1.0 and --sampled-share 1.0; give a temperature of 0 or more"),
-        (["--sampled-share", "1.5"], "--temperature is 0.0 and --sampled-share 1.5; give a temperature of 0 or more"),
-        (["--batch-size", "0"], "--max-new-tokens, --batch-size and --batch-tokens must be 1 or more."),
-        (["--max-new-tokens", "255"], "no prompt is left to answer (0 repeated, 0 part of an evaluation set, 12 too"),
+        (["--temperature", "-1"], "--answers is 1, --temperature -1.0 and --greedy-share 0.0; give at least 1 answer"),
+        (["--answers", "2"], "--answers is 2 and --temperature 0, but greedy answers to one prompt are all the same"),
+        (
+            ["--batch-size", "0"],
+            "--max-new-tokens, --batch-size, --batch-tokens, --in-flight and --tries must each be",
+        ),
+        (["--max-new-tokens", "255"], "no prompt is left to answer (12 too long); give other prompts."),
+        (["--exclude", "nothing"], "nothing is no file or folder here; name one with JSON lines, a data set on the"),
+        (["--server", "http://127.0.0.1:9/v1", "--tries", "1"], "http://127.0.0.1:9/v1 gave no answer in 1 tries"),
     ],
 )
 def test_bad_options_are_refused_in_a_sentence(folder, capsys, options, message):
@@ -231,7 +311,7 @@ def test_bad_options_are_refused_in_a_sentence(folder, capsys, options, message)
 def test_a_row_without_a_prompt_is_refused(folder, capsys):
     write(folder / "first.jsonl", [{"text": "a", "id": 1}])
     assert run(folder) == 2
-    assert "first.jsonl has only text, id; every row needs a prompt or a question" in capsys.readouterr().err
+    assert "first.jsonl has only text, id; every row needs prompt, question" in capsys.readouterr().err
 
 
 @pytest.mark.real
@@ -241,7 +321,7 @@ def test_the_default_target_answers(tmp_path):
     write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in asked])
     status = cli.main(
         ["regenerate", "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out")]
-        + ["--max-new-tokens", "20", "--device", "cpu", "--dtype", "float32", "--exclude", "humaneval", "mtbench"]
+        + ["--max-new-tokens", "20", "--device", "cpu", "--dtype", "float32"]
     )
     assert status == 0
     target, tokenizer = load_target(None, torch.float32)
