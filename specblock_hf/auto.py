@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import os
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -38,6 +38,13 @@ Drafter = (
 )
 DRAFTERS: dict[str, type[Drafter]] = {kind.config_class.model_type: kind for kind in get_args(Drafter)}
 """Class of a drafter by its configuration's `model_type`."""
+
+TRAINABLE: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
+    **{name: (kind, {}) for name, kind in DRAFTERS.items() if kind is not BlockDiffusionDrafter},
+    "dflash": (BlockDiffusionDrafter, {}),
+    "jetspec": (BlockDiffusionDrafter, {"causal": True}),
+}
+"""What `specblock train --drafter` makes: the class, and the fields of its configuration that make it that form."""
 
 
 class AutoDrafter:

@@ -29,7 +29,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..auto import DRAFTERS, AutoDrafter
+from ..auto import TRAINABLE, AutoDrafter
+from ..draft_head import DraftHead
 from ..drafter import DraftingPlan, TokenTable
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
 from ..evaluation.held_out import held_out_rates
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="folder or Hub id (default: the default target, from a wheel)")
     parser.add_argument("--device-map", help="spread the target over devices, such as `auto`; one process only")
     parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
-    parser.add_argument("--drafter", choices=sorted(DRAFTERS), default="specblock", help="default: %(default)s")
+    parser.add_argument("--drafter", choices=sorted(TRAINABLE), default="specblock", help="default: %(default)s")
     parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
     parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
     parser.add_argument(
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in DRAFTERS),
+        help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in TRAINABLE),
     )
     parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
     parser.add_argument("--views", help="keep the target's states here and compute them once: for small targets")
@@ -153,7 +154,7 @@ def _silent(*values: object) -> None:
 
 
 def _known_objective(name: str) -> str:
-    kind = DRAFTERS[name].objective_class
+    kind = TRAINABLE[name][0].objective_class
     return "nothing" if kind is None else ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind))
 
 
@@ -182,12 +183,15 @@ def _make_drafter(
         if args.config:
             raise ValueError("--config shapes a new drafter and --init-from brings a shape along; give one of them.")
         return AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
-    kind = DRAFTERS[args.drafter]
+    kind, fields = TRAINABLE[args.drafter]
     known = [f.name for f in dataclasses.fields(kind.config_class)]
     vocab_size = target.config.get_text_config().vocab_size
-    overrides = {"draft_vocab_size": min(args.draft_vocab_size, vocab_size)}
-    config = kind.config_class.for_target(target.config, **(overrides | read_pairs(args.config, known, "--config")))
+    if issubclass(kind, DraftHead):
+        fields = fields | {"draft_vocab_size": min(args.draft_vocab_size, vocab_size)}
+    config = kind.config_class.for_target(target.config, **(fields | read_pairs(args.config, known, "--config")))
     drafter = kind(config)
+    if not isinstance(drafter, DraftHead):  # it predicts with the target's own head
+        return drafter
     ids, coverage = draft_vocabulary(train, config.draft_vocab_size, vocab_size)
     say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the answers' tokens")
     drafter.set_draft_vocabulary(ids)
