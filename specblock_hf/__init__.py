@@ -20,8 +20,10 @@ check_transformers()
 
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
+from .adaptation import OnlineAdaptationCallback  # noqa: E402
 from .auto import DRAFTERS, AutoDrafter  # noqa: E402
 from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
+from .callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback  # noqa: E402
 from .configuration_block_diffusion import BlockDiffusionConfig  # noqa: E402
 from .configuration_eagle3 import Eagle3Config  # noqa: E402
 from .configuration_falcon import FalconDrafterConfig  # noqa: E402
@@ -53,6 +55,7 @@ __all__ = [
     "BlockDiffusionDrafter",
     "Calibration",
     "CostCurves",
+    "DraftingCallback",
     "DraftingPlan",
     "DraftState",
     "DraftTree",
@@ -62,16 +65,20 @@ __all__ = [
     "FalconDrafterConfig",
     "GenerationStatistics",
     "JoinedDrafter",
+    "JsonlTrace",
     "Limits",
     "LookupDrafter",
     "MedusaConfig",
     "MedusaDrafter",
+    "OnlineAdaptationCallback",
     "Pairs",
     "ParallelSpecConfig",
     "ParallelSpecDrafter",
     "SpecBlockConfig",
     "SpecBlockDrafter",
+    "StatisticsLogger",
     "TokenTable",
+    "TrackerCallback",
     "TreeDrafter",
     "Walk",
     "calibrate",

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 Policy = Literal["bandit", "always", "never"]
 
 KEPT_DECISIONS = 1000
+LEVEL_WEIGHT = 0.2  # of an interval in the level of tau: slow enough that a slow fall does not pass as the usual
 
 
 class FallMonitor:
@@ -67,12 +68,13 @@ class FallMonitor:
     def reset(self) -> None:
         """Forget what was seen."""
         self.taus: list[float] = []
+        self.level: float | None = None
         self._queries = self._rounds = self._emitted = 0
 
     def see(self, emitted: int, rounds: int) -> Literal["open", "held", "fell", "fallen"]:
         """
-        Take in a query: `"open"` inside of an interval, otherwise whether tau held or fell against the interval
-        before, or has now `"fallen"` too often.
+        Take in a query: `"open"` inside of an interval, otherwise whether tau `"held"` its usual level or `"fell"`
+        below it, or has now `"fallen"` from interval to interval too often.
 
         Args:
             emitted (`int`): Tokens of the query's rounds.
@@ -81,13 +83,14 @@ class FallMonitor:
         self._queries, self._rounds, self._emitted = self._queries + 1, self._rounds + rounds, self._emitted + emitted
         if self._queries < self.interval or not self._rounds:
             return "open"
-        self.taus = [*self.taus, self._emitted / self._rounds][-self.falls - 1 :]
+        tau = self._emitted / self._rounds
+        level = tau if self.level is None else self.level
+        self.taus, self.level = [*self.taus, tau][-self.falls - 1 :], level + LEVEL_WEIGHT * (tau - level)
         self._queries = self._rounds = self._emitted = 0
-        if len(self.taus) == 1 or self.taus[-1] >= self.taus[-2]:
-            return "held"
         falling = all(after < before for before, after in zip(self.taus, self.taus[1:], strict=False))
-        enough = self.taus[-1] < (1 - self.least_fall) * self.taus[0]
-        return "fallen" if len(self.taus) > self.falls and falling and enough else "fell"
+        if len(self.taus) > self.falls and falling and tau < (1 - self.least_fall) * self.taus[0]:
+            return "fallen"
+        return "held" if tau >= level else "fell"
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         return self._pending is not None and not self._pending.done()
 
     def _watch(self, emitted: int, rounds: int) -> None:
-        """Keep the weights of the last interval that did not fall; go back to them when too many fell."""
+        """Keep the weights of the last interval that held; go back to them when too many fell."""
         verdict = self.monitor.see(emitted, rounds)
         if verdict == "open":
             return
@@ -346,7 +349,7 @@ class OnlineAdaptationCallback(DraftingCallback):
             return
         if verdict == "held" and self._candidate is not None:
             self._good = self._candidate
-        # In service when the next interval begins; good if that interval does not fall.
+        # In service when the next interval begins; good if that interval holds.
         self._candidate = self.updater.snapshot() if self.updates else None
 
     def _start(self, scope: Literal["head", "full"]) -> None:

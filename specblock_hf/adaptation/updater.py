@@ -85,7 +85,7 @@ class DrafterUpdater:
         device (`torch.device`, *optional*): Where to train; the drafter's own by default.
 
     Raises:
-        ValueError: The drafter has no weights.
+        ValueError: The drafter has no weights, or none that may be changed.
     """
 
     def __init__(self, drafter: TreeDrafter, settings: UpdateSettings, device: torch.device | str | None = None):
@@ -95,6 +95,11 @@ class DrafterUpdater:
             raise ValueError(
                 f"{type(drafter).__name__} has no weights that could learn; adapt a drafter with weights, or leave "
                 "the callback out."
+            )
+        if any(parameter.is_inference() for parameter in self.deployed.parameters_of("full")):
+            raise ValueError(
+                "this drafter was loaded inside of torch.inference_mode(), which forbids to change its weights; load "
+                "it outside."
             )
         self.device = torch.device(device if device is not None else self.deployed.device)
         self.trained = self._copy().float()

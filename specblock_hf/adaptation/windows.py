@@ -97,8 +97,9 @@ class CallRecorder:
         for row, length in enumerate(pairs.lengths.tolist()):
             if length:
                 kept = min(length, self.window_tokens)
-                no_law = torch.full((kept, self.top_k), -1, device=pairs.tokens.device)
-                self._append(row, self._window(pairs, row, length - kept, length, no_law, no_law.float()))
+                no_ids = torch.full((kept, self.top_k), -1, device=pairs.tokens.device)
+                no_probs = torch.zeros_like(no_ids, dtype=torch.float32)
+                self._append(row, self._window(pairs, row, length - kept, length, no_ids, no_probs))
 
     def close_prompt(self, scored: Scored) -> None:
         """The prompts' laws, from which the last token of every row so far was chosen."""

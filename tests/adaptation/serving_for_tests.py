@@ -1,0 +1,68 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Queries to a tiny target with a tiny drafter, for the tests of adaptation."""
+
+from __future__ import annotations
+
+import torch
+from conftest import prompt_of, tiny_target
+
+from specblock_hf.adaptation import OnlineAdaptationCallback
+from specblock_hf.callbacks import DraftingCallback
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+class KeepCalls(DraftingCallback):
+    """Keeps every call and what was committed in it."""
+
+    def __init__(self):
+        self.commits = []
+
+    def on_commit(self, call, tree, scored, walk, pairs):
+        self.commits.append((call, tree, scored, walk, pairs))
+
+
+def serve(drafter, queries: int, first: int = 0, prompts: int = 4, **options) -> list[list[int]]:
+    """Answer so many prompts, which repeat after `prompts`; the texts."""
+    target = tiny_target("llama")
+    texts = []
+    for number in range(first, first + queries):
+        output = target.generate(prompt_of(6, number % prompts), assistant_model=drafter, **(GREEDY | options))
+        texts.append(output[0].tolist())
+    return texts
+
+
+def plain(queries: int, prompts: int = 4, **options) -> list[list[int]]:
+    """The same without a drafter."""
+    target = tiny_target("llama")
+    return [
+        target.generate(prompt_of(6, number % prompts), **(GREEDY | options))[0].tolist() for number in range(queries)
+    ]
+
+
+def weights_of(drafter) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in drafter.parameters_of("full")]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def adapted(drafter, policy: str = "always", **options) -> OnlineAdaptationCallback:
+    """A callback in the same thread, added to the drafter."""
+    callback = OnlineAdaptationCallback(policy, **({"background": False, "every": 4} | options))
+    drafter.add_callback(callback)
+    return callback

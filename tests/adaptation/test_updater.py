@@ -1,0 +1,220 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Two copies of a drafter: what an update trains, when it comes into service, how it goes back."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from conftest import VOCAB, prompt_of, tiny_target
+from drafters_for_tests import GarbageDrafter, WatchedLock
+from serving_for_tests import GREEDY, same, weights_of
+from test_windows import Record
+from training_for_tests import tiny_drafter
+
+from specblock_hf import JoinedDrafter, LookupDrafter
+from specblock_hf.adaptation import DrafterUpdater, UpdateSettings
+from specblock_hf.adaptation.windows import WindowBuffer
+from specblock_hf.callbacks import DraftingCallback
+from specblock_hf.drafters.specblock_loss import SpecBlockObjective
+
+
+def filled_buffer(texts: int = 4) -> WindowBuffer:
+    """What the target said in a few calls."""
+    drafter, record, buffer = GarbageDrafter(VOCAB, (0, 2, 4)), Record(), WindowBuffer(2**20)
+    drafter.add_callback(record)
+    for seed in range(texts):
+        tiny_target("llama").generate(prompt_of(6, seed), assistant_model=drafter, **GREEDY)
+        for window in record.recorder.windows():
+            buffer.add(window)
+    return buffer
+
+
+def updater_of(drafter=None, **settings) -> DrafterUpdater:
+    defaults = {"learning_rate": 3e-3, "steps": 2, "objective": SpecBlockObjective(num_blocks=2)}
+    return DrafterUpdater(drafter or tiny_drafter(), UpdateSettings(**(defaults | settings)))
+
+
+def test_an_update_changes_only_the_trained_copy_until_it_is_published():
+    updater, buffer = updater_of(), filled_buffer()
+    before = weights_of(updater.deployed)
+    updater.train("full", updater.draw(buffer))
+    assert same(weights_of(updater.deployed), before)
+    assert not any(torch.equal(a, b) for a, b in zip(weights_of(updater.trained), before, strict=True))
+    updater.publish()
+    assert same(weights_of(updater.deployed), weights_of(updater.trained))
+
+
+def test_a_head_update_leaves_everything_before_the_heads_alone():
+    updater, buffer = updater_of(), filled_buffer()
+    before = {name: p.detach().clone() for name, p in updater.trained.named_parameters()}
+    updater.train("head", updater.draw(buffer))
+    changed = {name for name, p in updater.trained.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"lm_head.weight", "rank_head.0.weight", "rank_head.2.weight"}
+    updater.train("full", updater.draw(buffer))
+    changed = {name for name, p in updater.trained.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == before.keys()
+
+
+def test_updates_lower_the_loss_of_what_is_learned():
+    updater, buffer = updater_of(drift_weight=0.0), filled_buffer()
+    losses = [updater.train("full", updater.draw(buffer))["loss"] for _ in range(5)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_drift_starts_at_zero_and_its_weight_holds_it_down():
+    def drifts(weight: float) -> list[float]:
+        updater, buffer = updater_of(drift_weight=weight, drift_share=1.0), filled_buffer()
+        return [updater.train("full", updater.draw(buffer))["drift"] for _ in range(4)]
+
+    first = updater_of(steps=1, drift_share=1.0)
+    assert first.train("full", first.draw(filled_buffer()))["drift"] == pytest.approx(0.0, abs=1e-6)
+    free, held = drifts(1e-6)[-1], drifts(30.0)[-1]
+    assert free > 0.1
+    assert held < free / 3
+
+
+def test_the_drift_is_the_divergence_from_the_drafter_before_deployment():
+    updater, buffer = updater_of(drift_share=1.0), filled_buffer(1)
+    updater.train("full", updater.draw(buffer))
+    (windows,) = buffer.draw(1, 1000, updater.random)
+    (window,) = windows
+    batch_embeds, batch_features = window.embeds[None], window.features[None]
+    laws = []
+    with torch.no_grad():
+        for drafter in (updater.original, updater.trained):
+            pairs = torch.arange(len(window))[None]
+            hidden = drafter(batch_embeds, drafter.project_features(batch_features), pairs)
+            laws.append(drafter.draft_logits(hidden)[1].log_softmax(-1)[0])
+        size = updater.trained.config.block_size
+        divergences = [
+            float((laws[0][pair, slot].exp() * (laws[0][pair, slot] - laws[1][pair, slot])).sum())
+            for pair in range(len(window))
+            for slot in range(size)
+            # Pair i's slot k is about the token of pair i + 1 + k.
+            if pair + 1 + slot < len(window) and window.top_ids[pair + 1 + slot, 0] >= 0
+        ]
+        expected = sum(divergences) / len(divergences)
+    assert len(divergences) <= 256
+    assert updater._drift(windows).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_change_under_the_lock_only():
+    updater, buffer = updater_of(), filled_buffer()
+    updater.deployed.lock = WatchedLock()
+    held = []
+    parameter = updater.deployed.parameters_of("full")[0]
+    copy = parameter.copy_
+    parameter.copy_ = lambda new: (held.append(updater.deployed.lock.held), copy(new))[1]
+    updater.train("full", updater.draw(buffer))
+    assert held == []
+    updater.publish()
+    assert held == [1]
+
+
+def test_restore_goes_back_with_both_copies():
+    updater, buffer = updater_of(), filled_buffer()
+    good = updater.snapshot()
+    for _ in range(3):
+        updater.train("full", updater.draw(buffer))
+        updater.publish()
+    assert not same(weights_of(updater.deployed), good)
+    updater.restore(good)
+    assert same(weights_of(updater.deployed), good) and same(weights_of(updater.trained), good)
+    assert not updater.optimizer.state
+
+
+def test_the_trained_copy_is_finer_than_a_deployed_one_in_bfloat16():
+    drafter, buffer = tiny_drafter(dtype=torch.bfloat16), filled_buffer()
+    updater = updater_of(drafter, learning_rate=1e-6)
+    before = weights_of(drafter)
+    assert {p.dtype for p in updater.trained.parameters()} == {torch.float32}
+    assert {p.dtype for p in updater.original.parameters()} == {torch.bfloat16}
+    updater.train("full", updater.draw(buffer))
+    updater.publish()
+    assert {p.dtype for p in drafter.parameters()} == {torch.bfloat16}
+    # A step below bfloat16's resolution is not lost: it adds up in the trained copy.
+    assert not same(weights_of(updater.trained), [weight.float() for weight in before])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_update_works_whatever_mode_the_caller_is_in(autocast):
+    drafter = tiny_drafter()
+    with torch.inference_mode():
+        buffer = filled_buffer()
+        updater = updater_of(drafter, autocast=autocast)
+        numbers = updater.train("full", updater.draw(buffer))
+        updater.publish()
+    assert numbers["loss"] > 0
+    assert not any(weight.is_inference() for weight in drafter.parameters())
+
+
+def test_a_restored_updater_takes_the_same_steps():
+    first, buffer = updater_of(), filled_buffer()
+    first.train("full", first.draw(buffer))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = updater_of(seed=9)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert same(weights_of(second.deployed), weights_of(first.trained))
+    for updater in (first, second):
+        updater.train("full", updater.draw(buffer))
+    assert same(weights_of(second.trained), weights_of(first.trained))
+
+
+def test_the_global_generators_are_left_alone():
+    updater, buffer = updater_of(), filled_buffer()
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    updater.train("full", updater.draw(buffer))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_of_a_joined_drafter_the_part_with_weights_learns():
+    part = tiny_drafter()
+    updater = updater_of(JoinedDrafter(part, LookupDrafter(tiny_target("llama").config)))
+    assert updater.deployed is part
+
+
+def test_the_copies_have_no_callbacks():
+    drafter = tiny_drafter()
+    drafter.add_callback(DraftingCallback())
+    updater = updater_of(drafter)
+    assert len(drafter.callbacks) == 1 and updater.trained.callbacks == updater.original.callbacks == ()
+
+
+def test_a_drafter_loaded_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        drafter = tiny_drafter()
+    with pytest.raises(ValueError, match="loaded inside of torch.inference_mode"):
+        updater_of(drafter)
+
+
+def test_without_drift_there_is_no_third_copy():
+    assert updater_of(drift_weight=0.0).original is None
+
+
+def test_a_drafter_without_weights_is_refused():
+    with pytest.raises(ValueError, match="LookupDrafter has no weights that could learn"):
+        updater_of(LookupDrafter(tiny_target("llama").config))
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"learning_rate": 0.0}, {"batch_tokens": 0}, {"drift_weight": -1.0}])
+def test_settings_that_cannot_train_are_refused(bad):
+    with pytest.raises(ValueError, match="cannot train"):
+        UpdateSettings(**bad)
