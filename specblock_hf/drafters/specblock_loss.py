@@ -244,10 +244,10 @@ def _score_block(
         places = block.pairs + block.shift + 2 + slot
         inside = places < batch.lengths[:, None]
         places = places.clamp_max(last)
-        alive = alive & inside & batch.scored.gather(1, places)
+        reached = alive & inside & batch.scored.gather(1, places)
         if slot + 1 == cut:
-            survivors = alive
-        row, column = (alive & batch.counted.gather(1, places)).nonzero(as_tuple=True)
+            survivors = reached
+        row, column = (reached & batch.counted.gather(1, places)).nonzero(as_tuple=True)
         place = places[row, column]
         normed, logits = drafter.draft_logits(block.hidden[row, column, slot])
         ids = batch.top_ids[row, place]

@@ -255,3 +255,75 @@ def test_cuts_are_drawn_from_one_to_the_block_size(monkeypatch):
         drafter.loss(batch, generator=generator)
     assert {len(cuts) for cuts in seen} == {2}
     assert {cut for cuts in seen for cut in cuts} == {1, 2, 3, 4}
+
+
+def test_without_the_valid_prefix_every_place_counts_in_every_slot():
+    drafter = lively_drafter()
+    batch = batch_of(drafter, favoured_text(drafter))
+    masked, whole = (
+        specblock_loss(drafter, batch, SpecBlockObjective(2, valid_prefix=valid), [2]) for valid in (True, False)
+    )
+    places = torch.arange(LENGTH)
+    for slot in range(4):
+        assert whole["counted"][0, slot] == (batch.counted & (places >= 2 + slot)).sum()
+    assert masked["counted"][0, 0] == whole["counted"][0, 0]
+    assert (masked["counted"][0, 1:] < whole["counted"][0, 1:]).all()
+    assert (masked["counted"][1] < whole["counted"][1]).all()
+
+
+def test_a_slot_may_be_divided_by_its_own_survivors():
+    drafter = lively_drafter()
+    batch = batch_of(drafter, favoured_text(drafter))
+    parts = []
+    for slot_mean in ("first", "survivors"):
+        # With the decay 0 only the first slot counts, which both divide by the same number.
+        for decay in (0.0, 1.0):
+            objective = SpecBlockObjective(1, slot_decay=decay, slot_mean=slot_mean)
+            parts.append(specblock_loss(drafter, batch, objective, [])["draft_loss"].item())
+    counted = specblock_loss(drafter, batch, SpecBlockObjective(1), [])["counted"][0]
+    assert parts[0] == pytest.approx(parts[2]) and counted[1] < counted[0]
+    assert parts[3] - parts[2] > (parts[1] - parts[0]) * counted[0] / counted[1] * 0.99
+
+
+def test_later_blocks_may_see_their_own_keys_of_earlier_pairs():
+    drafter = lively_drafter()
+    batch = batch_of(drafter, favoured_text(drafter))
+    losses = []
+    for earlier_keys in (False, True):
+        out = specblock_loss(drafter, batch, SpecBlockObjective(2, earlier_keys=earlier_keys), [1])
+        first = specblock_loss(drafter, batch, SpecBlockObjective(1, earlier_keys=earlier_keys), [])
+        losses.append((first["draft_loss"].item(), out["draft_loss"].item()))
+    assert losses[0][0] == losses[1][0] and abs(losses[0][1] - losses[1][1]) > 1e-3
+
+
+def test_the_rank_losses_differ_and_have_the_same_labels():
+    drafter = lively_drafter()
+    batch = batch_of(drafter, favoured_text(drafter))
+    plain, release = (
+        specblock_loss(drafter, batch, SpecBlockObjective(2, rank_loss=kind), [2]) for kind in ("plain", "release")
+    )
+    assert torch.equal(plain["rank_confusion"], release["rank_confusion"])
+    assert plain["rank_confusion"].sum() == plain["counted"].sum()
+    assert abs(plain["rank_loss"] - release["rank_loss"]) > 0.1 and release["rank_loss"].isfinite()
+
+
+def test_the_rest_joins_when_its_time_has_come():
+    drafter = lively_drafter()
+    batch = batch_of(drafter, favoured_text(drafter))
+    for progress, blocks in ((0.0, 1), (0.29, 1), (0.3, 2), (1.0, 2)):
+        out = drafter.loss(batch, SpecBlockObjective(2, join_at=0.3), progress=progress)
+        assert len(out["counted"]) == blocks and (out["rank_loss"].item() > 0) == (blocks == 2)
+    assert len(drafter.loss(batch)["counted"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_blocks": 0}, "at least the first block is trained"),
+        ({"slot_mean": "all"}, "slot_mean is 'all'; known are first and survivors"),
+        ({"rank_loss": "ordinal"}, "rank_loss is 'ordinal'; known are plain and release"),
+    ],
+)
+def test_other_objectives_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SpecBlockObjective(**fields)

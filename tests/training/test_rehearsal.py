@@ -1,0 +1,59 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The step before the first: what it says, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import torch
+from conftest import tiny_target
+from safetensors.torch import load_file
+from test_trainer import tiny_trainer
+from training_for_tests import tiny_drafter
+
+from specblock_hf.training.rehearsal import Rehearsal, rehearse
+
+
+def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path):
+    for name in ("rehearsed", "plain"):
+        trainer = tiny_trainer(tmp_path / name, epochs=2)
+        if name == "rehearsed":
+            rehearsal = rehearse(trainer, tiny_target("llama"))
+            assert trainer.step == trainer.tokens_seen == 0
+            assert all(p.grad is None for p in trainer.module.parameters())
+        trainer.train()
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("rehearsed", "plain"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    count = sum(p.numel() for p in tiny_drafter().parameters())
+    assert rehearsal.states == 16 * count and rehearsal.steps == trainer.total_steps == 8
+    assert rehearsal.target == 4 * sum(p.numel() for p in tiny_target("llama").parameters())
+    assert rehearsal.peak > rehearsal.states + rehearsal.target
+    assert rehearsal.tokens == 2 * 15 and rehearsal.shares.keys() == {"target", "forward", "backward"}
+
+
+def test_the_largest_step_has_the_most_places(tmp_path):
+    trainer = tiny_trainer(tmp_path, gradient_accumulation=2)
+    trainer.examples[3].input_ids.extend([1] * 40)
+    largest = trainer.largest_step()
+    assert len(largest) == 2 and largest[0] == [3] and len(largest[1]) == 2
+
+
+def test_what_it_says():
+    shares = {"target": 0.25, "forward": 0.25, "backward": 0.5}
+    said = str(Rehearsal(270_000_000, 440_000_000, 2_000_000_000, 1.8, 4000, shares, 1500))
+    assert said.splitlines() == [
+        "memory: target 0.27 GB, drafter with gradients and moments 0.44 GB, peak of the largest step 2.00 GB",
+        "a step: 1.80 s for 1500 answer tokens (target 25%, forward 25%, backward 50%), bound by the drafter's "
+        "backward pass; fewer blocks or a smaller starts_share in --objective cost less",
+        "the run: 4000 steps, at most 2.0 h without evaluations",
+    ]
