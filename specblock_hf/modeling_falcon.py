@@ -70,15 +70,6 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.LSTM):
-            for name, weight in module.named_parameters():
-                if name.startswith("bias"):
-                    nn.init.zeros_(weight)
-                else:
-                    nn.init.xavier_uniform_(weight)
-
     def get_input_embeddings(self) -> None:
         """None: the token embedding is the target's and is handed in."""
 

@@ -31,16 +31,12 @@ from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
 
 
-class MedusaBlock(nn.Module):
+class MedusaBlock(nn.Linear):
     """A residual block."""
-
-    def __init__(self, config: MedusaConfig):
-        super().__init__()
-        self.linear = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., d]` to `[..., d]`."""
-        return hidden + nn.functional.silu(self.linear(hidden))
+        return hidden + nn.functional.silu(super().forward(hidden))
 
 
 class MedusaModel(DraftHead, StrictPreTrainedModel):
@@ -61,7 +57,9 @@ class MedusaModel(DraftHead, StrictPreTrainedModel):
     def __init__(self, config: MedusaConfig):
         super().__init__(config)
         self.heads = nn.ModuleList(
-            nn.Sequential(*(MedusaBlock(config) for _ in range(config.num_hidden_layers)))
+            nn.Sequential(
+                *(MedusaBlock(config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers))
+            )
             for _ in range(config.block_size)
         )
         self.norm = nn.Identity()  # the target's last state is normed
@@ -71,10 +69,11 @@ class MedusaModel(DraftHead, StrictPreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, MedusaBlock):
-            nn.init.zeros_(module.linear.weight)
-            nn.init.zeros_(module.linear.bias)
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> None:
         """None: no token is read."""

@@ -25,6 +25,7 @@ out: nothing of the objective.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,15 +71,35 @@ def eagle3_loss(drafter: Eagle3Drafter, batch: TargetBatch, objective: Eagle3Obj
         `dict[str, torch.Tensor]`: `loss`, and the counts `agreed` and `counted` of shape `[steps, 1]`; see
         [`TreeDrafter.loss`].
     """
-    last = batch.tokens.shape[1] - 1
-    pairs = torch.arange(last, device=batch.tokens.device)
     embeds = drafter.embed_tokens(batch.tokens) if drafter.config.own_embedding else batch.embeds
     conditions = drafter.project_features(batch.features[:, :-1])
-    cache, sums = PathCache(), list[SlotSums]()
-    for step in range(objective.num_steps):
-        tokens = embeds[:, (pairs + 1 + step).clamp_max(last)]
-        positions = (pairs + step).expand(len(batch.tokens), -1)
-        hidden = drafter(tokens, conditions, positions, cache=cache)[:, :, 0]
-        sums.append(score_slot(drafter, batch, hidden, pairs + 2 + step, sums[-1].alive if sums else None))
-        conditions = hidden
+    sums: list[SlotSums] = []
+    for step, hidden in enumerate(unrolled_states(drafter, embeds, conditions, objective.num_steps)):
+        places = torch.arange(hidden.shape[1], device=hidden.device) + 2 + step
+        sums.append(score_slot(drafter, batch, hidden, places, sums[-1].alive if sums else None))
     return {"loss": weighted_loss(sums, objective.step_decay)} | guesses(sums, 1)
+
+
+def unrolled_states(
+    drafter: Eagle3Drafter, embeds: torch.Tensor, conditions: torch.Tensor, num_steps: int
+) -> Iterator[torch.Tensor]:
+    """
+    The drafter run along texts from every pair at once.
+
+    Args:
+        drafter ([`Eagle3Drafter`]): The drafter.
+        embeds (`torch.Tensor` of shape `[B, T + 1, d]`): Of all tokens.
+        conditions (`torch.Tensor` of shape `[B, T, d]`): The projected features of the pairs.
+        num_steps (`int`): Forwards.
+
+    Yields:
+        `torch.Tensor` of shape `[B, T, d]`: The states of each step. Those of pair i in step s have read tokens up to
+        i + 1 + s; behind the end of a text, its last token again.
+    """
+    last = embeds.shape[1] - 1
+    pairs = torch.arange(last, device=embeds.device)
+    cache = PathCache()
+    for step in range(num_steps):
+        tokens = embeds[:, (pairs + 1 + step).clamp_max(last)]
+        conditions = drafter(tokens, conditions, (pairs + step).expand(len(embeds), -1), cache=cache)[:, :, 0]
+        yield conditions
