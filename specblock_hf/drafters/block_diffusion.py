@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from ..drafter import UNRECORDED_LAYER, DraftingPlan, Limits, Pairs, TokenTable
 from ..expansion import BlockOutputs, Children, Starts, best_first
 from ..modeling_block_diffusion import BlockDiffusionModel
 from ..modeling_specblock import BlockCache
+from ..sampled_expansion import SampledGrowth, gumbel_draw, private_generator, shape_for
 from ..training.objective import TargetBatch
 from ..tree import DraftTree
 from .block_diffusion_loss import BlockDiffusionObjective, block_diffusion_loss
@@ -83,6 +84,12 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
     def draft_to_target(self) -> torch.LongTensor:
         """`[vocab_size]`: the drafter says every token of the target by its own id."""
         return torch.arange(self.config.vocab_size, device=self.device)
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether the laws of a block are known before a token of it is, so that a tree can be drawn from them."""
+        config = self.config
+        return not (config.selector_rank or config.markov_rank or config.confidence_threshold)
 
     def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
         if UNRECORDED_LAYER not in self.feature_layers:
@@ -142,6 +149,8 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             return tree
         last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
         block = self.draft_block(state, tree.tokens, pairs.positions.gather(1, last).to(self.device) + 1, depth)
+        if limits.draft_sampling != "topk":
+            return self._drawn_tree(state, tree, block, limits)
         children = self.children_of(block, min(self.config.tree_width or budget, budget))
         beam = min(limits.max_starts or budget, budget)
         tree, _ = best_first(tree, Starts.root(tree), children, depth, beam, 0, most=budget)
@@ -180,6 +189,19 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         hidden = self(embeds, (positions + steps).unsqueeze(1), masks, state.cache)[:, 0]
         hidden = hidden[:, skipped : depth + skipped]
         return Block(hidden, self.head_logits(hidden, state.table))
+
+    def _drawn_tree(self, state: BlockState, roots: DraftTree, block: Block, limits: Limits) -> DraftTree:
+        """A tree drawn from the laws of the depths at the request's temperature."""
+        if state.generator is None:
+            state.generator = private_generator(self.device)
+        laws = state.warp(block.logits).log_softmax(-1)
+        shape = shape_for(replace(limits, num_forwards=1), limits.draft_sampling, laws.shape[1], laws)
+        draw = gumbel_draw(state.generator)
+        growth = SampledGrowth(roots.tokens[:, 0], self.draft_to_target, shape, draw, limits.draft_sampling)
+        growth.grow(laws[:, [shape.laws[law][2] for law in shape.laws_of(0)]])
+        # A row without room for nodes has none at any depth.
+        depths = [depth if nodes else 0 for nodes, depth in zip(limits.nodes, limits.depth, strict=True)]
+        return growth.tree().limit_depth(depths).pack()
 
     def _num_rows(self, depth: int) -> int:
         """Rows to run for `depth` tokens: all that were trained together, unless later rows cannot be seen."""

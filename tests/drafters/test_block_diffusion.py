@@ -253,6 +253,51 @@ def test_the_tree_holds_the_likeliest_of_all_paths(variant, seed, budget):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sampling", ["sampled", "independent", "paths"])
+@pytest.mark.parametrize("variant", ["dflash", "jetspec"])
+def test_a_drawn_tree_is_drawn_from_the_laws_of_its_depths(variant, sampling):
+    drafter, target_table = block_drafter(variant), table()
+    limits, shapes, tokens = Limits((12,), (3,), num_forwards=2, draft_sampling=sampling), set(), set()
+    before = torch.random.get_rng_state()
+    for _ in range(8):
+        state = drafter.begin(target_table, 1, 20)
+        state.warp = lambda logits: logits / 0.7
+        tree = drafter.propose(state, told(0, 7), limits)
+        drafter.extend(again := drafter.begin(target_table, 1, 20), told(0, 7))
+        block = drafter.draft_block(again, told(0, 7).tokens[:, -1:], torch.tensor([[7]]), 3)
+        expected = (block.logits / 0.7).log_softmax(-1)
+        depths = tree.depths()[0]
+        assert depths.max() <= 3 and tree.num_nodes.item() > 4
+        for node in range(1, tree.num_nodes.item()):
+            law = tree.laws.log_probs[0, tree.laws.rows[0, node]]
+            assert torch.allclose(law, expected[0, depths[node] - 1], atol=1e-4)
+            drawn = law[tree.laws.token_ids == tree.tokens[0, node]].item()
+            assert tree.log_probs[0, node].item() == pytest.approx(drawn, abs=1e-5)
+        shapes.add(tuple(tree.parents[0].tolist()))
+        tokens.add(tuple(tree.tokens[0].tolist()))
+    assert len(tokens) > 1 and (len(shapes) == 1 or sampling == "paths")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("sampling", ["sampled", "independent", "paths"])
+def test_drawn_trees_are_verified_and_drafters_without_known_laws_refuse_them(sampling):
+    """A target with one possible token at every place, so that what is sampled is known."""
+    target, prompt = tiny_target("qwen3"), prompt_of(7)
+    text = target.generate(prompt, max_new_tokens=16, **GREEDY)
+    options = {"max_new_tokens": 16, "do_sample": True, "top_k": 1}
+    drafter = block_drafter("dflash", OracleBlockDrafter)
+    drafter.text = text[0].tolist()
+    drafter.drafting_plan = DraftingPlan(9, 1, draft_sampling=sampling)
+    assert torch.equal(target.generate(prompt, assistant_model=drafter, **options), text)
+    assert max(drafter.last_statistics.accepted) >= 3
+    for variant in ("dflash2", "dspark"):
+        drafter = block_drafter(variant)
+        drafter.drafting_plan = DraftingPlan(9, 1, draft_sampling=sampling)
+        with pytest.raises(ValueError, match=r"drafts the likeliest tokens only and the drafting plan asks for drawn"):
+            target.generate(prompt, assistant_model=drafter, **options)
+
+
+@torch.no_grad()
 def test_nothing_is_drafted_below_a_low_confidence():
     drafter, pairs, limits = block_drafter("dspark"), told(0, 7), Limits((60,), (9,))
     drafter.confidence_head.proj.weight.neg_()  # with these weights it is surest at the root
