@@ -15,10 +15,10 @@
 Rules that keep drawn tokens, and the target's law, by comparing it with the laws that they were drawn from. Knows no
 model.
 
-One lemma covers every rule here. Let V(v, a) verify the subtree below the node v with the weight a in [0, 1]: over the
-draws below v and the coins it accepts with probability exactly a, and if it does, what follows v has the target's law.
-Write w = a p(.|v) for the mass that v owes to its tokens, |w| = a. V tries v's children in the order in which they were
-drawn; let Q be the law of the next child x, given everything tried so far.
+One lemma covers every rule here. Let V(v, a) verify the subtree below the node v with the weight a in [0, 1]: over
+the draws below v and the coins it accepts with probability exactly a, and if it does, what follows v has the target's
+law. Write w = a p(.|v) for the mass that v owes to its tokens, |w| = a. V tries v's children in the order in which
+they were drawn; let Q be the law of the next child x, given everything tried so far.
 
 1. Try x by V(v x, min(1, w(x) / Q(x))). That accepts a share min(w(x), Q(x)) of all cases.
 2. If it is rejected, which has probability 1 - sum_x min(w(x), Q(x)) = 1 - a + sum_x (w(x) - Q(x))+, the mass still
@@ -97,9 +97,9 @@ class GlobalCoins:
 
 class SampledVerifier:
     """
-    A [`Verifier`] for sampled trees. The emitted tokens follow the target's own law, over the draws of the tree and the
-    coins together; a seed gives other tokens than it gives plain sampling. Trees that follow from the text before are
-    verified as well as by [`sample_and_walk`], and no better.
+    A [`Verifier`] for sampled trees. The emitted tokens follow the target's own law, over the draws of the tree and
+    the coins together; a seed gives other tokens than it gives plain sampling. Trees that follow from the text before
+    are verified as well as by [`sample_and_walk`], and no better.
 
     Args:
         target ([`TargetLaws`]): Of the request.
@@ -160,7 +160,7 @@ class _Owed:
             rejected = 1 - self.weight + total
             self.mass, self.weight = left / rejected, total / rejected
         elif self.weight < 1:
-            self.weight = 0.0
+            self.mass, self.weight = left, 0.0
         # Otherwise all mass lies in the tree and only rounding can have rejected: the mass stays as it is.
 
 

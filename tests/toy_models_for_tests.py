@@ -1,0 +1,167 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A target and a drafter over a handful of tokens, in float64, whose draws can all be enumerated."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+from itertools import permutations, product
+from math import perm, prod
+
+import torch
+
+from specblock_hf.sampled_expansion import Draw, SampledGrowth, Shape
+from specblock_hf.tree import DraftTree
+
+
+Tokens = tuple[int, ...]
+
+
+class ToyModel:
+    """
+    Random laws that depend on the whole text before, with zeros and ties.
+
+    Args:
+        seed (`int`): Another number, another model.
+        vocab (`int`): Tokens of the target.
+        noise (`float`): How far the drafter's laws are from the target's.
+        unknown (`int`, *optional*, defaults to 0): The last tokens of the vocabulary, which the drafter cannot draw.
+    """
+
+    def __init__(self, seed: int, vocab: int, noise: float, unknown: int = 0):
+        self.seed, self.vocab, self.noise = seed, vocab, noise
+        self.token_ids = torch.arange(vocab - unknown)
+
+    @cache  # noqa: B019
+    def target_law(self, text: Tokens) -> torch.Tensor:
+        """p(.|text), `[V]`."""
+        rng = random.Random(f"{self.seed} {text}")
+        weights = [rng.choice((0.0, 1.0, 1.0, rng.random() * 4)) for _ in range(self.vocab)]
+        weights[rng.randrange(self.vocab)] += 0.5
+        return torch.tensor(weights, dtype=torch.float64) / sum(weights)
+
+    @cache  # noqa: B019
+    def draft_law(self, start: Tokens, slot: int) -> torch.Tensor:
+        """q of a slot of the block that starts below a text, `[D]`."""
+        rng = random.Random(f"{self.seed} q {start} {slot}")
+        size = len(self.token_ids)
+        law = self.target_law((*start, *[0] * slot))[:size].tolist()
+        law = [p * (1 - self.noise) + self.noise * rng.choice((0.0, 0.3, rng.random())) for p in law]
+        law[rng.randrange(size)] += 0.05
+        return torch.tensor(law, dtype=torch.float64) / sum(law)
+
+    # What a verifier asks for.
+    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+        return self.target_law(tuple(path))
+
+    def keep(self, row: int, node: int) -> None:
+        pass
+
+    def grow(self, shape: Shape, sampling: str, draw: Draw, batch: int) -> DraftTree:
+        """Trees drawn by the real expansion."""
+        growth = SampledGrowth(torch.zeros(batch, dtype=torch.long), self.token_ids, shape, draw, sampling)
+        for forward in range(len(shape.starts)):
+            growth.grow(self._laws_of(growth, shape, forward, batch).log())
+        return growth.tree()
+
+    def _laws_of(self, growth: SampledGrowth, shape: Shape, forward: int, batch: int) -> torch.Tensor:
+        laws = [shape.laws[law] for law in shape.laws_of(forward)]
+        if forward == 0:
+            return torch.stack([self.draft_law((), slot) for _, _, slot in laws]).expand(batch, -1, -1)
+        paths = [shape.path(node) for node in shape.starts[forward]]
+        rows = [
+            [self.draft_law(tuple(tokens[node] for node in paths[row]), slot) for _, row, slot in laws]
+            for tokens in growth.tokens.tolist()
+        ]
+        return torch.stack([torch.stack(row) for row in rows])
+
+
+class EveryDraw:
+    """
+    Draws everything that can be drawn, one possibility in each row of the batch; the forwards' draws are the digits of
+    the row's number.
+
+    Attributes:
+        mass (`torch.Tensor` of shape `[B]`): The probability of each row.
+    """
+
+    def __init__(self, shape: Shape, sampling: str, size: int):
+        self._counts: list[list[int]] = []  # of the draws of every family of siblings, forward by forward
+        for forward in range(len(shape.starts)):
+            families: dict[int, int] = {}
+            for node in shape.nodes[1:]:
+                if shape.laws[node.law][0] == forward:
+                    families[node.parent] = families.get(node.parent, 0) + 1
+            self._counts.append(list(families.values()))
+        without = sampling == "sampled"
+        self._radices = [
+            prod(perm(size, count) if without else size**count for count in counts) for counts in self._counts
+        ]
+        self._calls = 0
+        self.batch = prod(self._radices)
+        self.mass = torch.ones(self.batch, dtype=torch.float64)
+
+    def __call__(self, log_probs: torch.Tensor, count: int, independent: bool) -> torch.LongTensor:
+        number = torch.arange(self.batch) // prod(self._radices[: self._calls]) % self._radices[self._calls]
+        tokens = range(log_probs.shape[-1])
+        columns = torch.zeros(*log_probs.shape[:2], count, dtype=torch.long)
+        for family, needed in enumerate(self._counts[self._calls]):
+            orders = torch.tensor(
+                list(product(tokens, repeat=needed) if independent else permutations(tokens, needed))
+            )
+            columns[:, family, :needed] = orders[number % len(orders)]
+            number = number // len(orders)
+            self._weigh(log_probs[:, family].exp(), columns[:, family, :needed], independent)
+        self._calls += 1
+        return columns
+
+    def _weigh(self, law: torch.Tensor, drawn: torch.LongTensor, independent: bool) -> None:
+        for draw in drawn.split(1, dim=1):
+            total = law.sum(-1)
+            # Where nothing is left to draw, any column may come.
+            chance = torch.where(total > 0, law.gather(1, draw)[:, 0] / total, 1 / law.shape[-1])
+            self.mass *= chance
+            if not independent:
+                law = law.scatter(1, draw, 0.0)
+
+
+def row_of(tree: DraftTree, row: int) -> DraftTree:
+    """One tree of a batch."""
+    one = slice(row, row + 1)
+    laws = tree.laws and replace(tree.laws, log_probs=tree.laws.log_probs[one], rows=tree.laws.rows[one])
+    return replace(
+        tree,
+        tokens=tree.tokens[one],
+        parents=tree.parents[one],
+        log_probs=tree.log_probs[one],
+        origin=tree.origin[one],
+        laws=laws,
+    )
+
+
+def distinct(tree: DraftTree, mass: torch.Tensor) -> list[tuple[DraftTree, float]]:
+    """The different trees of a batch that can be, with the mass of each."""
+    spelled = torch.cat((torch.where(tree.parents > -2, tree.tokens, -1), tree.parents), dim=1)
+    _, group = torch.unique(spelled, dim=0, return_inverse=True)
+    total = torch.zeros(int(group.max()) + 1, dtype=mass.dtype).index_add(0, group, mass)
+    first = torch.zeros(len(total), dtype=torch.long).scatter(0, group.flip(0), torch.arange(len(group)).flip(0))
+    return [(row_of(tree, row), part) for row, part in zip(first.tolist(), total.tolist(), strict=True) if part]
+
+
+def all_trees(model: ToyModel, shape: Shape, sampling: str) -> list[tuple[DraftTree, float]]:
+    """Every tree that can be drawn, with its probability."""
+    draw = EveryDraw(shape, sampling, len(model.token_ids))
+    return distinct(model.grow(shape, sampling, draw, draw.batch), draw.mass)
