@@ -149,7 +149,9 @@ def drafter_paths(args: argparse.Namespace) -> dict[str, str]:
 
 def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Sequence[Method]) -> dict[str, Any]:
     """What decides the figures; a run goes on only where all of it is the same."""
-    hardware = f"{torch.get_num_threads()} {platform.machine()} CPU thread(s), {torch.backends.cpu.get_capability()}"
+    hardware = (
+        f"{torch.get_num_threads()} {platform.machine()} CPU thread(s), {torch.backends.cpu.get_cpu_capability()}"
+    )
     if target.device.type == "cuda":
         hardware = torch.cuda.get_device_name(target.device)
     return {
