@@ -44,8 +44,9 @@ def layer_types(target: PreTrainedModel) -> list[str]:
 
 
 def likeliest_chain(tree: DraftTree) -> DraftTree:
-    """The likeliest child of the root, its likeliest child and so on; one path for each row."""
-    tree = tree.prune(tree.tokens.shape[1])
+    """The likeliest child of the root, its likeliest child and so on; of a drawn tree what was drawn first."""
+    if tree.laws is None:
+        tree = tree.prune(tree.tokens.shape[1])
     before = torch.arange(tree.tokens.shape[1], device=tree.tokens.device) - 1
     on_path = (tree.parents == before).long().cumprod(1).bool()
     count = int(on_path.sum(1).max())
