@@ -40,7 +40,11 @@ DRAFTERS: dict[str, type[Drafter]] = {kind.config_class.model_type: kind for kin
 """Class of a drafter by its configuration's `model_type`."""
 
 TRAINABLE: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
-    **{name: (kind, {}) for name, kind in DRAFTERS.items() if kind is not BlockDiffusionDrafter},
+    "specblock": (SpecBlockDrafter, {}),
+    "eagle3": (Eagle3Drafter, {}),
+    "medusa": (MedusaDrafter, {}),
+    "parallelspec": (ParallelSpecDrafter, {}),
+    "falcon": (FalconDrafter, {}),
     "dflash": (BlockDiffusionDrafter, {}),
     "jetspec": (BlockDiffusionDrafter, {"causal": True}),
 }
