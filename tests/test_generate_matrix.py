@@ -19,197 +19,60 @@ of the whole file writes `docs/generate.md`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import peft
 import pytest
 import torch
-from batches_for_tests import garbage, oracles, padded_batch
-from conftest import SIZES, VOCAB, prompt_of, tiny_target
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from batches_for_tests import RowWiseDrafter, garbage, oracles, padded_batch
+from conftest import CONFIGS, SIZES, VOCAB, prompt_of, tiny_target
+from drafters_for_tests import GarbageDrafter, OracleDrafter
+from options_for_tests import (
+    BASE,
+    EXACT,
+    ONE,
+    ROWS,
+    SEVERAL,
+    outcome,
+    plainly,
+    refusal,
+    render,
+    same_text,
+    tiny_tokenizer,
+)
 from transformers import (
     AsyncTextIteratorStreamer,
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
+    BloomConfig,
     DynamicCache,
+    FalconConfig,
     GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
     GptOssConfig,
-    LogitsProcessor,
     MixtralConfig,
+    OPTConfig,
     Phi3Config,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3MoeConfig,
     StaticCache,
-    SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
     TextStreamer,
-    WatermarkingConfig,
+    masking_utils,
     pipeline,
     set_seed,
 )
+from transformers.utils import logging
 
 from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.default_target import load_default_target
 
 
 DOCS = Path(__file__).parent.parent / "docs" / "generate.md"
-EXACT, LAW = "exact", "exact in law"
 IN_OUT = "Other ways in and out"
-ONE, SEVERAL = (7,), (7, 3, 12)
-# This end comes late for one prompt and at different times for several.
-BASE = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": 12}
-
-
-class Grammar(LogitsProcessor):
-    """A finite-state machine that counts its own steps: brackets of tokens 8 and 9 around runs of other tokens."""
-
-    def __init__(self):
-        self.state = 0
-
-    def __call__(self, input_ids, scores):
-        allowed = {0: [8], 1: list(range(10, 20)), 2: [*range(20, VOCAB), 9], 3: [8, 4]}[self.state]
-        self.state = (self.state + 1) % 4
-        return scores.index_fill(1, torch.tensor([t for t in range(VOCAB) if t not in allowed]), -torch.inf)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Every id is a word of two letters."""
-    letters = [first + second for first in "aceg" for second in "bdfhjlnp"]
-    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(letters)}, unk_token="ab"))
-    backend.pre_tokenizer = Split(Regex(".."), "isolated")
-    backend.decoder = Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="left", pad_token="ab", bos_token="ad", eos_token="al"
-    )
-
-
-@dataclass
-class Row:
-    """
-    One option of `generate()`.
-
-    Args:
-        option (`str`): As it stands in the table.
-        make (`Callable[[], dict]`): The keyword arguments of one call.
-        one, several (`str`, *optional*, defaults to `EXACT`):
-            For one prompt and for a padded batch: `EXACT`, `LAW` or how the refusal begins.
-        kinds (`tuple[str, ...]`, *optional*): Targets to try it on.
-        changes (`bool`, *optional*, defaults to `True`):
-            Plain decoding of one of the targets writes something else with the option.
-    """
-
-    option: str
-    make: Callable[[], dict[str, Any]]
-    one: str = EXACT
-    several: str = EXACT
-    kinds: tuple[str, ...] = ("llama", "gemma3")
-    changes: bool = True
-
-
-WHOLE_BATCH = "{} may look at a whole batch at once"
-UNPLUGGED = "set num_beams=1"
-SAMPLE = {"do_sample": True, "top_k": 0, "eos_token_id": None}
-
-ROWS = [
-    Row("`max_new_tokens=1`", lambda: {"max_new_tokens": 1}),
-    Row("`max_length`", lambda: {"max_length": 20, "max_new_tokens": None}),
-    Row("several `eos_token_id`", lambda: {"eos_token_id": [17, 29, 20]}),
-    Row("`min_length`", lambda: {"min_length": 28}),
-    Row("`min_new_tokens`", lambda: {"min_new_tokens": 20}),
-    Row("`stop_strings`", lambda: {"stop_strings": ["cpgf"], "tokenizer": tiny_tokenizer()}),
-    Row("`max_time`", lambda: {"max_time": 0.0}),
-    Row(
-        "`stopping_criteria` of one's own",
-        lambda: {"stopping_criteria": [lambda ids, scores: (ids[:, -1] % 7 == 0) | (ids.shape[1] > 20)]},
-        several=WHOLE_BATCH.format("function"),
-    ),
-    Row("`repetition_penalty`", lambda: {"repetition_penalty": 1.4}),
-    Row("`encoder_repetition_penalty`", lambda: {"encoder_repetition_penalty": 1.6}),
-    Row("`no_repeat_ngram_size`", lambda: {"no_repeat_ngram_size": 2}),
-    Row("`encoder_no_repeat_ngram_size`", lambda: {"encoder_no_repeat_ngram_size": 1}),
-    Row("`bad_words_ids`", lambda: {"bad_words_ids": [[21, 23], [4], [26]]}),
-    Row("`sequence_bias`", lambda: {"sequence_bias": {(3,): 6.0, (17, 4): 6.0}}),
-    Row("`suppress_tokens` and at the beginning", lambda: {"suppress_tokens": [4], "begin_suppress_tokens": [26]}),
-    Row("`forced_eos_token_id`", lambda: {"forced_eos_token_id": 9, "max_new_tokens": 3}),
-    Row("`exponential_decay_length_penalty`", lambda: {"exponential_decay_length_penalty": (2, 1.5)}),
-    Row(
-        "`remove_invalid_values`, `renormalize_logits`",
-        lambda: {"remove_invalid_values": True, "renormalize_logits": True},
-        changes=False,
-    ),
-    Row(
-        "`prefix_allowed_tokens_fn`",
-        lambda: {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 5 + row) % VOCAB, 2 + row]},
-    ),
-    Row("`watermarking_config`", lambda: {"watermarking_config": WatermarkingConfig(bias=4.0, context_width=1)}),
-    Row(
-        "`watermarking_config` (SynthID)",
-        lambda: {
-            "watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[3, 14, 15], sampling_table_size=64)
-        },
-    ),
-    Row(
-        "`guidance_scale`, `negative_prompt_ids`",
-        lambda: {"guidance_scale": 1.8, "negative_prompt_ids": prompt_of(4, seed=9)},
-        several=WHOLE_BATCH.format("UnbatchedClassifierFreeGuidanceLogitsProcessor"),
-    ),
-    Row(
-        "`logits_processor` of one's own, such as a grammar",
-        lambda: {"logits_processor": [Grammar()]},
-        several=WHOLE_BATCH.format("Grammar"),
-    ),
-    Row("`do_sample`", lambda: SAMPLE, several=LAW),
-    Row("`temperature`", lambda: SAMPLE | {"temperature": 0.6}, several=LAW),
-    Row("`top_k`", lambda: SAMPLE | {"top_k": 5}, several=LAW),
-    Row("`top_p`", lambda: SAMPLE | {"top_p": 0.7}, several=LAW),
-    Row("`min_p`", lambda: SAMPLE | {"min_p": 0.1}, several=LAW),
-    Row("`top_h`", lambda: SAMPLE | {"top_h": 0.6}, several=LAW),
-    Row("`typical_p`", lambda: SAMPLE | {"typical_p": 0.6}, several=LAW),
-    Row("`epsilon_cutoff`, `eta_cutoff`", lambda: SAMPLE | {"epsilon_cutoff": 0.03, "eta_cutoff": 0.03}, several=LAW),
-    Row("`num_return_sequences`", lambda: {"do_sample": True, "top_k": 1, "num_return_sequences": 2}, changes=False),
-    Row("`prefill_chunk_size`", lambda: {"prefill_chunk_size": 3}, changes=False),
-    Row('`cache_implementation="dynamic"`', lambda: {"cache_implementation": "dynamic"}, changes=False),
-    Row(
-        '`cache_implementation="static"`',
-        lambda: {"cache_implementation": "static"},
-        kinds=("llama", "qwen3"),
-        changes=False,
-    ),
-    Row(
-        '`cache_implementation="static"`, a target with layers that slide',
-        lambda: {"cache_implementation": "static"},
-        one="this StaticCache has layers that slide",
-        several="this StaticCache has layers that slide",
-        kinds=("gemma3", "mistral"),
-    ),
-    *(
-        Row(
-            f'`cache_implementation="{name}"`',
-            lambda name=name: {"cache_implementation": name},
-            one=f"cache_implementation='{name}' keeps rows",
-            several=f"cache_implementation='{name}' keeps rows",
-        )
-        for name in ("offloaded", "offloaded_static", "quantized")
-    ),
-    Row("`use_cache=False`", lambda: {"use_cache": False}, *["draft trees are verified against"] * 2),
-    Row("`num_beams`", lambda: {"num_beams": 2}, *["a tree drafter speeds up greedy decoding and sampling"] * 2),
-    Row(
-        "`output_hidden_states`, `output_attentions`",
-        lambda: {"return_dict_in_generate": True, "output_hidden_states": True},
-        *["output_hidden_states and output_attentions would show draft trees"] * 2,
-    ),
-    Row(
-        "`prompt_lookup_num_tokens`",
-        lambda: {"prompt_lookup_num_tokens": 3},
-        *["prompt_lookup_num_tokens"] * 2,
-    ),
-    Row("`synced_gpus`", lambda: {"synced_gpus": True}, *["synced_gpus needs the same number of forwards"] * 2),
-]
 
 
 @pytest.fixture(scope="module")
@@ -228,67 +91,6 @@ def table(request):
         DOCS.write_text(text)
 
 
-def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
-    lines = [
-        "# What `generate(assistant_model=drafter)` accepts",
-        "",
-        "Written by `pytest tests/test_generate_matrix.py`, which compares every row with plain `generate()` on tiny",
-        "random targets in fp32, with a drafter that knows the answer and with one that knows nothing. *exact*: the",
-        "very tokens of plain decoding (sampling: under the same seed). *exact in law*: each token follows the",
-        "target's law, but a seed gives other tokens than it gives plain sampling. Anything else is the sentence of",
-        "the refusal. (Laws are enumerated in `tests/test_sampling.py` and `tests/test_batches.py`; combinations of",
-        "options are drawn in `tests/test_generate_fuzz.py`.)",
-    ]
-    for title, rows in sections.items():
-        lines += ["", f"## {title}", "", "| | one prompt | padded batch | test |", "|---|---|---|---|"]
-        for name, (one, several, test) in rows.items():
-            same = several == one and one not in (EXACT, LAW)
-            lines.append(f"| {name} | {one} | {'the same' if same else several} | `{test}` |")
-    return "\n".join(lines) + "\n"
-
-
-def same_text(target, batch: dict, make: Callable[[], dict]) -> torch.Tensor:
-    """Plain decoding's tokens, after both kinds of drafter have written them as well."""
-
-    def run(drafter=None):
-        set_seed(3)
-        output = target.generate(**batch | BASE | make(), assistant_model=drafter)
-        return output if isinstance(output, torch.Tensor) else output.sequences
-
-    plain = run()
-    mask, texts = batch["attention_mask"], plain
-    if "inputs_embeds" in batch:
-        texts = torch.cat((torch.zeros_like(mask), plain), dim=1)
-    mask = mask.repeat_interleave(len(plain) // len(mask), dim=0)
-    for drafter in (oracles(texts, mask), garbage(len(plain))):
-        assert torch.equal(run(drafter), plain)
-    return plain
-
-
-def refusal(target, batch: dict, make: Callable[[], dict]) -> str:
-    rows = len(batch["attention_mask"])
-    with pytest.raises(ValueError) as error:
-        target.generate(**batch | BASE | make(), assistant_model=garbage(rows))
-    sentence = str(error.value)
-    assert "; " in sentence and sentence.endswith(".") and "\n" not in sentence
-    return sentence
-
-
-def outcome(target, batch: dict, make: Callable[[], dict], expected: str) -> str:
-    """What the table says."""
-    if expected == EXACT:
-        same_text(target, batch, make)
-    elif expected == LAW:
-        # Which law is a test of its own; here, that the call works.
-        output = target.generate(**batch | BASE | make(), assistant_model=garbage(len(batch["attention_mask"])))
-        assert output.shape == (len(batch["attention_mask"]), batch["attention_mask"].shape[1] + 24)
-    else:
-        sentence = refusal(target, batch, make)
-        assert sentence.startswith(expected)
-        return sentence
-    return expected
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.option.replace("`", ""))
 def test_option(table, row):
     changed = False
@@ -302,19 +104,21 @@ def test_option(table, row):
     table["Options"][row.option] = (one, several, "test_option")
 
 
-def plainly(target, options: dict) -> list[int]:
-    set_seed(3)
-    return target.generate(**padded_batch(ONE) | BASE | options)[0].tolist()
-
-
+NAMELESS = {"vocab_size": VOCAB, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None}
 MODELS = {
-    "Llama": lambda: tiny_target("llama").config,
+    "Llama": CONFIGS["llama"],
     "Qwen2": lambda: Qwen2Config(**SIZES),
-    "Qwen3": lambda: tiny_target("qwen3").config,
-    "Mistral, all layers slide": lambda: tiny_target("mistral").config,
-    "Gemma 3, layers slide in part": lambda: tiny_target("gemma3").config,
+    "Qwen3": CONFIGS["qwen3"],
+    "Mistral, all layers slide": CONFIGS["mistral"],
+    "Gemma 3, layers slide in part": CONFIGS["gemma3"],
     "Phi-3": lambda: Phi3Config(**SIZES),
     "Mixtral (mixture of experts)": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "GPT-2 (learned positions)": lambda: GPT2Config(
+        **NAMELESS, n_embd=32, n_layer=4, n_head=4, n_positions=64, activation_function="relu"
+    ),
+    "OPT (learned positions)": lambda: OPTConfig(**SIZES | NAMELESS, ffn_dim=48, word_embed_proj_dim=32),
+    "GPT-NeoX": lambda: GPTNeoXConfig(**SIZES),
+    "Falcon without ALiBi": lambda: FalconConfig(**SIZES, alibi=False),
     "Qwen3 MoE": lambda: Qwen3MoeConfig(
         **SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
@@ -341,31 +145,101 @@ def test_gpt_oss_whose_attention_has_sinks(table):
     table["Targets"]["gpt-oss (eager attention)"] = (EXACT, EXACT, "test_gpt_oss_whose_attention_has_sinks")
 
 
-def test_gpt2_is_refused(table):
-    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
-    target = AutoModelForCausalLM.from_config(GPT2Config(**sizes)).eval()
-    sentence = refusal(target, padded_batch(ONE), dict)
-    assert sentence.startswith("GPT2LMHeadModel takes no position_ids or does not list its layers")
-    table["Targets"]["GPT-2"] = (sentence, sentence, "test_gpt2_is_refused")
+@pytest.mark.parametrize(
+    ("name", "config", "sentence"),
+    [
+        (
+            "BLOOM (ALiBi)",
+            lambda: BloomConfig(**NAMELESS, hidden_size=32, n_layer=1, n_head=2),
+            " takes no position_ids",
+        ),
+        ("Falcon with ALiBi", lambda: FalconConfig(**SIZES, alibi=True), " counts distances in columns of the cache"),
+        (
+            "GPT-Neo",
+            lambda: GPTNeoConfig(**SIZES | {"num_layers": 4}, attention_types=[[["global", "local"], 2]]),
+            " counts distances in columns of the cache",
+        ),
+    ],
+)
+def test_targets_that_do_not_know_a_nodes_position_are_refused(table, name, config, sentence):
+    target = AutoModelForCausalLM.from_config(config()).eval()
+    said = refusal(target, padded_batch(ONE), dict)
+    assert said.startswith(type(target).__name__ + sentence)
+    table["Targets"][name] = (said, said, "test_targets_that_do_not_know_a_nodes_position_are_refused")
 
 
-@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
-def test_attention_without_a_mask_of_four_dimensions_is_refused(table, attention):
+def test_flex_attention(table):
     torch.manual_seed(0)
-    target = AutoModelForCausalLM.from_config(tiny_target("llama").config).eval()
-    # As set_attn_implementation() would leave it where the kernels are installed.
-    target.config._attn_implementation = attention
-    sentence = refusal(target, padded_batch(ONE), dict)
-    target.set_attn_implementation("sdpa")
-    same_text(target, padded_batch(ONE), dict)
-    test = "test_attention_without_a_mask_of_four_dimensions_is_refused"
-    table["Targets"][f'`set_attn_implementation("{attention}")`'] = (sentence, sentence, test)
+    target = AutoModelForCausalLM.from_config(CONFIGS["gemma3"](), attn_implementation="flex_attention")
+    # Compiling its kernel takes minutes on a CPU.
+    with torch.compiler.set_stance("force_eager"):
+        for lengths in (ONE, SEVERAL):
+            same_text(target.eval(), padded_batch(lengths), lambda: {"max_new_tokens": 10})
+    table["Targets"]['`set_attn_implementation("flex_attention")`'] = (EXACT, EXACT, "test_flex_attention")
+
+
+def maskless_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """What FlashAttention computes: causal, counted from the last column; a window of columns; padding by column."""
+    assert attention_mask is None or attention_mask.ndim == 2
+    distance = torch.arange(key.shape[2])[-query.shape[2] :, None] - torch.arange(key.shape[2])
+    seen = (distance >= 0) & (distance < (sliding_window or key.shape[2]))
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, -key.shape[2] :].bool()
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True
+    )
+    return attended.nan_to_num().transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mistral"])
+def test_attention_that_takes_no_mask_verifies_the_likeliest_path(table, kind, caplog, monkeypatch):
+    AttentionInterface.register("maskless", maskless_attention)
+    AttentionMaskInterface.register("maskless", masking_utils.flash_attention_mask)
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="maskless").eval()
+    sample = {"do_sample": True, "top_k": 0, "temperature": 0.7, "eos_token_id": None}
+    monkeypatch.setattr(logging.get_logger("specblock_hf"), "propagate", True)
+    logging.get_logger("specblock_hf").warning_once.cache_clear()
+    for _ in range(2):
+        same_text(target, padded_batch(ONE), dict)
+    assert caplog.text.count("only the likeliest path of every draft is verified") == 1
+    same_text(target, padded_batch(ONE), lambda: sample)
+    same_text(target, padded_batch(SEVERAL), dict)
+    plain = target.generate(**padded_batch(ONE), **BASE)
+    drafter = OracleDrafter(VOCAB, plain[0].tolist(), plan=lambda number: 3, siblings=False)
+    target.generate(**padded_batch(ONE), **BASE, assistant_model=drafter)
+    # All that the plan allows, but for what the end of the text cut off.
+    assert set(drafter.last_statistics.accepted[:-1]) == {3}
+    name = "any other attention, such as FlashAttention (here: a function that takes its arguments)"
+    test = "test_attention_that_takes_no_mask_verifies_the_likeliest_path"
+    table["Targets"][name] = ("exact; verifies chains", "exact; verifies chains", test)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_lora(table, wrapped):
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(CONFIGS["llama"]()).eval()
+    without = plainly(target, {})
+    modules = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
+    config = peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
+    if wrapped:
+        lora = peft.get_peft_model(target, config).eval()
+    else:
+        target.add_adapter(config)
+        lora = target.eval()
+    assert plainly(lora, {}) != without
+    for lengths in (ONE, SEVERAL):
+        same_text(lora, padded_batch(lengths), dict)
+    drafter = block_drafter(tiny_target("llama"))
+    plain = lora.generate(**padded_batch(SEVERAL), **BASE)
+    assert torch.equal(lora.generate(**padded_batch(SEVERAL), **BASE, assistant_model=drafter), plain)
+    table["Targets"]["LoRA: `PeftModel.generate()`, `add_adapter()`"] = (EXACT, EXACT, "test_lora")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_set_attn_implementation(table, attention):
     torch.manual_seed(0)
-    target = AutoModelForCausalLM.from_config(tiny_target("gemma3").config).eval()
+    target = AutoModelForCausalLM.from_config(CONFIGS["gemma3"]()).eval()
     target.set_attn_implementation(attention)
     for lengths in (ONE, SEVERAL):
         same_text(target, padded_batch(lengths), dict)
@@ -379,7 +253,9 @@ def test_half_precision(table, dtype):
     target = tiny_target("llama", "sdpa", dtype)
     for lengths in (ONE, SEVERAL):
         batch = padded_batch(lengths)
-        output = target.generate(**batch, **BASE | {"eos_token_id": None}, assistant_model=garbage(len(lengths)))
+        drafter = block_drafter(target)
+        output = target.generate(**batch, **BASE | {"eos_token_id": None}, assistant_model=drafter)
+        assert drafter.dtype == torch.float32 and drafter.last_statistics.rounds > 0
         ones = torch.ones(len(lengths), 24, dtype=torch.long)
         mask = torch.cat((batch["attention_mask"], ones), dim=1)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -391,7 +267,7 @@ def test_half_precision(table, dtype):
     table["Targets"][name] = ("as stated", "as stated", "test_half_precision")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_drafter_in_another_dtype(table, dtype):
     target = tiny_target("llama")
     drafter = block_drafter(target).to(dtype)
@@ -449,6 +325,57 @@ def test_scores_and_logits(table):
     table[IN_OUT][name] = (EXACT, "exact; zeros after a row's end", "test_scores_and_logits")
 
 
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("llama", "eager"), ("llama", "sdpa"), ("mistral", "eager"), ("gemma3", "eager")]
+)
+@pytest.mark.parametrize("lengths", [ONE, SEVERAL])
+def test_hidden_states_and_attentions(table, kind, attention, lengths):
+    target, batch = tiny_target(kind, attention), padded_batch(lengths)
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True, "output_attentions": True}
+    variants = [{}, {"prefill_chunk_size": 4}]
+    if kind == "llama" and lengths == ONE:
+        variants.append({"cache_implementation": "static"})
+    for options in variants:
+        plain = target.generate(**batch, **BASE | options, **wanted)
+        for drafter in (oracles(plain.sequences, batch["attention_mask"]), garbage(len(lengths))):
+            output = target.generate(**batch, **BASE | options, **wanted, assistant_model=drafter)
+            assert torch.equal(output.sequences, plain.sequences)
+            ends = ended_rows(plain.sequences[:, max(lengths) :])
+            for name in ("hidden_states", "attentions"):
+                assert len(output[name]) == len(plain[name]) == len(ends)
+                for ours, theirs, ended in zip(output[name], plain[name], ends, strict=True):
+                    # SDPA has no attentions to show, and plain decoding hands back empty tuples.
+                    assert (
+                        len(ours)
+                        == len(theirs)
+                        == {"hidden_states": 5, "attentions": 4 * (attention == "eager")}[name]
+                    )
+                    for mine, layer in zip(ours, theirs, strict=True):
+                        expected = torch.where(ended.view(-1, *[1] * (layer.ndim - 1)), 0, layer)
+                        torch.testing.assert_close(mine, expected, rtol=0, atol=5e-4)
+    name = "`output_hidden_states`, `output_attentions`"
+    table[IN_OUT][name] = (EXACT, "exact; zeros after a row's end", "test_hidden_states_and_attentions")
+
+
+def ended_rows(emitted: torch.LongTensor) -> list[torch.BoolTensor]:
+    """For every step, the rows that had ended before it."""
+    ended = (emitted == BASE["eos_token_id"]).cumsum(1) - (emitted == BASE["eos_token_id"]).long() > 0
+    return list(ended.T)
+
+
+@pytest.mark.parametrize("lengths", [ONE, SEVERAL])
+def test_guidance_away_from_prompts(table, lengths):
+    negative = padded_batch([2 + length % 3 for length in lengths], seed=9)
+    options = {"guidance_scale": 1.8, "negative_prompt_ids": negative["input_ids"]}
+    options["negative_prompt_attention_mask"] = negative["attention_mask"]
+    target, batch = tiny_target("llama"), padded_batch(lengths)
+    plain = same_text(target, batch, lambda: options)
+    assert not torch.equal(plain, same_text(target, batch, lambda: {"guidance_scale": 1.8}))
+    assert not torch.equal(plain, target.generate(**batch, **BASE))
+    name = "`negative_prompt_ids`, `negative_prompt_attention_mask`"
+    table[IN_OUT][name] = (EXACT, EXACT, "test_guidance_away_from_prompts")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_chat_of_three_turns_keeps_its_cache(table, kind):
     target = tiny_target(kind)
@@ -496,13 +423,14 @@ def test_a_static_cache_of_ones_own(table):
 
 def test_token_healing(table):
     tokenizer, target = tiny_tokenizer(), tiny_target("llama")
-    plain = same_text(
-        target,
-        padded_batch((6,), seed=2),
-        lambda: {"token_healing": True, "tokenizer": tokenizer, "eos_token_id": None},
-    )
-    assert plain.shape[1] == 6 + 24
-    table[IN_OUT]["`token_healing`"] = (EXACT, "not tested", "test_token_healing")
+    for lengths in ((6,), (6, 4, 6)):
+        plain = same_text(
+            target,
+            padded_batch(lengths, seed=2),
+            lambda: {"token_healing": True, "tokenizer": tokenizer, "eos_token_id": None},
+        )
+        assert plain.shape == (len(lengths), 6 + 24)
+    table[IN_OUT]["`token_healing`"] = (EXACT, EXACT, "test_token_healing")
 
 
 def test_text_streamers(table, capsys):
@@ -561,3 +489,42 @@ def test_two_threads_with_batches(table):
     for output, plain in zip(outputs, expected * 2, strict=True):
         assert torch.equal(output, plain)
     table[IN_OUT]["two threads with one target and one drafter"] = (EXACT, EXACT, "test_two_threads_with_batches")
+
+
+REAL_OPTIONS = {
+    "greedy": {},
+    "`stop_strings`": {"stop_strings": ["eight"]},
+    "`repetition_penalty`, `no_repeat_ngram_size`": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    "`do_sample`, `temperature`, `top_p`": {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0},
+    "`guidance_scale`": {"guidance_scale": 1.5},
+    '`cache_implementation="static"`': {"cache_implementation": "static"},
+    "`prefill_chunk_size`": {"prefill_chunk_size": 8},
+}
+PROMPTS = ["The capital of France is", "Count with me: one, two, three, four, five, six,"]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_default_target(progress=False)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", REAL_OPTIONS)
+def test_smollm2(table, smollm2, name):
+    target, tokenizer = smollm2
+    # Next to a shorter one where that is another case; a batch that samples is a matter of laws, not of tokens.
+    rows = 2 if name in ("greedy", "`repetition_penalty`, `no_repeat_ngram_size`") else 1
+    batch = tokenizer(PROMPTS[-rows:], return_tensors="pt", padding=True, padding_side="left")
+    options = {"do_sample": False, "max_new_tokens": 12, "tokenizer": tokenizer} | REAL_OPTIONS[name]
+
+    def run(drafter=None):
+        set_seed(3)
+        return target.generate(**batch, **options, assistant_model=drafter)
+
+    plain, vocab = run(), target.config.vocab_size
+    starts = (batch["attention_mask"] == 0).sum(1).tolist()
+    knowing = [OracleDrafter(vocab, text[start:].tolist()) for text, start in zip(plain, starts, strict=True)]
+    for drafters in (knowing, [GarbageDrafter(vocab) for _ in range(rows)]):
+        drafter = RowWiseDrafter(drafters)
+        assert torch.equal(run(drafter), plain)
+    table["Targets"][f"SmolLM2-135M-Instruct, {name}"] = (EXACT, EXACT if rows > 1 else "not tried", "test_smollm2")

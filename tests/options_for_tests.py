@@ -1,0 +1,246 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The options of `generate()` with what becomes of them, and how a call is compared with plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from batches_for_tests import garbage, oracles, padded_batch
+from conftest import VOCAB
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+    set_seed,
+)
+
+
+EXACT, LAW = "exact", "exact in law"
+ONE, SEVERAL = (7,), (7, 3, 12)
+# This end comes late for one prompt and at different times for several.
+BASE = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": 12}
+
+
+class Grammar(LogitsProcessor):
+    """A finite-state machine that counts its own steps: brackets of tokens 8 and 9 around runs of other tokens."""
+
+    def __init__(self):
+        self.state = 0
+
+    def __call__(self, input_ids, scores):
+        allowed = {0: [8], 1: list(range(10, 20)), 2: [*range(20, VOCAB), 9], 3: [8, 4]}[self.state]
+        self.state = (self.state + 1) % 4
+        return scores.index_fill(1, torch.tensor([t for t in range(VOCAB) if t not in allowed]), -torch.inf)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Every id is a word of two letters."""
+    letters = [first + second for first in "aceg" for second in "bdfhjlnp"]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(letters)}, unk_token="ab"))
+    backend.pre_tokenizer = Split(Regex(".."), "isolated")
+    backend.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="left", pad_token="ab", bos_token="ad", eos_token="al"
+    )
+
+
+@dataclass
+class Row:
+    """
+    One option of `generate()`.
+
+    Args:
+        option (`str`): As it stands in the table.
+        make (`Callable[[], dict]`): The keyword arguments of one call.
+        one, several (`str`, *optional*, defaults to `EXACT`):
+            For one prompt and for a padded batch: `EXACT`, `LAW` or how the refusal begins.
+        kinds (`tuple[str, ...]`, *optional*): Targets to try it on.
+        changes (`bool`, *optional*, defaults to `True`):
+            Plain decoding of one of the targets writes something else with the option.
+    """
+
+    option: str
+    make: Callable[[], dict[str, Any]]
+    one: str = EXACT
+    several: str = EXACT
+    kinds: tuple[str, ...] = ("llama", "gemma3")
+    changes: bool = True
+
+
+WHOLE_BATCH = "{} may look at a whole batch at once"
+UNPLUGGED = "set num_beams=1"
+SAMPLE = {"do_sample": True, "top_k": 0, "eos_token_id": None}
+
+ROWS = [
+    Row("`max_new_tokens=1`", lambda: {"max_new_tokens": 1}),
+    Row("`max_length`", lambda: {"max_length": 20, "max_new_tokens": None}),
+    Row("several `eos_token_id`", lambda: {"eos_token_id": [17, 29, 20]}),
+    Row("`min_length`", lambda: {"min_length": 28}),
+    Row("`min_new_tokens`", lambda: {"min_new_tokens": 20}),
+    Row("`stop_strings`", lambda: {"stop_strings": ["cpgf"], "tokenizer": tiny_tokenizer()}),
+    Row("`max_time`", lambda: {"max_time": 0.0}),
+    Row(
+        "`stopping_criteria` of one's own",
+        lambda: {"stopping_criteria": [lambda ids, scores: (ids[:, -1] % 7 == 0) | (ids.shape[1] > 20)]},
+        several=WHOLE_BATCH.format("function"),
+    ),
+    Row("`repetition_penalty`", lambda: {"repetition_penalty": 1.4}),
+    Row("`encoder_repetition_penalty`", lambda: {"encoder_repetition_penalty": 1.6}),
+    Row("`no_repeat_ngram_size`", lambda: {"no_repeat_ngram_size": 2}),
+    Row("`encoder_no_repeat_ngram_size`", lambda: {"encoder_no_repeat_ngram_size": 1}),
+    Row("`bad_words_ids`", lambda: {"bad_words_ids": [[21, 23], [4], [26]]}),
+    Row("`sequence_bias`", lambda: {"sequence_bias": {(3,): 6.0, (17, 4): 6.0}}),
+    Row("`suppress_tokens` and at the beginning", lambda: {"suppress_tokens": [4], "begin_suppress_tokens": [26]}),
+    Row("`forced_eos_token_id`", lambda: {"forced_eos_token_id": 9, "max_new_tokens": 3}),
+    Row("`exponential_decay_length_penalty`", lambda: {"exponential_decay_length_penalty": (2, 1.5)}),
+    Row(
+        "`remove_invalid_values`, `renormalize_logits`",
+        lambda: {"remove_invalid_values": True, "renormalize_logits": True},
+        changes=False,
+    ),
+    Row(
+        "`prefix_allowed_tokens_fn`",
+        lambda: {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 5 + row) % VOCAB, 2 + row]},
+    ),
+    Row("`watermarking_config`", lambda: {"watermarking_config": WatermarkingConfig(bias=4.0, context_width=1)}),
+    Row(
+        "`watermarking_config` (SynthID)",
+        lambda: {
+            "watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[3, 14, 15], sampling_table_size=64)
+        },
+    ),
+    Row("`guidance_scale`", lambda: {"guidance_scale": 1.8}),
+    Row(
+        "`logits_processor` of one's own, such as a grammar",
+        lambda: {"logits_processor": [Grammar()]},
+        several=WHOLE_BATCH.format("Grammar"),
+    ),
+    Row("`do_sample`", lambda: SAMPLE, several=LAW),
+    Row("`temperature`", lambda: SAMPLE | {"temperature": 0.6}, several=LAW),
+    Row("`top_k`", lambda: SAMPLE | {"top_k": 5}, several=LAW),
+    Row("`top_p`", lambda: SAMPLE | {"top_p": 0.7}, several=LAW),
+    Row("`min_p`", lambda: SAMPLE | {"min_p": 0.1}, several=LAW),
+    Row("`top_h`", lambda: SAMPLE | {"top_h": 0.6}, several=LAW),
+    Row("`typical_p`", lambda: SAMPLE | {"typical_p": 0.6}, several=LAW),
+    Row("`epsilon_cutoff`, `eta_cutoff`", lambda: SAMPLE | {"epsilon_cutoff": 0.03, "eta_cutoff": 0.03}, several=LAW),
+    Row("`num_return_sequences`", lambda: {"do_sample": True, "top_k": 1, "num_return_sequences": 2}, changes=False),
+    Row("`prefill_chunk_size`", lambda: {"prefill_chunk_size": 3}, changes=False),
+    Row('`cache_implementation="dynamic"`', lambda: {"cache_implementation": "dynamic"}, changes=False),
+    Row(
+        '`cache_implementation="static"`',
+        lambda: {"cache_implementation": "static"},
+        kinds=("llama", "qwen3"),
+        changes=False,
+    ),
+    Row(
+        '`cache_implementation="static"`, a target with layers that slide',
+        lambda: {"cache_implementation": "static"},
+        one="this StaticCache has layers that slide",
+        several="this StaticCache has layers that slide",
+        kinds=("gemma3", "mistral"),
+    ),
+    *(
+        Row(
+            f'`cache_implementation="{name}"`',
+            lambda name=name: {"cache_implementation": name},
+            one=f"cache_implementation='{name}' keeps rows",
+            several=f"cache_implementation='{name}' keeps rows",
+        )
+        for name in ("offloaded", "offloaded_static", "quantized")
+    ),
+    Row("`use_cache=False`", lambda: {"use_cache": False}, *["draft trees are verified against"] * 2),
+    Row("`num_beams`", lambda: {"num_beams": 2}, *["a tree drafter speeds up greedy decoding and sampling"] * 2),
+    Row(
+        "`prompt_lookup_num_tokens`",
+        lambda: {"prompt_lookup_num_tokens": 3},
+        *["prompt_lookup_num_tokens"] * 2,
+    ),
+    Row("`synced_gpus`", lambda: {"synced_gpus": True}, *["synced_gpus needs the same number of forwards"] * 2),
+]
+
+
+def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
+    lines = [
+        "# What `generate(assistant_model=drafter)` accepts",
+        "",
+        "Written by `pytest tests/test_generate_matrix.py`, which compares every row with plain `generate()` on tiny",
+        "random targets in fp32, with a drafter that knows the answer and with one that knows nothing. *exact*: the",
+        "very tokens of plain decoding (sampling: under the same seed). *exact in law*: each token follows the",
+        "target's law, but a seed gives other tokens than it gives plain sampling. Anything else is the sentence of",
+        "the refusal. (Laws are enumerated in `tests/test_sampling.py` and `tests/test_batches.py`; combinations of",
+        "options are drawn in `tests/test_generate_fuzz.py`.)",
+    ]
+    for title, rows in sections.items():
+        lines += ["", f"## {title}", "", "| | one prompt | padded batch | test |", "|---|---|---|---|"]
+        for name, (one, several, test) in rows.items():
+            same = several == one and one not in (EXACT, LAW)
+            lines.append(f"| {name} | {one} | {'the same' if same else several} | `{test}` |")
+    return "\n".join(lines) + "\n"
+
+
+def same_text(target, batch: dict, make: Callable[[], dict]) -> torch.Tensor:
+    """Plain decoding's tokens, after both kinds of drafter have written them as well."""
+
+    def run(drafter=None):
+        set_seed(3)
+        output = target.generate(**batch | BASE | make(), assistant_model=drafter)
+        return output if isinstance(output, torch.Tensor) else output.sequences
+
+    plain = run()
+    mask, texts = batch["attention_mask"], plain
+    if "inputs_embeds" in batch:
+        texts = torch.cat((torch.zeros_like(mask), plain), dim=1)
+    mask = mask.repeat_interleave(len(plain) // len(mask), dim=0)
+    for drafter in (oracles(texts, mask), garbage(len(plain))):
+        assert torch.equal(run(drafter), plain)
+    return plain
+
+
+def refusal(target, batch: dict, make: Callable[[], dict]) -> str:
+    rows = len(batch["attention_mask"])
+    with pytest.raises(ValueError) as error:
+        target.generate(**batch | BASE | make(), assistant_model=garbage(rows))
+    sentence = str(error.value)
+    assert "; " in sentence and sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+def outcome(target, batch: dict, make: Callable[[], dict], expected: str) -> str:
+    """What the table says."""
+    if expected == EXACT:
+        same_text(target, batch, make)
+    elif expected == LAW:
+        # Which law is a test of its own; here, that the call works.
+        output = target.generate(**batch | BASE | make(), assistant_model=garbage(len(batch["attention_mask"])))
+        assert output.shape == (len(batch["attention_mask"]), batch["attention_mask"].shape[1] + 24)
+    else:
+        sentence = refusal(target, batch, make)
+        assert sentence.startswith(expected)
+        return sentence
+    return expected
+
+
+def plainly(target, options: dict) -> list[int]:
+    set_seed(3)
+    return target.generate(**padded_batch(ONE) | BASE | options)[0].tolist()
