@@ -28,18 +28,23 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..demo import PROMPTS
 from ..drafter import DraftingPlan
 from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly, write_whole
-from ..evaluation.methods import TREES, Method, MethodLoader, apply_plans, choose_plans
+from ..evaluation.methods import TREES, Method, MethodLoader
+from ..evaluation.plans import apply_plans, choose_plans
 from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
 from ..evaluation.suites import load_prompts, own_prompts
 from ..evaluation.summary import summarise
-from ..terminal import DEFAULT_DRAFTER, load_target
+from ..terminal import DEFAULT_DRAFTER, encode, load_target
 
 
 OWN = "specblock"
 """The drafter that needs no `--drafter` where the default one lies in the repository."""
+
+TRIALS = 3
+"""Prompts that the calibrated plans are chosen by: a function, a chat and a sum."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +97,11 @@ def run(args: argparse.Namespace) -> int:
     target = target.eval().to(args.device)
     methods = MethodLoader(target, tokenizer, drafter_paths(args)).load(args.methods)
     folder = ResultFolder(args.output)
-    setting = folder.open(conditions(args, target, methods), lambda: choose_plans(methods, target, dict(args.plan)))
+    # Written for the demo, and in none of the suites.
+    trials = [encode(tokenizer, text, target.device) for _, text in PROMPTS[:TRIALS]]
+    setting = folder.open(
+        conditions(args, target, methods), lambda: choose_plans(methods, target, dict(args.plan), trials)
+    )
     apply_plans(methods, setting["plans"])
     rows = folder.rows(units, len(methods))
     rows += measure(

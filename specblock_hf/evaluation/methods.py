@@ -22,17 +22,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..auto import AutoDrafter
-from ..calibration import calibrate
 from ..configuration_specblock import SpecBlockConfig
-from ..drafter import DraftingPlan, TreeDrafter
+from ..drafter import TreeDrafter
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
 
 
 PLAIN = "vanilla"
 PROMPT_LOOKUP_TOKENS = 10  # what transformers' documentation passes
-LOOKUP_PLAN = DraftingPlan(8, 1)
-"""For look-ups alone, whose acceptance depends on the text so much that no figures are kept to choose by."""
-
 TREES = ("rank_guided", "best_first", "fixed")
 """How a SpecBlock drafter's trees may grow; `fixed` gives every slot the mean of the branching, whatever its rank."""
 
@@ -157,60 +153,4 @@ def grow_as(drafter: TreeDrafter, tree: str) -> None:
     config.expansion = tree
 
 
-def choose_plans(
-    methods: Sequence[Method], target: PreTrainedModel, given: Mapping[str, DraftingPlan]
-) -> dict[str, dict[str, Any]]:
-    """
-    Give every tree drafter its plan: the one that is given, or the best one that calibrating it alone finds.
-
-    Args:
-        methods (sequence of [`Method`]): Their drafters are changed.
-        target ([`~transformers.PreTrainedModel`]): Where and as it will run.
-        given (mapping of `str` to [`DraftingPlan`]): Plans by the method's name.
-
-    Returns:
-        `dict[str, dict]`: For each method with a drafter its `plan` (nodes, forwards, starts) and where it is from,
-        ready for JSON.
-
-    Raises:
-        ValueError: A plan is given to a method that is not there or has no drafter.
-    """
-    drafting = {method.name: method for method in methods if method.drafter is not None}
-    strangers = sorted(given.keys() - drafting.keys())
-    if strangers:
-        raise ValueError(
-            f"a plan is given to {strangers[0]!r}, which is none of the methods with a tree drafter "
-            f"({', '.join(drafting) or 'there are none'}); give it to one of them."
-        )
-    notes: dict[str, dict[str, Any]] = {}
-    for name, method in drafting.items():
-        if name in given:
-            method.drafter.drafting_plan, notes[name] = given[name], {"from": "given"}
-        elif name == "lookup":
-            method.drafter.drafting_plan, notes[name] = LOOKUP_PLAN, {"from": "default"}
-        else:
-            notes[name] = _calibrated(target, method.drafter)
-        plan = method.drafter.drafting_plan
-        notes[name]["plan"] = [plan.tree_budget, plan.num_forwards, plan.max_starts]
-    return notes
-
-
-def _calibrated(target: PreTrainedModel, drafter: TreeDrafter) -> dict[str, Any]:
-    found = calibrate(target, drafter)
-    # Without figures of its own a drafter's plan rests on typical ones, which whoever reads the result should know.
-    measured = drafter.network.config.to_dict().get("acceptance") is not None
-    return {
-        "from": "calibrated, measured acceptance" if measured else "calibrated, assumed acceptance",
-        "expected_speedup": found.speedup,
-        "curves": found.curves.to_dict(),
-    }
-
-
-def apply_plans(methods: Sequence[Method], notes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give the drafters the plans that [`choose_plans`] noted in an earlier run."""
-    for method in methods:
-        if method.drafter is not None:
-            method.drafter.drafting_plan = DraftingPlan(*notes[method.name]["plan"])
-
-
-__all__ = ["PLAIN", "TREES", "Method", "MethodLoader", "apply_plans", "choose_plans", "grow_as"]
+__all__ = ["PLAIN", "TREES", "Method", "MethodLoader", "grow_as"]

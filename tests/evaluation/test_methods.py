@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a method's name means, and the plan that its drafter gets."""
+"""What a method's name means."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ import pytest
 from conftest import tiny_target
 from models_for_tests import save_models, tiny_drafter, tiny_tokenizer
 
-from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, SpecBlockDrafter
-from specblock_hf.evaluation import methods
-from specblock_hf.evaluation.methods import MethodLoader, apply_plans, choose_plans, grow_as
+from specblock_hf import JoinedDrafter, LookupDrafter, SpecBlockDrafter
+from specblock_hf.evaluation.methods import MethodLoader, grow_as
 
 
 @pytest.fixture(scope="module")
@@ -97,51 +96,3 @@ def test_a_fixed_tree_is_as_wide_at_every_slot(loader):
     drafter.config.branching = [1, 1, 1, 0]
     grow_as(drafter, "fixed")
     assert drafter.config.branching == [1, 1, 1, 1]
-
-
-def test_plans_are_given_defaults_or_calibrated(loader, monkeypatch):
-    calibrated = []
-    real = methods.calibrate
-
-    def quick(target, drafter):
-        calibrated.append(drafter.label)
-        return real(target, drafter, context=16, repeats=1)
-
-    monkeypatch.setattr(methods, "calibrate", quick)
-    chosen = loader.load(["prompt_lookup", "lookup", "specblock", "specblock+lookup", "eagle3"])
-    given = {"specblock": DraftingPlan(6, 2, 3), "eagle3": DraftingPlan(4, 2)}
-    notes = choose_plans(chosen, loader.target, given)
-    assert calibrated == ["SpecBlockDrafter + LookupDrafter"]
-    assert notes["specblock"] == {"from": "given", "plan": [6, 2, 3]}
-    assert notes["eagle3"] == {"from": "given", "plan": [4, 2, None]}
-    assert notes["lookup"] == {"from": "default", "plan": [8, 1, None]}
-    joined = notes["specblock+lookup"]
-    assert joined["from"] == "calibrated, assumed acceptance" and joined["curves"]["plain"] > 0
-    drafters = {method.name: method.drafter for method in chosen}
-    assert drafters["specblock"].drafting_plan == DraftingPlan(6, 2, 3)
-    assert drafters["lookup"].drafting_plan == DraftingPlan(8, 1)
-    assert drafters["specblock+lookup"].drafting_plan == DraftingPlan(*joined["plan"])
-    fresh = loader.load(["lookup", "specblock", "specblock+lookup", "eagle3"])
-    for method in fresh[1:]:
-        method.drafter.drafting_plan = None
-    apply_plans(fresh, notes)
-    assert {m.name: m.drafter.drafting_plan for m in fresh[1:]} == {
-        name: drafters[name].drafting_plan for name in notes
-    }
-
-
-def test_measured_acceptance_is_told_from_assumed(loader, monkeypatch):
-    drafter = tiny_drafter()
-    drafter.config.acceptance = [[2, 1, 0, 1.5, 1.8]]
-    monkeypatch.setattr(loader, "_load", lambda base: drafter)
-    real = methods.calibrate
-    monkeypatch.setattr(methods, "calibrate", lambda *args: real(*args, context=16, repeats=1))
-    notes = choose_plans(loader.load(["other"]), loader.target, {})
-    assert notes["other"]["from"] == "calibrated, measured acceptance"
-    loader._loaded.pop("other")
-
-
-def test_a_plan_for_no_drafter_is_refused(loader):
-    chosen = loader.load(["prompt_lookup", "lookup"])
-    with pytest.raises(ValueError, match=r"given to 'prompt_lookup', which is none of the methods .* \(lookup\)"):
-        choose_plans(chosen, loader.target, {"prompt_lookup": DraftingPlan(4, 1)})
