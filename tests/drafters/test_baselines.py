@@ -211,6 +211,8 @@ def test_saved_and_loaded(name, tmp_path, llama):
         for (key, ours), theirs in zip(drafter.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), key
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(drafter.config)
+    papers = {"medusa": "2401.10774", "parallelspec": "2410.05589", "falcon_drafter": "2412.12639"}
+    assert f"https://huggingface.co/papers/{papers[name]})." in (tmp_path / "README.md").read_text()
     assert loaded[0].acceptance() == [(DraftingPlan(8, 1), 1.5), (DraftingPlan(12, 2, 4), 2.0)]
     assert [tau for _, tau in loaded[0].acceptance(with_lookup=True)] == [1.75, 2.25]
     (tmp_path / "model.safetensors").write_bytes(b"")
