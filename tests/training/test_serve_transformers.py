@@ -102,8 +102,9 @@ def test_a_server_samples_as_told(folder, server):
 
 
 def test_a_wrong_name_for_the_target_is_refused_in_a_sentence(folder, server, capsys):
-    command = ["regenerate", "--target", str(folder / "target"), "--output", str(folder / "wrong"), "--prompts"]
-    status = cli.main([*command, str(folder / "prompts.jsonl"), "--server", server, "--model", "another"])
+    command = ["regenerate", "--target", str(folder / "target"), "--output", str(folder / "wrong")]
+    command += ["--prompts", str(folder / "prompts.jsonl"), "--max-new-tokens", "9"]
+    status = cli.main([*command, "--server", server, "--model", "another"])
     assert status == 2
     error = capsys.readouterr().err
     assert "refuses to answer as another (status 400: " in error and "check --server, --model" in error
