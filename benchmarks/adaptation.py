@@ -84,7 +84,8 @@ class Service:
         self.drafter = AutoDrafter.from_pretrained(args.drafter, dtype="auto").eval().to(target.device)
         self.drafter.drafting_plan = DraftingPlan(*args.plan)
         self.clock = time.process_time if target.device.type == "cpu" else time.perf_counter
-        self.callback = OnlineAdaptationCallback(policy, settings=args.settings, clock=self.clock)
+        settings = replace(args.settings, objective=self.drafter.objective_class(**args.objective))
+        self.callback = OnlineAdaptationCallback(policy, settings=settings, clock=self.clock)
         self.drafter.add_callback(self.callback)
         self.state = Path(args.state) / f"{args.task}-{policy}.pt"
         if self.state.exists() and policy != "never":
@@ -140,14 +141,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--learning-rate", type=float, default=UpdateSettings.learning_rate)
     parser.add_argument("--steps", type=int, default=UpdateSettings.steps, help="of an update")
+    parser.add_argument(
+        "--objective",
+        type=json.loads,
+        default={"num_blocks": 1},
+        metavar="JSON",
+        help="fields of the drafter's objective (default: %(default)s)",
+    )
     parser.add_argument("--identity", type=int, metavar="N", help="compare the first N texts with plain generate()")
     parser.add_argument("--output", type=Path, default=RESULTS / "adaptation.json", help="and .jsonl, .png beside it")
     parser.add_argument(
         "--state", default="runs/adaptation", help="folder for what was learned (default: %(default)s)"
     )
     args = parser.parse_args()
-    args.settings = replace(
-        UpdateSettings(), learning_rate=args.learning_rate, steps=args.steps, autocast=args.dtype == "bfloat16"
+    args.settings = UpdateSettings(
+        learning_rate=args.learning_rate, steps=args.steps, autocast=args.dtype == "bfloat16"
     )
     return args
 
@@ -232,7 +240,7 @@ def report(args: argparse.Namespace, target, rows: list[dict[str, Any]]) -> None
         "max_new_tokens": args.max_new_tokens,
         "plan": list(args.plan),
         "clock": "CPU time of the process, updates included" if args.device == "cpu" else "wall time",
-        "settings": settings,
+        "settings": settings | {"objective": args.objective},
         "policies": {policy: summarise(mine[:answered]) for policy, mine in by_policy.items()},
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -26,8 +26,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.adaptation import OnlineAdaptationCallback
+from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
 from specblock_hf.default_target import load_default_target
+from specblock_hf.drafters.specblock_loss import SpecBlockObjective
 from specblock_hf.terminal import DEFAULT_DRAFTER
 
 
@@ -62,7 +63,9 @@ args = parser.parse_args()
 
 target, tokenizer = load_default_target()
 drafter = SpecBlockDrafter.from_pretrained(DEFAULT_DRAFTER, dtype="auto")
-adaptation = OnlineAdaptationCallback(args.policy)
+# An update learns from the first block alone, which is a third of the work.
+settings = UpdateSettings(objective=SpecBlockObjective(num_blocks=1))
+adaptation = OnlineAdaptationCallback(args.policy, settings=settings)
 drafter.add_callback(adaptation)
 
 taus: list[float] = []

@@ -29,6 +29,9 @@ import torch
 from torch import nn
 
 from ..drafter import TreeDrafter
+from ..modeling_eagle3 import Eagle3Model
+from ..modeling_specblock import SpecBlockModel
+from ..training.batches import draft_ids_of
 from ..training.objective import TargetBatch
 from .windows import Window, WindowBuffer, collate
 
@@ -42,23 +45,24 @@ class UpdateSettings:
     How an update trains. The paper's values are not public; these were tuned on another stream than the reported one.
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 2e-4): Of AdamW, constant.
+        learning_rate (`float`, *optional*, defaults to 5e-4): Of AdamW, constant; 1.5e-3 was unstable.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW, as in training.
         max_grad_norm (`float`, *optional*, defaults to 0.5): As in training.
-        steps (`int`, *optional*, defaults to 4): Steps of an update.
+        steps (`int`, *optional*, defaults to 2): Steps of an update.
         batch_tokens (`int`, *optional*, defaults to 1024): Most pairs of a step.
         drift_weight (`float`, *optional*, defaults to 0.1):
-            Weight lambda of KL(drafter before deployment || drafter); 0 saves that copy of the drafter and its time.
+            Weight lambda of KL(drafter before deployment || drafter), for SpecBlock and EAGLE-3; 0 saves that copy of
+            the drafter and its time.
         drift_share (`float`, *optional*, defaults to 0.25): Share of a step's windows on which it is estimated.
         objective (*optional*): An instance of the drafter's `objective_class`; its defaults if not given.
         autocast (`bool`, *optional*, defaults to `False`): Compute in bfloat16; the trained weights stay in float32.
         seed (`int`, *optional*, defaults to 0): Of the windows that are drawn and of the objective's own draws.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 0.5
-    steps: int = 4
+    steps: int = 2
     batch_tokens: int = 1024
     drift_weight: float = 0.1
     drift_share: float = 0.25
@@ -85,7 +89,7 @@ class DrafterUpdater:
         device (`torch.device`, *optional*): Where to train; the drafter's own by default.
 
     Raises:
-        ValueError: The drafter has no weights, or none that may be changed.
+        ValueError: The drafter has no weights, none that may be changed, or a drift that is not known.
     """
 
     def __init__(self, drafter: TreeDrafter, settings: UpdateSettings, device: torch.device | str | None = None):
@@ -95,6 +99,11 @@ class DrafterUpdater:
             raise ValueError(
                 f"{type(drafter).__name__} has no weights that could learn; adapt a drafter with weights, or leave "
                 "the callback out."
+            )
+        if settings.drift_weight and not isinstance(self.deployed, (SpecBlockModel, Eagle3Model)):
+            raise ValueError(
+                f"the drift of a {type(self.deployed).__name__} from what it was cannot be measured; pass "
+                "settings=UpdateSettings(drift_weight=0.0)."
             )
         if any(parameter.is_inference() for parameter in self.deployed.parameters_of("full")):
             raise ValueError(
@@ -107,9 +116,7 @@ class DrafterUpdater:
         self.random = random.Random(settings.seed)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.optimizer = self._new_optimizer()
-        vocabulary = self.deployed.draft_to_target.to(self.device)
-        self.draft_ids = torch.full((self.deployed.config.vocab_size,), -1, device=self.device)
-        self.draft_ids[vocabulary] = torch.arange(len(vocabulary), device=self.device)
+        self.draft_ids = draft_ids_of(self.deployed, self.deployed.config.vocab_size).to(self.device)
 
     def draw(self, buffer: WindowBuffer) -> list[list[Window]]:
         """What an update will train on: the windows of every step."""

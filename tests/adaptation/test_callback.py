@@ -21,6 +21,7 @@ import time
 
 import pytest
 import torch
+from baselines_for_tests import BASELINES, baseline
 from conftest import prompt_of, tiny_target
 from safetensors.torch import load_file
 from serving_for_tests import GREEDY, adapted, plain, same, serve, weights_of
@@ -156,10 +157,10 @@ def test_weights_that_are_not_finite_never_come_into_service():
 
 def poison(callback: OnlineAdaptationCallback) -> None:
     """From now on, teach that the target wants quite another token than it does."""
-    add = callback.buffer.add
+    add, wrong = callback.buffer.add, int(callback.updater.deployed.draft_to_target[0])
 
     def add_poisoned(window):
-        window.top_ids[window.top_ids >= 0] = 0
+        window.top_ids[window.top_ids >= 0] = wrong
         add(window)
 
     callback.buffer.add = add_poisoned
@@ -180,12 +181,12 @@ def test_a_poisoned_stream_is_rolled_back():
     serve(drafter, 16, prompts=2)
     drafter.remove_callback(teacher)
     start = mean_tau(drafter, 2)
-    assert start > 2.5
+    assert start > 2
     callback = adapted(
         drafter,
         every=2,
-        monitor=FallMonitor(2),
-        settings=UpdateSettings(learning_rate=1e-3, steps=1, drift_weight=0.0, objective=FIRST_BLOCK),
+        monitor=FallMonitor(4),
+        settings=UpdateSettings(learning_rate=2e-3, steps=1, drift_weight=0.0, objective=FIRST_BLOCK),
     )
     poison(callback)
     worst = start
@@ -281,6 +282,21 @@ def test_a_joined_drafter_learns_where_it_has_weights():
     assert serve(joined, 4) == plain(4)
     assert callback.updates == 2
     assert not same(weights_of(part), before)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_other_drafters_learn_as_well(name):
+    drafter = baseline(name)
+    before, weight = weights_of(drafter), 0.1 if name == "eagle3" else 0.0
+    callback = adapted(drafter, every=2, settings=UpdateSettings(steps=1, drift_weight=weight))
+    assert serve(drafter, 4) == plain(4)
+    assert callback.failure is None and callback.updates == 2
+    assert not same(weights_of(drafter), before)
+
+
+def test_an_unknown_drift_is_refused():
+    with pytest.raises(ValueError, match="drift of a MedusaDrafter"):
+        adapted(baseline("medusa"))
 
 
 def test_several_threads_may_serve_while_it_learns():

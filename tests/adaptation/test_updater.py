@@ -70,9 +70,11 @@ def test_a_head_update_leaves_everything_before_the_heads_alone():
 
 
 def test_updates_lower_the_loss_of_what_is_learned():
-    updater, buffer = updater_of(drift_weight=0.0), filled_buffer()
-    losses = [updater.train("full", updater.draw(buffer))["loss"] for _ in range(5)]
-    assert losses[-1] < 0.9 * losses[0]
+    objective = SpecBlockObjective(num_blocks=1)
+    updater = updater_of(drift_weight=0.0, steps=8, learning_rate=5e-3, objective=objective)
+    buffer = filled_buffer()
+    losses = [updater.train("full", updater.draw(buffer))["loss"] for _ in range(4)]
+    assert losses[-1] < 0.85 * losses[0]
 
 
 def test_the_drift_starts_at_zero_and_its_weight_holds_it_down():
