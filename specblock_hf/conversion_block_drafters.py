@@ -19,13 +19,18 @@ tensors are ours.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .configuration_block_diffusion import BlockDiffusionConfig, spread_feature_layers
-from .conversion import Tensors, rope_parameters_of, target_fields
+from .conversion import Layout, Tensors, rope_parameters_of, target_fields
+from .drafter import UNRECORDED_LAYER
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
@@ -173,4 +178,66 @@ def _dspark_fields(config: Mapping[str, Any], name: object) -> dict[str, Any]:
     }
 
 
-__all__ = ["read_block_config"]
+def write_block_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout: Layout) -> None:
+    """
+    Save a drafter as published ones are, for whatever else reads those.
+
+    Args:
+        drafter ([`BlockDiffusionDrafter`]): What to save.
+        folder (`str` or `Path`): Where; made if it is not there.
+        layout (`Layout`): `DSPARK` for one with an embedding and head of its own, otherwise `DFLASH`.
+
+    Raises:
+        ValueError: The drafter is of another kind, or reads states that it does not record.
+    """
+    config = drafter.config
+    if not isinstance(config, BlockDiffusionConfig) or (layout == Layout.DSPARK) != config.own_embedding:
+        raise ValueError(
+            f"This {config.model_type} drafter cannot be written in the layout {layout.value}; choose another."
+        )
+    if UNRECORDED_LAYER in config.feature_layers:
+        raise ValueError(f"The layout {layout.value} lists the states that a drafter reads; record feature_layers.")
+    tensors = {key: value.contiguous() for key, value in drafter.state_dict().items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = _written_config(config, layout) | {"dtype": str(drafter.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _written_config(config: BlockDiffusionConfig, layout: Layout) -> dict[str, Any]:
+    block = {
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": [layer - 1 for layer in config.feature_layers],
+    }
+    written = {key: getattr(config, key) for key in (*_REQUIRED, *_OPTIONAL)} | {
+        "model_type": "qwen3",
+        "use_sliding_window": config.use_sliding_window,
+        "rope_parameters": dict(config.rope_parameters),
+        "num_target_layers": config.target_num_layers,
+        "tie_word_embeddings": False,
+    }
+    if layout == Layout.DSPARK:
+        return (
+            {"architectures": ["Qwen3DSparkModel"]}
+            | written
+            | block
+            | {
+                "num_anchors": 512,  # of its training; readers ask for it
+                "markov_rank": config.markov_rank,
+                "markov_head_type": "vanilla",
+                "enable_confidence_head": config.confidence_head,
+                "confidence_head_with_markov": config.confidence_head_with_markov,
+            }
+        )
+    numbers = {key: getattr(config, key) for key, default in _NUMBERS.items() if getattr(config, key) != default}
+    causal = {} if config.causal is None else {"causal": config.causal}
+    architecture = "DFlash2DraftModel" if config.selector_rank else "DFlashDraftModel"
+    # Older readers look for the block's size at the top, and for JetSpec's word for causal blocks.
+    older = {"block_size": config.block_size} | ({} if config.causal is None else {"is_causal": config.causal})
+    head = {"causal_head": True} if config.causal else {}
+    return {"architectures": [architecture]} | written | older | {"dflash_config": block | numbers | causal | head}
+
+
+__all__ = ["read_block_config", "write_block_checkpoint"]

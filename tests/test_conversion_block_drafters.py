@@ -22,15 +22,16 @@ from pathlib import Path
 import hub_client
 import pytest
 import torch
-from block_drafters_for_tests import pull_and_generate
+from block_drafters_for_tests import block_drafter, pull_and_generate
 from hub_client import Client
 from hub_server import HubServer, Repo
 from safetensors.torch import load_file
-from test_loading import assert_same, rewrite
+from test_loading import assert_same, rewrite, small_drafter
 from transformers import Qwen3Config
 
 from specblock_hf import AutoDrafter, BlockDiffusionDrafter, cli
 from specblock_hf.conversion import Layout, layout_of, write_checkpoint
+from specblock_hf.conversion_block_drafters import write_block_checkpoint
 
 
 FOLDER = Path(__file__).parent / "fixtures" / "conformance" / "block_drafters"
@@ -81,9 +82,7 @@ def test_it_is_kept_in_our_layout(name, tmp_path):
     again = AutoDrafter.from_pretrained(tmp_path)
     assert_same(again, drafter)
     assert again.config.layer_rules == drafter.config.layer_rules
-    ignored = ("_name_or_path", "transformers_version")
-    fields = [{k: v for k, v in d.config.to_dict().items() if k not in ignored} for d in (again, drafter)]
-    assert fields[0] == fields[1]
+    assert differing_fields(again, drafter) == set()
 
 
 def read(folder: Path, **kwargs):
@@ -198,15 +197,58 @@ def test_a_dspark_without_its_heads(copy):
     assert drafter.config.num_predictions == 7
 
 
-def test_no_other_layout_is_written(tmp_path):
-    drafter = AutoDrafter.from_pretrained(GOLDEN["full"][0])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_way_there_and_back_changes_nothing(name, tmp_path):
+    folder, layout = GOLDEN[name]
+    drafter = AutoDrafter.from_pretrained(folder)
+    write_block_checkpoint(drafter, tmp_path, layout)
+    written = json.loads((tmp_path / "config.json").read_text())
+    published = json.loads((folder / "config.json").read_text())
+    assert written["architectures"] == published["architectures"] and written["model_type"] == "qwen3"
+    assert layout_of(written, tmp_path) == layout
+    again = AutoDrafter.from_pretrained(tmp_path)
+    assert_same(again, drafter)
+    assert again.config.layer_rules == drafter.config.layer_rules
+    assert differing_fields(again, drafter) == set()
+
+
+def test_all_that_the_layout_has_a_word_for_is_written(tmp_path):
+    fields = {"final_logit_softcapping": 20.0, "output_multiplier": 0.5, "input_embedding_scale": 2.0}
+    fields |= {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 4}
+    for causal in (None, False, True):
+        drafter = block_drafter("dflash", causal=causal, target_num_layers=4, **fields)
+        write_block_checkpoint(drafter, tmp_path, Layout.DFLASH)
+        again = AutoDrafter.from_pretrained(tmp_path)
+        assert again.config.layer_rules == drafter.config.layer_rules == [(causal is not False, 4)] * 2
+        # A tree is the reader's own affair.
+        assert differing_fields(again, drafter) <= {"tree_budget", "causal"}
+
+
+def differing_fields(one: BlockDiffusionDrafter, other: BlockDiffusionDrafter) -> set[str]:
+    first, second = one.config.to_dict(), other.config.to_dict()
+    names = (first.keys() | second.keys()) - {"_name_or_path", "transformers_version", "architectures", "dtype"}
+    return {name for name in names if first.get(name) != second.get(name)}
+
+
+def test_a_layout_of_another_kind_is_not_written(tmp_path):
+    dflash, dspark = (AutoDrafter.from_pretrained(GOLDEN[name][0]) for name in ("full", "dspark"))
     for layout in Layout:
         with pytest.raises(ValueError, match=r"^A block_diffusion drafter cannot be written in the layout "):
-            write_checkpoint(drafter, tmp_path, layout)
+            write_checkpoint(dflash, tmp_path, layout)
+    for drafter, layout in ((dflash, Layout.DSPARK), (dspark, Layout.DFLASH), (small_drafter(), Layout.DFLASH)):
+        with pytest.raises(
+            ValueError, match=r"^This \w+ drafter cannot be written in the layout .*; choose another\.$"
+        ):
+            write_block_checkpoint(drafter, tmp_path, layout)
+    drafter = block_drafter(feature_layers=None)
+    with pytest.raises(ValueError, match=r"^The layout dflash lists the states .*; record feature_layers\.$"):
+        write_block_checkpoint(drafter, tmp_path, Layout.DFLASH)
 
 
 def test_the_commands_know_it(capsys, tmp_path):
     assert cli.main(["convert", str(GOLDEN["jetspec"][0]), str(tmp_path / "ours")]) in (0, None)
+    assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "dflash"]) in (0, None)
+    assert AutoDrafter.from_pretrained(tmp_path / "theirs").config.causal
     assert cli.main(["inspect", str(GOLDEN["jetspec"][0]), "--target", str(FOLDER / "target")]) == 0
     assert cli.main(["inspect", str(tmp_path / "ours"), "--target", str(FOLDER / "target")]) == 0
     printed = capsys.readouterr().out

@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from ..auto import AutoDrafter
 from ..conversion import Layout, write_checkpoint
+from ..conversion_block_drafters import write_block_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=[layout.value for layout in Layout],
         default=Layout.OURS.value,
-        help="layout: ours, the SpecBlock authors', or for EAGLE-3 one of the other three (default: %(default)s)",
+        help="layout: ours, or one that the drafter's kind is published in (default: %(default)s)",
     )
     parser.add_argument("--target", help="folder or Hub id; fills in what the layout read from does not record")
     parser.add_argument("--revision", help="branch, tag or commit of the drafter")
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     drafter = AutoDrafter.from_pretrained(args.drafter, target=target, revision=args.revision)
     if args.to == Layout.OURS:
         drafter.save_pretrained(args.output)
+    elif args.to in (Layout.DFLASH, Layout.DSPARK):
+        write_block_checkpoint(drafter, args.output, Layout(args.to))
     else:
         write_checkpoint(drafter, args.output, Layout(args.to))
     print(f"{type(drafter).__name__} written to {args.output} in the layout {args.to}")

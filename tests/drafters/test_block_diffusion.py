@@ -360,6 +360,22 @@ def test_a_saved_drafter_comes_back(variant, tmp_path):
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
 
 
+def test_its_card_names_the_method():
+    card = str(block_drafter("jetspec").model_card("org/drafter"))
+    assert "Method: [DFlash](https://huggingface.co/papers/2602.06036)" in card
+    assert f"| Tokens a forward | {BLOCK} |" in card and "SpecBlock" not in card
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_is_the_anchor_and_masks_as_the_target_embeds_them(kind):
+    """With whatever its embedding does beside the look-up (Gemma scales its rows), and then the drafter's factor."""
+    target, drafter = tiny_target(kind), block_drafter("scaled", mask_token_id=9)
+    embeds = drafter.block_embeds(torch.tensor([[3], [5]]), 4, TokenTable.of(target))
+    ids = torch.tensor([[[3, 9, 9, 9]], [[5, 9, 9, 9]]])
+    assert torch.equal(embeds, 0.5 * target.get_input_embeddings()(ids))
+
+
 @pytest.mark.parametrize(
     ("overrides", "what"),
     [
