@@ -228,10 +228,14 @@ def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
 class ShapeLimits(Protocol):
     """What a shape needs of [`Limits`]."""
 
-    nodes: tuple[int, ...]
-    depth: tuple[int, ...]
-    num_forwards: int
-    max_starts: int | None
+    @property
+    def nodes(self) -> tuple[int, ...]: ...
+    @property
+    def depth(self) -> tuple[int, ...]: ...
+    @property
+    def num_forwards(self) -> int: ...
+    @property
+    def max_starts(self) -> int | None: ...
 
 
 class SampledGrowth:
