@@ -31,6 +31,7 @@ import transformers
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 
+SAVED_EVERY = 100  # calls, so that a run that was cut short has something to say
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -65,21 +66,26 @@ def main() -> None:
             drafted += check(case)
         except AssertionError as error:
             mismatches.append(f"{case}: {error}")
+        if counts["calls"] % SAVED_EVERY == 0:
+            save()
+
+    def save() -> None:
+        result = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "seed": arguments.seed,
+            "mismatches": len(mismatches),
+            "drafted_tokens_kept": drafted,
+            "seconds": round(time.perf_counter() - start),
+            "counts": dict(sorted(counts.items())),
+            "first_mismatches": mismatches[:10],
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
     start = time.perf_counter()
     compare()
-    result = {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "seed": arguments.seed,
-        "mismatches": len(mismatches),
-        "drafted_tokens_kept": drafted,
-        "seconds": round(time.perf_counter() - start),
-        "counts": dict(sorted(counts.items())),
-        "first_mismatches": mismatches[:10],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    save()
     print(f"{counts['calls']} calls, {len(mismatches)} mismatches, written to {arguments.output}")
 
 

@@ -180,6 +180,21 @@ ROWS = [
 ]
 
 
+NOTES = [
+    "- With a continued `past_key_values` the drafter's context begins with the tokens that this call reads: the",
+    "  states of earlier ones are not in the cache. That may cost accepted tokens, never text. Pass the whole",
+    "  conversation without a cache where acceptance matters more than the prefill.",
+    "- `output_hidden_states` and `output_attentions` keep a copy for every emitted token, as plain decoding",
+    "  does.",
+    "- FlexAttention reads the tree's mask as scores to add, so that no block mask is compiled for every shape of",
+    "  tree. It was tried without compiling its kernel, and FlashAttention through a function that computes the",
+    "  same: neither on a GPU.",
+    "- During a call a `DynamicCache` is written in place, with room for up to 256 columns more than it holds;",
+    "  what is handed back is an ordinary one without spare room. A round still rewrites what it shows in sliding",
+    "  layers, and in a batch whose rows accept different lengths.",
+]
+
+
 def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
     lines = [
         "# What `generate(assistant_model=drafter)` accepts",
@@ -196,6 +211,7 @@ def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
         for name, (one, several, test) in rows.items():
             same = several == one and one not in (EXACT, LAW)
             lines.append(f"| {name} | {one} | {'the same' if same else several} | `{test}` |")
+    lines += ["", "## Notes", "", *NOTES]
     return "\n".join(lines) + "\n"
 
 
