@@ -20,6 +20,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 import huggingface_hub
 from huggingface_hub import AsyncInferenceClient, ChatCompletionOutput, InferenceTimeoutError
@@ -30,10 +31,8 @@ from transformers import PreTrainedTokenizerBase
 from .answering import Prompt
 
 
-if Version(huggingface_hub.__version__) >= Version("2.0"):
-    from httpx2 import TransportError
-else:
-    from httpx import TransportError
+# What the client lets through when there is no connection comes from the package that it is built on.
+_HTTP = import_module("httpx2" if Version(huggingface_hub.__version__) >= Version("2.0") else "httpx")
 
 
 ENGINES: dict[str, dict] = {
@@ -162,14 +161,16 @@ class ServerAnswering:
     async def _answer(self, client: AsyncInferenceClient, prompt: Prompt) -> list[int] | None:
         """The answer's tokens, or `None` if the server refuses this prompt."""
         pause = self.server.pause
+        failure: Exception
         for number in range(1, self.server.tries + 1):
             try:
                 return self._ids(prompt, await client.chat_completion(**self._request(prompt)))
             except HfHubHTTPError as error:
                 if error.response.status_code not in BUSY:
-                    return self._refusal(error)
+                    self._refuse(error)
+                    return None
                 failure, asked = error, error.response.headers.get("Retry-After", "")
-            except (TransportError, InferenceTimeoutError) as error:
+            except (_HTTP.TransportError, InferenceTimeoutError) as error:
                 failure, asked = error, ""
             if number < self.server.tries:
                 wait = float(asked) if asked.isdecimal() else pause * random.uniform(0.5, 1.0)
@@ -202,8 +203,8 @@ class ServerAnswering:
     def _ids(self, prompt: Prompt, reply: ChatCompletionOutput) -> list[int]:
         """The answer's tokens: the server's own, or those of its text, with the one that ended it."""
         # By attributes: in the reply as a dict, what the client does not know is left out.
-        choice, usage = reply.choices[0], reply.usage or {}
-        message, reason = choice.message, choice.finish_reason
+        choice, message = reply.choices[0], reply.choices[0].message
+        reason, usage = choice.finish_reason, dict(reply.usage or {})
         read = usage.get("prompt_tokens")
         if read not in (None, len(prompt.input_ids)):
             raise ValueError(
@@ -228,7 +229,7 @@ class ServerAnswering:
         end = self.tokenizer.eos_token_id
         return end if end is not None else min(self.stop_ids)
 
-    def _refusal(self, error: HfHubHTTPError) -> None:
+    def _refuse(self, error: HfHubHTTPError) -> None:
         """Note that a prompt was refused; raise if it is not about the prompt."""
         status = error.response.status_code
         self.refused.append(_said(error))
