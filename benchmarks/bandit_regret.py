@@ -97,7 +97,7 @@ def simulate(gains: Mapping[str, float], seeds: int, queries: int, noise: float 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=100, help="independent runs of each case (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=40, help="independent runs of each case (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=1000, help="of each run (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.03, help="of a query's throughput (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "adaptation_bandit.json", help="and .png beside it")

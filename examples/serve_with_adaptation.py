@@ -63,7 +63,7 @@ args = parser.parse_args()
 
 target, tokenizer = load_default_target()
 drafter = SpecBlockDrafter.from_pretrained(DEFAULT_DRAFTER, dtype="auto")
-# An update learns from the first block alone, which is a third of the work.
+# An update learns from the first block alone, which costs less.
 settings = UpdateSettings(objective=SpecBlockObjective(num_blocks=1))
 adaptation = OnlineAdaptationCallback(args.policy, settings=settings)
 drafter.add_callback(adaptation)
