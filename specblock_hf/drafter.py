@@ -195,12 +195,12 @@ class DraftingPlan:
         return self.verification or ("walk" if self.draft_sampling == "topk" else "block")
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        for name, way, known in (
             ("draft_sampling", self.draft_sampling, get_args(DraftSampling)),
             ("verification", self.rule, get_args(Verification)),
         ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; give one of {', '.join(known)}.")
+            if way not in known:
+                raise ValueError(f"{name} is {way!r}; give one of {', '.join(known)}.")
         if self.draft_sampling == "topk" and self.rule != "walk":
             raise ValueError(
                 f"verification={self.rule!r} compares drawn tokens with the laws that they were drawn from, which "
