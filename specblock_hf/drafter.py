@@ -174,6 +174,12 @@ class DraftingPlan:
         num_forwards (`int`): Most forwards of the drafter in a round (SpecBlock: blocks M).
         max_starts (`int`, *optional*):
             Most rows of a forward after the first; `None` for as many as the drafter's rule asks.
+        min_probability (`float`, *optional*, defaults to 0.0):
+            Path probability, by the drafter, below which a node is not worth verifying. Rounds with a sure draft thus
+            verify more nodes than those with a vague one. Drawn trees are left whole.
+        min_start_probability (`float`, *optional*, defaults to 0.0):
+            Path probability below which a node is not worth a row of the drafter's next forward; a round in which no
+            node is goes without that forward.
         draft_sampling (`str`, *optional*, defaults to `"topk"`):
             How calls that sample choose the tokens of a tree, see `DraftSampling`: the likeliest, or drawn ones.
             Greedy calls draft the likeliest.
@@ -186,6 +192,8 @@ class DraftingPlan:
     tree_budget: int
     num_forwards: int
     max_starts: int | None = None
+    min_probability: float = 0.0
+    min_start_probability: float = 0.0
     draft_sampling: DraftSampling = "topk"
     verification: Verification | None = None
 
@@ -210,6 +218,12 @@ class DraftingPlan:
             raise ValueError(
                 f"{self} cannot be drafted; give a budget of 0 or more and at least one forward and start."
             )
+        for name, value in (
+            ("min_probability", self.min_probability),
+            ("min_start_probability", self.min_start_probability),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; give a probability from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -222,6 +236,7 @@ class Limits:
         depth (`tuple[int, ...]`): Deepest drafted node of each row; a deeper one could never be emitted.
         num_forwards (`int`): As in [`DraftingPlan`].
         max_starts (`int`, *optional*): As in [`DraftingPlan`].
+        min_start_probability (`float`, *optional*, defaults to 0.0): As in [`DraftingPlan`].
         draft_sampling (`str`, *optional*, defaults to `"topk"`): As in [`DraftingPlan`].
     """
 
@@ -229,6 +244,7 @@ class Limits:
     depth: tuple[int, ...]
     num_forwards: int = 1
     max_starts: int | None = None
+    min_start_probability: float = 0.0
     draft_sampling: DraftSampling = "topk"
 
 
@@ -258,6 +274,7 @@ class DraftState:
     generator: torch.Generator | None = None
     warp: Callable[[torch.Tensor], torch.Tensor] | None = None
     calls: int = field(default=0, init=False)  # drafter forwards so far
+    forward_rows: int = field(default=0, init=False)  # and their rows: committed pairs and starts
 
 
 class DrafterLock:
@@ -385,9 +402,9 @@ class TreeDrafter(ABC):
     ) -> dict[str, torch.Tensor]:
         """
         The drafter's training objective and its parts, for the trainer and the online updater alike. `specblock train
-        --drafter NAME` trains whatever implements this and is listed in `specblock_hf.auto.DRAFTERS`: the
+        --drafter NAME` trains whatever implements this and is listed in `specblock_hf.auto.TRAINABLE`: the
         configuration class makes a drafter for a target (`config_class.for_target(target.config, **overrides)`), the
-        drafter has the draft vocabulary of [`DraftHead`].
+        drafter has the draft vocabulary of [`DraftHead`] or says all that the target can.
 
         Args:
             batch ([`TargetBatch`]): Texts and the target's view of them; the features are those of `feature_layers`.

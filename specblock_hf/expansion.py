@@ -308,7 +308,7 @@ def best_first(
     )
 
 
-def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_log_prob: float | None = None) -> Starts:
+def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_probability: float = 0.0) -> Starts:
     """
     Keep the likeliest starts by cumulative log-prob, best first.
 
@@ -316,18 +316,21 @@ def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_lo
         starts (`Starts`): Candidates, S wide.
         tree (`DraftTree`): The tree that they are nodes of.
         max_starts (`int`, *optional*): Most starts of each row; `None` keeps all.
-        min_log_prob (`float`, *optional*): Starts with a cumulative log-prob below this one become padding.
+        min_probability (`float`, *optional*, defaults to 0.0):
+            Less likely starts are left out. Unless it is 0, how many are left is read from the device.
 
     Returns:
-        `Starts`: `min(S, max_starts)` wide.
+        `Starts`: `min(S, max_starts)` wide, or as wide as the row that has most likely ones.
     """
     scores = tree.cumulative_log_probs().gather(1, starts.node.clamp_min(0))
     scores = scores.masked_fill(starts.node < 0, -torch.inf)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     order = order[:, :max_starts]
     node = starts.node.gather(1, order)
-    if min_log_prob is not None:
-        node = torch.where(scores[:, :max_starts] >= min_log_prob, node, -2)
+    if min_probability:
+        likely = scores[:, :max_starts] >= math.log(min_probability)
+        width = int(likely.sum(1).max())
+        node, order = torch.where(likely, node, -2)[:, :width], order[:, :width]
     return Starts(
         node=node,
         parent_start=starts.parent_start.gather(1, order),

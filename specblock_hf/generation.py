@@ -67,7 +67,7 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
     depths = tuple(max(tokens - 1, 0) for tokens in remaining)
     most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
     nodes = tuple(most if depth else 0 for depth in depths)
-    return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.draft_sampling)
+    return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
 
 
 def decode(
@@ -125,7 +125,7 @@ def decode(
         limits = round_limits(plan, choice.remaining, target.room())
         if any(limits.nodes):
             with drafter.lock:
-                tree = target.scorable(drafter.propose(state, pairs, limits))
+                tree = target.scorable(drafter.propose(state, pairs, limits).worth(plan.min_probability))
         else:  # the last token of a call, or a plan that does not draft at all: the drafter need not know of it
             tree = DraftTree.root(pairs.tokens.gather(1, pairs.lengths.clamp_min(1).unsqueeze(1) - 1).squeeze(1))
         listeners.on_draft(call, tree)
@@ -143,7 +143,8 @@ def decode(
         clock.lap("host")
 
     target.finish()
-    statistics.target_calls, statistics.drafter_calls = target.calls, state.calls
+    statistics.target_calls = target.calls
+    statistics.drafter_calls, statistics.drafter_rows = state.calls, state.forward_rows
     clock.write_to(statistics)
     listeners.on_generate_end(call)
     return statistics

@@ -46,6 +46,7 @@ class GenerationStatistics:
         nodes_verified (`int`): Tree nodes that the target scored, roots and padding counted, finished rows not.
         target_calls (`int`): Forwards of the target, prefill chunks counted.
         drafter_calls (`int`): Forwards of the drafter.
+        drafter_rows (`int`): Rows of those forwards: committed pairs, the prompt's included, and starts.
         prefill_seconds (`float`):
             The target's forwards over the prompt, and the drafter's over all chunks but the last.
         draft_seconds (`float`): Spent in `propose`.
@@ -62,6 +63,7 @@ class GenerationStatistics:
     nodes_verified: int = 0
     target_calls: int = 0
     drafter_calls: int = 0
+    drafter_rows: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0

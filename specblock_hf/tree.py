@@ -19,6 +19,7 @@ from the device (except `to_text`), so that a whole round can be captured in a C
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -192,6 +193,18 @@ class DraftTree:
         if min(budgets) < most:
             tree = tree._drop(tree._positions() > self._column(budgets))
         return tree._take(tree._off_likeliest_path().sort(dim=1, stable=True).indices)
+
+    def worth(self, min_probability: float) -> DraftTree:
+        """
+        The tree without the nodes that the drafter gives less than this path probability, and as narrow as the widest
+        row then is. A drawn tree stays whole, because its shape must not depend on what was drawn.
+
+        Args:
+            min_probability (`float`): 0 leaves the tree alone, and reads nothing from the device.
+        """
+        if min_probability == 0 or self.laws is not None:
+            return self
+        return self._drop(self.cumulative_log_probs() < math.log(min_probability)).pack()
 
     def limit_depth(self, depths: int | Sequence[int]) -> DraftTree:
         """

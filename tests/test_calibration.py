@@ -68,6 +68,13 @@ def test_an_impossible_plan_is_refused(values):
         DraftingPlan(*values)
 
 
+@pytest.mark.parametrize("name", ["min_probability", "min_start_probability"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_an_impossible_probability_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        DraftingPlan(4, 1, **{name: value})
+
+
 def small_drafter(target) -> SpecBlockDrafter:
     torch.manual_seed(1)
     config = SpecBlockConfig.for_target(target.config, draft_vocab_size=24)
@@ -112,5 +119,20 @@ def test_a_calls_own_plan_goes_first(plan, nodes, forwards):
     assert torch.equal(plain, drafted)
     tree, _ = drafter.last_statistics.first_round
     assert tree.tokens.shape[1] == nodes
+    assert drafter.last_statistics.drafter_rows >= drafter.last_statistics.drafter_calls
     if not forwards:
         assert drafter.last_statistics.drafter_calls == 0
+
+
+def test_unlikely_nodes_are_not_verified():
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    prompt = torch.arange(6)[None] % VOCAB
+    settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 16}
+    plain = target.generate(prompt, **settings)
+    verified = []
+    for at_least in (0.0, 0.002, 1.0):
+        drafter.drafting_plan = DraftingPlan(16, 1, min_probability=at_least)
+        assert torch.equal(plain, target.generate(prompt, assistant_model=drafter, **settings))
+        verified.append(drafter.last_statistics.nodes_verified / drafter.last_statistics.rounds)
+    assert verified[0] > 15 and 1 < verified[1] < verified[0] and verified[2] == 1

@@ -212,7 +212,7 @@ def test_a_batch_equals_its_rows(seed, branching):
     def draft(roots, outputs):
         tree = DraftTree.root(roots)
         tree, starts = rank_guided(tree, Starts.root(tree), outputs[0], branching, 0)
-        starts = limit_starts(starts, tree, 4, min_log_prob=-3.0)
+        starts = limit_starts(starts, tree, 4)
         tree, starts = rank_guided(tree, starts, outputs[1], branching, 1)
         return tree.merge_duplicates().prune(10), starts
 
@@ -252,20 +252,22 @@ def grown() -> tuple[DraftTree, Starts]:
 
 
 @pytest.mark.parametrize(
-    ("max_starts", "min_log_prob", "kept"),
+    ("max_starts", "min_probability", "kept"),
     [
-        (3, None, [1, 2, 3]),
-        (1, None, [1]),
-        (7, None, [1, 2, 3, 5, 6, 8, -2]),
-        (None, None, [1, 2, 3, 5, 6, 8, -2, -2]),
-        (20, None, [1, 2, 3, 5, 6, 8, -2, -2]),
-        (4, -2.0, [1, 2, -2, -2]),
-        (None, -5.5, [1, 2, 3, 5, -2, -2, -2, -2]),
+        (3, 0.0, [1, 2, 3]),
+        (1, 0.0, [1]),
+        (7, 0.0, [1, 2, 3, 5, 6, 8, -2]),
+        (None, 0.0, [1, 2, 3, 5, 6, 8, -2, -2]),
+        (20, 0.0, [1, 2, 3, 5, 6, 8, -2, -2]),
+        (4, math.exp(-2.5), [1, 2]),
+        (1, math.exp(-2.5), [1]),
+        (None, math.exp(-5.5), [1, 2, 3, 5]),
+        (None, 0.9, []),
     ],
 )
-def test_limit_starts(max_starts, min_log_prob, kept):
+def test_limit_starts(max_starts, min_probability, kept):
     tree, starts = grown()
-    limited = limit_starts(starts, tree, max_starts, min_log_prob)
+    limited = limit_starts(starts, tree, max_starts, min_probability)
     assert limited.node.tolist() == [kept]
     valid = [node for node in kept if node > 0]
     for name, factor in (("parent_start", 10), ("slot", 100), ("tokens", 1000)):
@@ -292,7 +294,7 @@ def test_nothing_depends_on_the_values():
     tree, branching = DraftTree.root(root), Branching((2, 4, 6, 4), root_width=10, probability_cuts=True)
     tree, starts = rank_guided(tree, Starts.root(tree), outputs(1), branching, 0)
     assert tree.tokens.shape == (2, 41) and starts.node.shape == (2, 40)
-    tree, starts = rank_guided(tree, limit_starts(starts, tree, 8, -4.0), outputs(8), branching, 1)
+    tree, starts = rank_guided(tree, limit_starts(starts, tree, 8), outputs(8), branching, 1)
     assert tree.tokens.shape == (2, 41 + 8 * 4 * 6) and starts.node.shape == (2, 192) and tree.max_depth == 8
     assert limit_starts_as_released(starts, tree, 60, 4).node.shape == (2, 10)
 

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.tree import DraftTree
+from specblock_hf.tree import DraftLaws, DraftTree
 
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -320,3 +320,32 @@ def test_to_text():
         "   └─ 'g' 0.250 (1, 7)",
     ]
     assert tree.to_text(Letters()) == "'h'"
+
+
+def chain_and_siblings(probabilities: list[list[float]], parents: list[list[int]]) -> DraftTree:
+    """Rows of the same width with these conditional probabilities."""
+    shape = torch.tensor(parents)
+    origin = torch.zeros(*shape.shape, 2, dtype=torch.long)
+    return DraftTree(torch.arange(shape.shape[1]).expand_as(shape), shape, torch.tensor(probabilities).log(), origin)
+
+
+@pytest.mark.parametrize(
+    ("at_least", "parents"), [(0.29, [[-1, 0, 0, 1]]), (0.31, [[-1, 0]]), (0.7, [[-1]]), (0.1, [[-1, 0, 0, 1, 3]])]
+)
+def test_nodes_that_are_not_worth_it_leave_with_their_columns(at_least, parents):
+    tree = chain_and_siblings([[1.0, 0.6, 0.3, 0.5, 0.5]], [[-1, 0, 0, 1, 3]])  # paths: 0.6, 0.3, 0.3, 0.15
+    assert tree.worth(0.0) is tree
+    assert tree.worth(at_least).parents.tolist() == parents
+
+
+def test_a_batch_is_as_wide_as_the_row_with_most_worthwhile_nodes():
+    tree = chain_and_siblings([[1.0, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.1]], [[-1, 0, 1, 2], [-1, 0, 0, 0]])
+    kept = tree.worth(0.2)
+    assert kept.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
+    assert tree.worth(0.3).parents.tolist() == [[-1, 0, -2], [-1, 0, 0]]
+
+
+def test_a_drawn_tree_stays_whole():
+    tree = chain_and_siblings([[1.0, 0.01]], [[-1, 0]])
+    tree.laws = DraftLaws(torch.zeros(1, 1, 3), torch.arange(3), torch.tensor([[-1, 0]]))
+    assert tree.worth(0.5) is tree

@@ -98,6 +98,7 @@ class BlockDrafter(NetworkDrafter):
             mask = committed_mask(count, size, offsets, width, self.device)
             positions = pairs.positions[:, rows].to(self.device)
             state.calls += 1
+            state.forward_rows += len(embeds) * count
             yield self(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
 
     def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
@@ -130,6 +131,7 @@ class BlockDrafter(NetworkDrafter):
         offset = first_width + sum(path.widths) * size
         state.cache.seek(offset, offset + count * size)
         state.calls += 1
+        state.forward_rows += len(embeds) * count
         mask = path.mask(first_width, size)
         return self(embeds, conditions, positions.expand(-1, count), mask, state.cache)
 

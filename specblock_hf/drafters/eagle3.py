@@ -76,7 +76,9 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
                     path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
                 hidden = self._later_block(state, hidden, starts, path, positions + level, first_width)
             tree, candidates = rank_guided(tree, starts, self._block_outputs(hidden, width), branching, level)
-            starts = limit_starts(candidates, tree, beam)
+            starts = limit_starts(candidates, tree, beam, limits.min_start_probability)
+            if not starts.node.shape[1]:
+                break
         return tree.limit_depth(limits.depth).prune(limits.nodes)
 
     def _block_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:

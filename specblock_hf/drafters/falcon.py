@@ -123,6 +123,7 @@ class FalconDrafter(BlockDrafter, FalconModel):
         )
         width = _last_column(state) + count
         state.cache.seek(offsets, width)
+        state.forward_rows += len(embeds) * count
         self.append_keys(states, pairs.positions.to(self.device), state.cache)
         state.committed = width if alone else offsets + lengths
         seen = torch.cat([state.recent, states], dim=1)
@@ -246,6 +247,7 @@ class FalconDrafter(BlockDrafter, FalconModel):
         state.cache.seek(offset, offset + count * size)
         steps = torch.arange(size, device=self.device).repeat(count) + 1 + number * size
         state.calls += 1
+        state.forward_rows += batch * count
         made = self(states.reshape(batch, count * size, -1), positions + steps, mask, state.cache)
         return FalconBlock(
             made.view(batch, count, size, -1),

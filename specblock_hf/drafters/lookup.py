@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -244,16 +244,41 @@ class JoinedDrafter(TreeDrafter):
     def extend(self, state: JoinedState, pairs: Pairs) -> None:
         for part, part_state in zip(self.parts, state.parts, strict=True):
             part.extend(part_state, pairs)
-        state.calls = state.parts[0].calls
+        self._count(state)
+
+    @property
+    def can_sample(self) -> bool:
+        return self.parts[0].can_sample
 
     def propose(self, state: JoinedState, pairs: Pairs, limits: Limits) -> DraftTree:
+        if limits.draft_sampling != "topk":
+            return self._draw(state, pairs, limits)
         trees = [part.propose(s, pairs, limits) for part, s in zip(self.parts, state.parts, strict=True)]
-        state.calls = state.parts[0].calls
+        self._count(state)
         tree = trees[0]
         for other in trees[1:]:
             if other.tokens.shape[1] > 1:
                 tree = tree.merge(other)
         return tree.prune(limits.nodes)
+
+    def _draw(self, state: JoinedState, pairs: Pairs, limits: Limits) -> DraftTree:
+        """A drawn tree beside the likeliest of what the others find, which gets at most half of the nodes."""
+        half = tuple(nodes // 2 for nodes in limits.nodes)
+        fixed = replace(limits, nodes=half, draft_sampling="topk")
+        trees = [part.propose(s, pairs, fixed) for part, s in zip(self.parts[1:], state.parts[1:], strict=True)]
+        found = trees[0] if trees else None
+        for other in trees[1:]:
+            found = found.merge(other).prune(half)
+        taken = found.tokens.shape[1] - 1 if trees else 0
+        left = replace(limits, nodes=tuple(nodes and nodes - taken for nodes in limits.nodes))
+        state.parts[0].warp = state.warp
+        drawn = self.parts[0].propose(state.parts[0], pairs, left)
+        self._count(state)
+        return drawn.beside(found) if taken else drawn
+
+    @staticmethod
+    def _count(state: JoinedState) -> None:
+        state.calls, state.forward_rows = state.parts[0].calls, state.parts[0].forward_rows
 
     def loss(self, batch) -> dict[str, torch.Tensor]:
         return self.parts[0].loss(batch)

@@ -84,6 +84,7 @@ class MedusaDrafter(NetworkDrafter, MedusaModel):
         (features,) = pairs.features
         features = features.gather(1, last.to(features.device).expand(-1, -1, features.shape[-1]))
         state.calls += 1
+        state.forward_rows += len(features)
         return self._product_tree(self._root(pairs), self(features.to(self.device, self.dtype)), limits)
 
     def loss(

@@ -100,6 +100,7 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
             width, state.committed = int(offsets.max()) + len(steps), offsets + lengths[:, 0]
         state.cache.seek(offsets, width)
         state.calls += 1
+        state.forward_rows += len(embeds) * count
         mask = committed_mask(len(steps), 1, offsets, width, self.device)
         hidden = self(embeds, conditions, positions, mask, state.cache)[:, :, 0]
         slots = (lengths - 1).clamp_min(0) + steps[:size]

@@ -93,7 +93,9 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             tree, candidates = self._grow(tree, starts, hidden, forward, max(limits.nodes))
             if forward + 1 == limits.num_forwards or (forward + 1) * size > max(limits.depth):
                 break
-            starts = limit_starts(candidates, tree, limits.max_starts)
+            starts = limit_starts(candidates, tree, limits.max_starts, limits.min_start_probability)
+            if not starts.node.shape[1]:
+                break
             path = self._path_to(starts, path, state, hidden.shape[1])
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
         tree = tree.merge_duplicates().limit_depth(limits.depth)

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..drafter import DraftingPlan, Limits, Pairs, TokenTable, TreeDrafter
+from ..drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
+from ..generation import round_limits
 from ..training.data import Example
 from ..training.features import TargetView
 from ..verification import Select, sample_and_walk
@@ -108,9 +109,9 @@ def _walk_text(
     accepted = []
     # As in `generate()`, no tree is deeper than what may still be emitted, the last of which is the target's own.
     while end + 2 < len(text):
-        limits = Limits((plan.tree_budget,), (len(text) - end - 2,), plan.num_forwards, plan.max_starts)
+        limits = round_limits(plan, [len(text) - end - 1])
         with drafter.lock:
-            tree = drafter.propose(state, pairs_between(done, end), limits)
+            tree = drafter.propose(state, pairs_between(done, end), limits).worth(plan.min_probability)
         walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted

@@ -355,6 +355,23 @@ def test_mixed_precision(name):
     assert all(weight.grad.dtype == torch.float32 for weight in drafter.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"), [("eagle3", 6 + 3 * 3), ("medusa", 1), ("parallelspec", 6), ("falcon_drafter", 6 + 2 + 2)]
+)
+@torch.no_grad()
+def test_rows_of_the_drafters_forwards_are_counted(name, rows):
+    """Committed pairs and starts; what a pair or start adds in slots is the drafter's own affair."""
+    drafter, told = baseline(name), Told(2, 12)
+    state = drafter.begin(told.table, 1, 12)
+    limits = Limits((40,), (9,), num_forwards=FORWARDS[name], max_starts={"falcon_drafter": 2}.get(name))
+    drafter.propose(state, pairs_for(drafter, told, (0,), (6,), rows=[0]), limits)
+    assert state.forward_rows == rows
+    both = drafter.begin(told.table, 2, 12)
+    limits = replace(limits, nodes=(40, 40), depth=(9, 9))
+    drafter.propose(both, pairs_for(drafter, told, (0, 0), (6, 6)), limits)
+    assert both.forward_rows == 2 * rows
+
+
 def test_what_was_heard_is_what_was_drafted():
     """The helper of the tests of training against drafting."""
     drafter = baseline("medusa", base=listening("medusa"))

@@ -24,7 +24,7 @@ from training_for_tests import Told, naive_states, tiny_drafter
 
 from specblock_hf import DraftingPlan, DraftTree, Limits, SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.drafters import block_drafter
-from specblock_hf.drafters.specblock_loss import _first_block, _later_block
+from specblock_hf.drafters.specblock_loss import first_block, later_block
 from specblock_hf.modeling_specblock import GraphCache
 
 
@@ -80,7 +80,7 @@ def draft(drafter: SpecBlockDrafter, told: Told, prompt: int = 9, limits: Limits
 def test_first_block_equals_the_training_forward(block_size):
     """Committed in steps of 1, 3, 2 and 6 pairs, every row equals the row of one forward over the whole text."""
     drafter, told = tiny_drafter(block_size=block_size), Told(1, 14)
-    whole = _first_block(drafter, told.batch(), GraphCache(2)).hidden
+    whole = first_block(drafter, told.batch(), GraphCache(2)).hidden
     state, done = drafter.begin(told.table, 1, 40), 0
     for count in (1, 3, 2, 6):
         (hidden,) = drafter._commit(state, told.pairs([done], [done + count]))
@@ -116,10 +116,10 @@ def test_later_blocks_equal_the_training_forward(block_size):
                 place += cut
                 text.tokens[0, place] = token
             cache, batch = GraphCache(2), text.batch()
-            block = _first_block(drafter, batch, cache)
+            block = first_block(drafter, batch, cache)
             for cut, _ in path:
                 everywhere = torch.ones_like(block.valid)
-                block = _later_block(drafter, batch, cache, block, everywhere, cut)
+                block = later_block(drafter, batch, cache, block, everywhere, cut, earlier_keys=False)
             row = block.pairs[0].tolist().index(pair)
             torch.testing.assert_close(states[0, start], block.hidden[0, row], **CLOSE)
             compared += 1
@@ -249,7 +249,7 @@ def test_eager_equals_sdpa():
     sdpa, eager = tiny_drafter(), tiny_drafter()
     eager.set_attn_implementation("eager")
     assert sdpa.config._attn_implementation == "sdpa"
-    whole = [_first_block(d, told.batch(), GraphCache(2)).hidden for d in (sdpa, eager)]
+    whole = [first_block(d, told.batch(), GraphCache(2)).hidden for d in (sdpa, eager)]
     torch.testing.assert_close(*whole, **CLOSE)
     assert_same_row(draft(sdpa, told), 0, draft(eager, told))
 
@@ -324,3 +324,22 @@ def test_what_an_update_may_change():
     named = {name for name, p in drafter.named_parameters() if id(p) in head}
     assert named == {"lm_head.weight", "rank_head.0.weight", "rank_head.2.weight"}
     assert len(drafter.parameters_of("full")) == len(list(drafter.parameters()))
+
+
+@torch.no_grad()
+def test_a_later_block_starts_only_where_the_path_is_likely_enough():
+    told = Told(1, 16)
+    drafter = recording(tiny_drafter(expansion="best_first"))
+    everything = draft(drafter, told, 9, Limits((500,), (99,), num_forwards=2, max_starts=12))
+    ((starts, _),) = drafter.recorded
+    scores = everything.cumulative_log_probs().exp()
+    drafter.recorded.clear()
+    likeliest = float(scores[0, 1:].max())
+    draft(drafter, told, 9, Limits((500,), (99,), 2, 12, min_start_probability=likeliest * 0.999))
+    ((fewer, _),) = drafter.recorded
+    assert starts.node.shape[1] == 12 and fewer.node.tolist() == [[1]]
+    drafter.recorded.clear()
+    state = drafter.begin(told.table, 1, 40)
+    tree = drafter.propose(state, told.pairs([0], [9]), Limits((500,), (99,), 2, 12, min_start_probability=1.0))
+    assert not drafter.recorded and state.calls == 1 and state.forward_rows == 9
+    assert int(tree.depths().max()) == drafter.config.block_size
