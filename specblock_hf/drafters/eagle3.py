@@ -11,7 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""EAGLE-3 as a drafter: the network of `modeling_eagle3.py`, a level of the tree with every forward."""
+"""
+EAGLE-3 (https://huggingface.co/papers/2503.01840) as a drafter: the network of `modeling_eagle3.py`, a level of the
+tree with every forward.
+
+Kept of the paper and the authors' code: the network and its published weights, the tree of EAGLE-2, whose levels give
+children to their likeliest nodes and which keeps the likeliest of all nodes in the end, and the objective, see
+[`eagle3_loss`]. Left out: nothing that changes what is drafted. Different: the pairs of an accepted path are told with
+the target's own features in one forward, which is also the first one of the next tree.
+"""
 
 from __future__ import annotations
 
