@@ -75,7 +75,7 @@ class AdaptationBandit:
         min_signal (`float`, *optional*, defaults to 0.5): Rewards of updates triggered by less are not learned from.
         warmup (`int`, *optional*, defaults to 16): Queries that only measure the throughput.
         cold_start (`int`, *optional*, defaults to 8): Updates over which exploration decays.
-        epsilon (`tuple[float, float]`, *optional*, defaults to `(0.5, 0.05)`):
+        epsilon (`tuple[float, float]`, *optional*, defaults to `(0.5, 0.02)`):
             Chance of trying an update whatever its predicted gain, at the first update and after the cold start. The
             last one keeps values that noise made negative from staying so.
         interval (`int`, *optional*, defaults to 8): Queries over which a throughput is measured.
@@ -94,7 +94,7 @@ class AdaptationBandit:
         min_signal: float = 0.5,
         warmup: int = 16,
         cold_start: int = 8,
-        epsilon: tuple[float, float] = (0.5, 0.05),
+        epsilon: tuple[float, float] = (0.5, 0.02),
         interval: int = 8,
         cooldown: int = 8,
         seed: int = 0,
