@@ -155,19 +155,11 @@ def test_a_plan_that_is_none_is_refused(text, tmp_path, capsys):
 @pytest.mark.real
 def test_the_default_target_and_drafter_side_by_side(tmp_path, capsys):
     options = ["--methods", "prompt_lookup,specblock,specblock+lookup", "--suite", "humaneval,mtbench", "--limit", "1"]
-    options += [
-        "--plan",
-        "specblock=8,1",
-        "--plan",
-        "specblock+lookup=8,2,4",
-        "--max-new-tokens",
-        "24",
-        "--repeats",
-        "1",
-    ]
-    assert cli.main(["bench", *options, "--no-plots", "--output", str(tmp_path)]) == 0
+    options += ["--plan", "specblock=8,1", "--plan", "specblock+lookup=8,2,4", "--max-new-tokens", "12"]
+    assert cli.main(["bench", *options, "--repeats", "1", "--no-plots", "--output", str(tmp_path)]) == 0
     (figures,) = json.loads((tmp_path / "results.json").read_text())["temperatures"]
     _, helper, alone, joined = figures["methods"]
     assert all(method["identical"] == {"same": 3, "of": 3, "margins": []} for method in (helper, alone, joined))
-    assert 1.2 < alone["mean"]["tau"] <= 5 and 1.2 < joined["mean"]["tau"] <= 9
-    assert alone["round"]["rows"] == pytest.approx(4 * alone["round"]["tau"], rel=0.25)
+    assert 1 < alone["mean"]["tau"] <= 5 and 1 < joined["mean"]["tau"] <= 9
+    # From the second round on: 4 slots for every pair that the round before has emitted (5 at most), and for starts.
+    assert 4 <= alone["round"]["rows"] <= 20 and alone["round"]["rows"] < joined["round"]["rows"] <= 52
