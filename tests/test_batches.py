@@ -351,7 +351,6 @@ class Ears(BaseStreamer):
     ("options", "sentence"),
     [
         ({"logits_processor": [Rows()]}, r"^Rows may look at a whole batch at once, .* call generate\(\) for each"),
-        ({"guidance_scale": 2.0}, r"^UnbatchedClassifierFreeGuidanceLogitsProcessor may look at a whole batch"),
         ({"stopping_criteria": [lambda ids, scores: ids[:, -1] == 3]}, r"^function may look at a whole batch"),
         ({"streamer": Ears()}, r"^a streamer takes the tokens of one prompt at a time; call generate\(\) for each"),
         ({"max_time": 9.0}, r"^without eos_token_id .* set eos_token_id, or leave out stop_strings and max_time\.$"),
