@@ -43,7 +43,7 @@ bench: setup
 
 train-smoke: setup
 	rm -rf runs/train-smoke
-	$(VENV)/bin/python examples/train_your_own.py --output runs/train-smoke --least-tau 1.15
+	$(VENV)/bin/python examples/train_your_own.py --output runs/train-smoke --least-tau 1.5
 
 test: setup
 	$(VENV)/bin/python -m pytest -q

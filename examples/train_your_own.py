@@ -76,7 +76,7 @@ TOPICS = (
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--target", help="folder or Hub id of your model (default: the default target)")
 parser.add_argument("--output", type=Path, default=Path("runs/own"))
-parser.add_argument("--epochs", default="8", help="passes over the answers (default: %(default)s)")
+parser.add_argument("--epochs", default="5", help="passes over the answers (default: %(default)s)")
 parser.add_argument("--least-tau", type=float, default=1.0, help="fail below this mean of emitted tokens per round")
 args = parser.parse_args()
 args.output.mkdir(parents=True, exist_ok=True)

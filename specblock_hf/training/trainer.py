@@ -34,8 +34,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from ..drafter import TokenTable, TreeDrafter
+from ..drafter import TokenTable
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .clock import StepClock
@@ -51,11 +52,11 @@ class ObjectiveModule(nn.Module):
     one call, whatever the drafter calls in between.
 
     Args:
-        drafter (`TreeDrafter`): Its weights become `drafter.*`.
+        drafter ([`~transformers.PreTrainedModel`]): A `TreeDrafter`; its weights become `drafter.*`.
         objective (*optional*): See [`TreeDrafter.loss`].
     """
 
-    def __init__(self, drafter: TreeDrafter, objective: Any = None):
+    def __init__(self, drafter: PreTrainedModel, objective: Any = None):
         super().__init__()
         self.drafter = drafter
         self.objective = objective

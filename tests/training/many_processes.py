@@ -68,20 +68,20 @@ def main(folder: Path, accumulation: int, stop_at: int | None = None, sharded: b
 
     args = DrafterTrainingArguments(
         output_dir=str(folder),
-        epochs=4,
+        epochs=2,
         batch_tokens=32,
         learning_rate=1e-2,
         gradient_accumulation=accumulation,
         log_steps=1,
-        save_steps=6,
-        eval_steps=8,
+        save_steps=3,
+        eval_steps=4,
         mixed_precision="no",
     )
     accelerator = ShardingAccelerator(cpu=True) if sharded else make_accelerator(args, cpu=True)
     trainer = DrafterTrainer(
         drafter, table, examples, lambda indices: [views[i] for i in indices], args, evaluate, accelerator=accelerator
     )
-    assert trainer.total_steps == 24 and trainer.batches_a_step == 2
+    assert trainer.total_steps == 12 and trainer.batches_a_step == 2
     steps = trainer.train_step
 
     def step(batches):
@@ -119,6 +119,6 @@ def launch(count: int, *arguments) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    launch(2, root / "two", 1, 14)
+    launch(2, root / "two", 1, 8)
     launch(2, root / "two", 1, None, True)
     main(root / "one", 2)

@@ -46,12 +46,12 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(tmp_path):
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
-    assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) == 27
-    assert len({row["loss"] for row in one if "loss" in row}) == 24
+    assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) == 15
+    assert len({row["loss"] for row in one if "loss" in row}) == 12
     for ours, theirs in zip(one, two, strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"seconds_per_step", "shares"}:
