@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -90,12 +91,13 @@ def test_bfloat16(llama, name):
 @pytest.mark.parametrize("name", NEW)
 @torch.no_grad()
 def test_rows_of_a_batch_are_drafted_alone(name):
-    """Three rounds with rows of different lengths, one of which learns nothing in the last round."""
+    """Four rounds with rows of different lengths, one of which learns nothing in the third."""
     drafter, told = baseline(name), Told(3, 24)
     limits = Limits((12,) * 3, (9,) * 3, num_forwards=FORWARDS[name])
     together = drafter.begin(told.table, 3, 24)
     alone = [drafter.begin(told.table, 1, 24) for _ in range(3)]
-    for first, last in (((0, 0, 0), (9, 1, 14)), ((9, 1, 14), (12, 6, 15)), ((12, 6, 15), (13, 6, 19))):
+    told_up_to = ((0, 0, 0), (9, 1, 14), (12, 6, 15), (13, 6, 19), (15, 9, 20))
+    for first, last in itertools.pairwise(told_up_to):
         tree = drafter.propose(together, pairs_for(drafter, told, first, last), limits)
         for row in range(3):
             if first[row] == last[row]:
