@@ -90,7 +90,7 @@ class Service:
         self.callback = OnlineAdaptationCallback(policy, settings=settings, clock=self.clock)
         self.drafter.add_callback(self.callback)
         self.state = Path(args.state) / f"{args.task}-{policy}.pt"
-        if self.state.exists() and policy != "never":
+        if self.state.exists() and policy != "never" and not args.identity:
             self.callback.load_state_dict(torch.load(self.state, weights_only=True))
 
     def answer(self, query: int, prompt_ids: torch.LongTensor, tokens: int) -> dict[str, Any]:
@@ -288,6 +288,8 @@ def check_identity(args: argparse.Namespace, target, tokenizer, prompts: list[st
     for query in tqdm(range(args.identity), desc="queries"):
         prompt_ids = encode(tokenizer, prompts[query], target.device)
         plain = ask(target, tokenizer, prompt_ids, None, False, do_sample=False, max_new_tokens=args.max_new_tokens)
+        if query + 1 == args.identity:
+            service.callback.wait()  # so that the count of updates is that of the whole run
         identical += torch.equal(service.answer(query, prompt_ids, args.max_new_tokens)["ids"], plain.ids)
         result = {
             "dtype": args.dtype,
