@@ -184,6 +184,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             visible = (columns < offsets.unsqueeze(1) + rows).unsqueeze(1)
         state.cache.seek(offsets, width)
         state.calls += 1
+        state.forward_rows += len(anchors) * rows
         embeds = self.block_embeds(anchors, rows, state.table)
         masks = self.masks(places, columns, visible)  # columns lie as far apart as their positions
         hidden = self(embeds, (positions + steps).unsqueeze(1), masks, state.cache)[:, 0]

@@ -188,6 +188,7 @@ def test_limits_bound_the_tree_and_what_a_causal_drafter_runs(variant, nodes, de
     assert state.calls == (deepest > 0)
     rows = {"dflash": BLOCK, "jetspec": 1 + deepest, "dspark": BLOCK}[variant]
     assert state.cache.width == 6 + (rows if deepest else 0)
+    assert state.forward_rows == (rows if deepest else 0)
 
 
 @torch.no_grad()
