@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, Qwen3Config
 
+from .configuration_drafter import fields_for_target
 from .drafter import UNRECORDED_LAYER
 
 
@@ -182,26 +183,7 @@ class BlockDiffusionConfig(Qwen3Config):
             target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
             **overrides: Any field of this class.
         """
-        text = target_config.get_text_config()
-        fields = {
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "num_attention_heads": text.num_attention_heads,
-            "num_key_value_heads": text.num_key_value_heads,
-            "head_dim": text.hidden_size // text.num_attention_heads,
-            "rms_norm_eps": text.rms_norm_eps,
-            "max_position_embeddings": text.max_position_embeddings,
-            "block_size": 8,
-            "target_num_layers": text.num_hidden_layers,
-            "target_name_or_path": target_config.name_or_path or None,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": text.pad_token_id,
-        }
-        theta = (text.rope_parameters or {}).get("rope_theta", 10000.0)
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-        return cls(**(fields | overrides))
+        return cls(**(fields_for_target(target_config) | {"block_size": 8} | overrides))
 
 
 __all__ = ["BlockDiffusionConfig"]

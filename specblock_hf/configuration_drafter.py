@@ -15,9 +15,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import LlamaConfig, PreTrainedConfig
 
 from .drafter import UNRECORDED_LAYER, default_feature_layers
+
+
+def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    What every drafter's configuration takes over from its target's: width, head geometry, RoPE base, special tokens.
+
+    Args:
+        target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
+    """
+    text = target_config.get_text_config()
+    fields = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "rms_norm_eps": text.rms_norm_eps,
+        "max_position_embeddings": text.max_position_embeddings,
+        "target_num_layers": text.num_hidden_layers,
+        "target_name_or_path": target_config.name_or_path or None,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+    }
+    if text.hidden_size % text.num_attention_heads == 0:
+        fields["head_dim"] = text.hidden_size // text.num_attention_heads
+    theta = (text.rope_parameters or {}).get("rope_theta", 10000.0)
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    return fields
 
 
 class DrafterConfig(LlamaConfig):
@@ -89,25 +120,8 @@ class DrafterConfig(LlamaConfig):
             target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
             **overrides: Any field of this class.
         """
-        text = target_config.get_text_config()
-        fields = {
-            "vocab_size": text.vocab_size,
-            "draft_vocab_size": min(32000, text.vocab_size),
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "num_attention_heads": text.num_attention_heads,
-            "num_key_value_heads": text.num_key_value_heads,
-            "head_dim": text.hidden_size // text.num_attention_heads,
-            "rms_norm_eps": text.rms_norm_eps,
-            "max_position_embeddings": text.max_position_embeddings,
-            "target_num_layers": text.num_hidden_layers,
-            "target_name_or_path": target_config.name_or_path or None,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": text.pad_token_id,
-        }
-        theta = (text.rope_parameters or {}).get("rope_theta", 10000.0)
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+        fields = fields_for_target(target_config)
+        fields["draft_vocab_size"] = min(32000, fields["vocab_size"])
         return cls(**(fields | overrides))
 
 

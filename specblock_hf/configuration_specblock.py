@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, PreTrainedConfig
 
+from .configuration_drafter import fields_for_target
+
 
 NUM_LISTED_LOG_PROBS = 10
 """Log-probabilities of the likeliest tokens that the rank head reads (section 3.2)."""
@@ -151,26 +153,8 @@ class SpecBlockConfig(LlamaConfig):
             target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
             **overrides: Any field of this class.
         """
-        text = target_config.get_text_config()
-        fields = {
-            "vocab_size": text.vocab_size,
-            "draft_vocab_size": min(32000, text.vocab_size),
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "num_attention_heads": text.num_attention_heads,
-            "num_key_value_heads": text.num_key_value_heads,
-            "rms_norm_eps": text.rms_norm_eps,
-            "max_position_embeddings": text.max_position_embeddings,
-            "target_num_layers": text.num_hidden_layers,
-            "target_name_or_path": target_config.name_or_path or None,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": text.pad_token_id,
-        }
-        if text.hidden_size % text.num_attention_heads == 0:
-            fields["head_dim"] = text.hidden_size // text.num_attention_heads
-        rope = text.rope_parameters or {}
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
+        fields = fields_for_target(target_config)
+        fields["draft_vocab_size"] = min(32000, fields["vocab_size"])
         return cls(**(fields | overrides))
 
 

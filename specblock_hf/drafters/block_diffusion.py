@@ -38,8 +38,16 @@ from .network_drafter import NetworkDrafter
 FIRST_COLUMNS = 512  # of the cache, which doubles when it is full
 
 
-# Of a drafter with little training, for one whose configuration does not say: nodes, tau alone and with look-ups.
-TYPICAL_ACCEPTANCE = ((4, 1.7, 2.1), (8, 2.0, 2.3), (12, 2.1, 2.45), (16, 2.2, 2.55), (32, 2.5, 2.8), (60, 2.8, 3.0))
+# Of a drafter with little training, for one whose configuration does not say: nodes, forwards, starts (0: all), tau
+# alone and tau joined with a look-up.
+TYPICAL_ACCEPTANCE = (
+    (4, 1, 0, 1.7, 2.1),
+    (8, 1, 0, 2.0, 2.3),
+    (12, 1, 0, 2.1, 2.45),
+    (16, 1, 0, 2.2, 2.55),
+    (32, 1, 0, 2.5, 2.8),
+    (60, 1, 0, 2.8, 3.0),
+)
 
 
 @dataclass
@@ -79,6 +87,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
     """
 
     objective_class = BlockDiffusionObjective
+    typical_acceptance = TYPICAL_ACCEPTANCE
 
     @property
     def draft_to_target(self) -> torch.LongTensor:
@@ -98,10 +107,8 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         return tuple(spread_feature_layers(len(self.feature_layers), depth))
 
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
-        if self.config.acceptance is None:
-            return [(DraftingPlan(nodes, 1), taus[with_lookup]) for nodes, *taus in TYPICAL_ACCEPTANCE]
-        rows = [row for row in self.config.acceptance if row[1] == 1]  # there never is a second forward
-        return [(DraftingPlan(int(nodes), 1), taus[with_lookup]) for nodes, _, _, *taus in rows]
+        # There never is a second forward.
+        return [point for point in super().acceptance(with_lookup) if point[0].num_forwards == 1]
 
     def check_target(self, target: PreTrainedModel) -> None:
         name = type(target).__name__

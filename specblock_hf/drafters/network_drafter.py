@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -62,6 +62,9 @@ def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
 class NetworkDrafter(TreeDrafter):
     """A drafter that names this class before its network, which ends in a head over the draft vocabulary."""
 
+    typical_acceptance: Sequence[Sequence[float]] = ()
+    """Rows like those of `config.acceptance`, for a drafter whose configuration has none."""
+
     dtype: torch.dtype
     device: torch.device
     lm_head: nn.Linear
@@ -85,11 +88,12 @@ class NetworkDrafter(TreeDrafter):
         return DraftingPlan(min(CPU_BUDGET, budget) if device.type == "cpu" else budget, self.config.num_blocks)
 
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
-        if not self.config.acceptance:
+        rows = self.config.acceptance or self.typical_acceptance
+        if not rows:
             return super().acceptance(with_lookup)
         return [
             (DraftingPlan(int(nodes), int(forwards), int(starts) or None), taus[with_lookup])
-            for nodes, forwards, starts, *taus in self.config.acceptance
+            for nodes, forwards, starts, *taus in rows
         ]
 
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:

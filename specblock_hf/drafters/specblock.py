@@ -64,6 +64,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     """
 
     objective_class = SpecBlockObjective
+    typical_acceptance = TYPICAL_ACCEPTANCE
 
     can_sample = True
 
@@ -73,13 +74,6 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             # A verified node costs real time there: half a step for a dozen in float32.
             return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
         return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
-
-    def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
-        rows = self.config.acceptance or TYPICAL_ACCEPTANCE
-        return [
-            (DraftingPlan(int(nodes), int(blocks), int(starts) or None), taus[with_lookup])
-            for nodes, blocks, starts, *taus in rows
-        ]
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         tree, hidden, positions = self._first_block(state, pairs)

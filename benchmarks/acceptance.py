@@ -1,0 +1,116 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+tau of a drafter at several tree budgets over the evaluation suites, alone and with look-ups. The target answers every
+prompt once, greedily and in a batch; each plan is then walked along those answers with the drafter's real trees, which
+gives the rounds of `generate()` without the target's share of their time.
+
+    python benchmarks/acceptance.py --gsm8k test.jsonl --output benchmarks/results/acceptance.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from specblock_hf import AutoDrafter, DraftingPlan, JoinedDrafter, LookupDrafter
+from specblock_hf.drafter import TokenTable
+from specblock_hf.evaluation.simulate import simulate_acceptance
+from specblock_hf.evaluation.suites import SUITES, load_suite
+from specblock_hf.terminal import DEFAULT_DRAFTER, encode, load_target
+from specblock_hf.training.answering import Answering, Prompt
+from specblock_hf.training.data import Example
+from specblock_hf.training.features import TargetView, view_target
+
+
+TOP_K = 1  # the simulation reads the target's states only
+
+
+def greedy_answers(target, tokenizer, texts: list[str], max_new_tokens: int) -> list[Example]:
+    """The target's greedy answers, in the order of their prompts."""
+    ids = [tuple(encode(tokenizer, text, torch.device("cpu"))[0].tolist()) for text in texts]
+    prompts = [Prompt(text, "", str(number), ids[number], 0.0) for number, text in enumerate(texts)]
+    eos = target.generation_config.eos_token_id
+    stop_ids = set(eos) if isinstance(eos, list) else {eos}
+    answering = Answering(target, min(len(texts), 20), max(map(len, ids)), max_new_tokens, stop_ids)
+    answers: dict[str, list[int]] = {}
+    with torch.no_grad(), tqdm(total=len(texts), desc="answers") as bar:
+        for finished in answering(prompts):
+            answers |= {prompt.key: answer for prompt, answer in finished}
+            bar.update(len(finished))
+    return [
+        Example([*ids[number], *answers[str(number)]], len(ids[number]), True, str(number))
+        for number in range(len(texts))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", help="default: the default target")
+    parser.add_argument("--drafter", default=str(DEFAULT_DRAFTER))
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "gsm8k"], default=["humaneval", "mtbench", "gsm8k"])
+    parser.add_argument("--gsm8k", help="JSON-lines file of GSM8K's test set, for --suite gsm8k")
+    parser.add_argument("--limit", type=int, default=40, help="prompts of each suite, evenly spaced")
+    parser.add_argument("--max-new-tokens", type=int, default=192)
+    parser.add_argument("--budget", type=int, nargs="+", default=[8, 16, 60])
+    parser.add_argument("--num-forwards", type=int, default=2, help="drafter forwards of a round; 1 below 16 nodes")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--output", required=True, help="JSON file")
+    args = parser.parse_args()
+    target, tokenizer = load_target(args.target, getattr(torch, args.dtype))
+    target.eval()
+    drafter = AutoDrafter.from_pretrained(args.drafter, dtype="auto").eval()
+    drafter.check_target(target)
+    drafters = {"alone": drafter, "with_lookup": JoinedDrafter(drafter, LookupDrafter(target.config))}
+    plans = [DraftingPlan(budget, args.num_forwards if budget >= 16 else 1) for budget in args.budget]
+    results: dict[str, dict] = {}
+    accepted: dict[tuple[str, int], list[int]] = {}
+    for suite in args.suite:
+        everything = load_suite(suite, args.gsm8k if suite == "gsm8k" else None)
+        count = min(args.limit, len(everything))
+        texts = [everything[place * len(everything) // count] for place in range(count)]
+        examples = greedy_answers(target, tokenizer, texts, args.max_new_tokens)
+        with torch.no_grad():
+            views: list[TargetView] = [
+                view_target(target, [example], drafter.feature_layers_for(target), TOP_K)[0] for example in examples
+            ]
+        table = TokenTable.of(target)
+        results[suite] = {"prompts": count, "tokens": sum(len(e.input_ids) - e.answer_start for e in examples)}
+        for kind, plan in tqdm([(k, p) for k in drafters for p in plans], desc=suite):
+            found = simulate_acceptance(drafters[kind], table, examples, views, plan, args.max_new_tokens)
+            results[suite].setdefault(kind, {})[plan.tree_budget] = round(found.tau, 4)
+            accepted.setdefault((kind, plan.tree_budget), []).extend(found.accepted)
+    overall: dict[str, dict[int, float]] = {}
+    for (kind, budget), rounds in accepted.items():
+        overall.setdefault(kind, {})[budget] = round(1 + sum(rounds) / len(rounds), 4)
+    report = {
+        "dtype": args.dtype,
+        "max_new_tokens": args.max_new_tokens,
+        "expansion": drafter.config.to_dict().get("expansion"),
+        "plans": [str(plan) for plan in plans],
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "suites": results,
+        "all": overall,
+    }
+    Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["all"]))
+
+
+if __name__ == "__main__":
+    main()
