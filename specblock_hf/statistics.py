@@ -46,7 +46,6 @@ class GenerationStatistics:
         nodes_verified (`int`): Tree nodes that the target scored, roots and padding counted, finished rows not.
         target_calls (`int`): Forwards of the target, prefill chunks counted.
         drafter_calls (`int`): Forwards of the drafter.
-        drafter_rows (`int`): Rows of those forwards: committed pairs, the prompt's included, and starts.
         prefill_seconds (`float`):
             The target's forwards over the prompt, and the drafter's over all chunks but the last.
         draft_seconds (`float`): Spent in `propose`.
@@ -54,6 +53,7 @@ class GenerationStatistics:
         host_seconds (`float`): Everything else of a round: choosing tokens, processors, stopping, the cache.
         first_round (`tuple` of [`DraftTree`] and [`Walk`], *optional*): To look at; see [`DraftTree.to_text`].
         row (`list[int]`): Along with `accepted`: which row of the batch it was.
+        drafter_rows (`int`): Rows of the drafter's forwards: committed pairs, the prompt's included, and starts.
     """
 
     rounds: int = 0
@@ -63,13 +63,13 @@ class GenerationStatistics:
     nodes_verified: int = 0
     target_calls: int = 0
     drafter_calls: int = 0
-    drafter_rows: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     host_seconds: float = 0.0
     first_round: tuple[DraftTree, Walk] | None = None
     row: list[int] = field(default_factory=list)
+    drafter_rows: int = 0
 
     def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:
         """Count one verified tree, of which the target scored so many rows, and what was kept of it."""
