@@ -175,14 +175,14 @@ def test_notes_stay_with_their_call(llama):
             call.notes[self] += int(walk.lengths.sum())
 
         def on_generate_end(self, call):
-            self.results[threading.get_ident()] = call.notes[self]
+            self.results[threading.current_thread()] = call.notes[self]
 
     drafter, counts, lengths = GarbageDrafter(VOCAB), Counts(), {}
     drafter.add_callback(counts)
 
     def serve(tokens):
         llama.generate(prompt_of(5), assistant_model=drafter, do_sample=False, max_new_tokens=tokens)
-        lengths[threading.get_ident()] = tokens
+        lengths[threading.current_thread()] = tokens
 
     threads = [threading.Thread(target=serve, args=(tokens,)) for tokens in (7, 11, 19)]
     for thread in threads:
