@@ -12,12 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Where the time of a round goes: every microsecond between two rounds is booked under exactly one part, so that the parts
-add up to the round.
+Where the time of a round goes: every microsecond between two rounds is booked under exactly one part, so that the
+parts add up to the round.
 
     python benchmarks/profile_round.py --dtype bfloat16 --output benchmarks/results/profile.json
 
-Parts are functions of the library, timed from outside; a part's own time is what is left after the parts that it calls.
+Parts are functions of the library, timed from outside; a part's own time is what is left after the parts that it
+calls.
 """
 
 from __future__ import annotations
