@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,6 +61,26 @@ def greedy_answers(target, tokenizer, texts: list[str], max_new_tokens: int) -> 
     ]
 
 
+@dataclass
+class Suite:
+    """A suite's prompts with the target's answers to them, and its view of those."""
+
+    name: str
+    examples: list[Example]
+    views: list[TargetView]
+
+    @classmethod
+    def answered(cls, name: str, target, tokenizer, drafter, args: argparse.Namespace) -> Suite:
+        everything = load_suite(name, args.gsm8k if name == "gsm8k" else None)
+        count = min(args.limit, len(everything))
+        texts = [everything[place * len(everything) // count] for place in range(count)]
+        examples = greedy_answers(target, tokenizer, texts, args.max_new_tokens)
+        layers = drafter.feature_layers_for(target)
+        with torch.no_grad():
+            views = [view_target(target, [example], layers, TOP_K)[0] for example in examples]
+        return cls(name, examples, views)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help="default: the default target")
@@ -79,36 +100,29 @@ def main() -> None:
     drafter.check_target(target)
     drafters = {"alone": drafter, "with_lookup": JoinedDrafter(drafter, LookupDrafter(target.config))}
     plans = [DraftingPlan(budget, args.num_forwards if budget >= 16 else 1) for budget in args.budget]
-    results: dict[str, dict] = {}
-    accepted: dict[tuple[str, int], list[int]] = {}
-    for suite in args.suite:
-        everything = load_suite(suite, args.gsm8k if suite == "gsm8k" else None)
-        count = min(args.limit, len(everything))
-        texts = [everything[place * len(everything) // count] for place in range(count)]
-        examples = greedy_answers(target, tokenizer, texts, args.max_new_tokens)
-        with torch.no_grad():
-            views: list[TargetView] = [
-                view_target(target, [example], drafter.feature_layers_for(target), TOP_K)[0] for example in examples
-            ]
-        table = TokenTable.of(target)
-        results[suite] = {"prompts": count, "tokens": sum(len(e.input_ids) - e.answer_start for e in examples)}
-        for kind, plan in tqdm([(k, p) for k in drafters for p in plans], desc=suite):
-            found = simulate_acceptance(drafters[kind], table, examples, views, plan, args.max_new_tokens)
-            results[suite].setdefault(kind, {})[plan.tree_budget] = round(found.tau, 4)
-            accepted.setdefault((kind, plan.tree_budget), []).extend(found.accepted)
-    overall: dict[str, dict[int, float]] = {}
-    for (kind, budget), rounds in accepted.items():
-        overall.setdefault(kind, {})[budget] = round(1 + sum(rounds) / len(rounds), 4)
     report = {
         "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens,
         "expansion": drafter.config.to_dict().get("expansion"),
         "plans": [str(plan) for plan in plans],
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "suites": results,
-        "all": overall,
+        "suites": {},
+        "all": {},
     }
-    Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+    suites = [Suite.answered(name, target, tokenizer, drafter, args) for name in args.suite]
+    for suite in suites:
+        tokens = sum(len(e.input_ids) - e.answer_start for e in suite.examples)
+        report["suites"][suite.name] = {"prompts": len(suite.examples), "tokens": tokens}
+    for kind, plan in tqdm([(k, p) for k in drafters for p in plans], desc="plans"):
+        accepted = []
+        for suite in suites:
+            found = simulate_acceptance(
+                drafters[kind], TokenTable.of(target), suite.examples, suite.views, plan, args.max_new_tokens
+            )
+            report["suites"][suite.name].setdefault(kind, {})[plan.tree_budget] = round(found.tau, 4)
+            accepted += found.accepted
+        report["all"].setdefault(kind, {})[plan.tree_budget] = round(1 + sum(accepted) / len(accepted), 4)
+        Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["all"]))
 
 
