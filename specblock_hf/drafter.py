@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -114,7 +114,7 @@ class Pairs:
         features (`tuple` of `torch.Tensor` of shape `[B, T, d]`):
             One tensor per entry of the drafter's `feature_layers`, the target's states at x_i.
         positions (`torch.LongTensor` of shape `[B, T]`): i, counted without padding.
-        lengths (`torch.LongTensor` of shape `[B]`): Valid columns of each row; 0 for a finished row.
+        lengths (`torch.LongTensor` of shape `[B]`): Valid columns of each row; 0 for one that has learned nothing.
         table (`TokenTable`): The target's embedding.
         given_embeds (`torch.Tensor` of shape `[B, T, d]`, *optional*): The embeddings of a prompt that had no ids.
     """
@@ -131,6 +131,20 @@ class Pairs:
         if self.given_embeds is not None:
             return self.given_embeds
         return self.table.embed(self.tokens.clamp_min(0))
+
+    def of_rows(self, rows: Sequence[int]) -> Pairs:
+        """The pairs of these rows of the batch, without columns that are padding in all of them."""
+        rows = list(rows)
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        return replace(
+            self,
+            tokens=self.tokens[rows, :width],
+            features=tuple(feature[rows, :width] for feature in self.features),
+            positions=self.positions[rows, :width],
+            lengths=lengths,
+            given_embeds=None if self.given_embeds is None else self.given_embeds[rows, :width],
+        )
 
     @classmethod
     def of(
@@ -247,17 +261,23 @@ class Limits:
     min_start_probability: float = 0.0
     draft_sampling: DraftSampling = "topk"
 
+    def of_rows(self, rows: Sequence[int]) -> Limits:
+        """The limits of these rows of the batch."""
+        return replace(
+            self, nodes=tuple(self.nodes[row] for row in rows), depth=tuple(self.depth[row] for row in rows)
+        )
+
 
 @dataclass
 class DraftState:
     """
     What one `generate()` call makes a drafter remember. Drafters subclass it; nothing of it ever lives on a module,
-    so that one
-    drafter serves several threads.
+    so that one drafter serves several threads. A subclass that remembers something of each row overrides
+    [`~DraftState.keep_rows`].
 
     Args:
         table (`TokenTable`): The target's embedding and head.
-        batch_size (`int`): Rows of the batch.
+        batch_size (`int`): Rows that it drafts for, at first those of the batch.
         max_length (`int`): Most positions that the drafter can be told about, prompt included.
         first_position (`int`, *optional*, defaults to 0): Position of the first pair (above 0 for a continued cache).
         generator (`torch.Generator`, *optional*): Private randomness of sampled drafts; the global one belongs to the
@@ -265,6 +285,9 @@ class DraftState:
         warp (`Callable`, *optional*):
             Turns a drafter's logits `[..., D]` into those of the request, at its temperature and cut by its warpers.
             Set by the loop where drafts are sampled.
+
+    Attributes:
+        drafting (`list[int]`): Which rows of the batch those are.
     """
 
     table: TokenTable
@@ -275,6 +298,20 @@ class DraftState:
     warp: Callable[[torch.Tensor], torch.Tensor] | None = None
     calls: int = field(default=0, init=False)  # drafter forwards so far
     forward_rows: int = field(default=0, init=False)  # and their rows: committed pairs and starts
+    drafting: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.drafting = list(range(self.batch_size))
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """
+        Go on with some rows and forget the others, which will never draft again: they must cost nothing any more.
+
+        Args:
+            places (sequence of `int`): Indices into `drafting`, in order.
+        """
+        self.drafting = [self.drafting[place] for place in places]
+        self.batch_size = len(self.drafting)
 
 
 class DrafterLock:
@@ -386,7 +423,8 @@ class TreeDrafter(ABC):
     @abstractmethod
     def propose(self, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
         """
-        Take `pairs` in and draft a tree below each row's last token.
+        Take `pairs` in and draft a tree below each row's last token. Only rows that may still draft are asked for,
+        see [`~DraftState.keep_rows`].
 
         Returns:
             [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow.

@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
-from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
+from .drafter import DraftingPlan, DraftState, Limits, Pairs, TreeDrafter
 from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
 from .target import TargetModel, check_target
@@ -68,6 +68,30 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
     most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
     nodes = tuple(most if depth else 0 for depth in depths)
     return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
+
+
+def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
+    """
+    A tree for each row that may still draft and a root for the others. Those have stopped, or have one token left, or
+    never were to draft, and will not again: the drafter does not hear of them any more.
+
+    Args:
+        drafter ([`TreeDrafter`]): Held by its lock while it drafts.
+        state ([`DraftState`]): Of the call.
+        pairs ([`Pairs`]): What the last round taught, of all rows of the batch.
+        limits ([`Limits`]): Of all rows of the batch.
+    """
+    rows = [row for row, nodes in enumerate(limits.nodes) if nodes]
+    if rows and len(rows) == len(limits.nodes):
+        with drafter.lock:
+            return drafter.propose(state, pairs, limits)
+    roots = pairs.tokens.gather(1, (pairs.lengths - 1).clamp_min(0).unsqueeze(1)).clamp_min(0).squeeze(1)
+    if not rows:
+        return DraftTree.root(roots)
+    if len(rows) < state.batch_size:
+        state.keep_rows([state.drafting.index(row) for row in rows])
+    with drafter.lock:
+        return drafter.propose(state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
 
 
 def decode(
@@ -123,11 +147,7 @@ def decode(
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
         limits = round_limits(plan, choice.remaining, target.room())
-        if any(limits.nodes):
-            with drafter.lock:
-                tree = target.scorable(drafter.propose(state, pairs, limits).worth(plan.min_probability))
-        else:  # the last token of a call, or a plan that does not draft at all: the drafter need not know of it
-            tree = DraftTree.root(pairs.tokens.gather(1, pairs.lengths.clamp_min(1).unsqueeze(1) - 1).squeeze(1))
+        tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
         listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)

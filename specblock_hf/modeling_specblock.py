@@ -31,6 +31,7 @@ slot, so that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +85,11 @@ class BlockCache:
             room = max(width, 2 * have)
             self.keys = [_grown(k, room) for k in self.keys]
             self.values = [_grown(v, room) for v in self.values]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch and forget the others."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Called by the attention layer with `[B, heads, Q, head_dim]`; returns all visible keys and values."""

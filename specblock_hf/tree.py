@@ -257,6 +257,33 @@ class DraftTree:
             laws=laws,
         )
 
+    def spread(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
+        """
+        These trees as some rows of a batch whose other rows have no draft.
+
+        Args:
+            rows (sequence of `int`): Where in that batch each of these trees is.
+            roots (`torch.LongTensor` of shape `[B]`): The last committed token of every row of that batch.
+        """
+        index = torch.tensor(rows, device=self.tokens.device)
+
+        def filled(own: torch.Tensor, value: float) -> torch.Tensor:
+            return own.new_full((len(roots), *own.shape[1:]), value).index_copy_(0, index, own)
+
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, log_probs=filled(laws.log_probs, 0), rows=filled(laws.rows, -1))
+        tree = DraftTree(
+            tokens=filled(self.tokens, 0),
+            parents=filled(self.parents, -2),
+            log_probs=filled(self.log_probs, -math.inf),
+            origin=filled(self.origin, -1),
+            height=self.height,
+            laws=laws,
+        )
+        tree.tokens[:, 0], tree.parents[:, 0], tree.log_probs[:, 0] = roots.to(self.tokens.device), -1, 0
+        return tree
+
     def pack(self) -> DraftTree:
         """
         Move padding behind the nodes, which keep their order, and cut off the columns that are padding in every row.

@@ -33,6 +33,10 @@ class RowStates(DraftState):
 
     rows: list[DraftState] = field(default_factory=list)
 
+    def keep_rows(self, places) -> None:
+        super().keep_rows(places)
+        self.rows = [self.rows[place] for place in places]
+
 
 class RowWiseDrafter(TreeDrafter):
     """
@@ -68,18 +72,16 @@ class RowWiseDrafter(TreeDrafter):
         trees = []
         for index, (drafter, row, own) in enumerate(self._rows(state, pairs)):
             limit = Limits((limits.nodes[index],), (limits.depth[index],))
+            assert limit.nodes[0] and own.lengths[0], "only rows that may draft are asked for"
             with drafter.lock:
-                if limit.nodes[0]:
-                    tree = drafter.propose(row, own, limit)
-                    # An oracle minds the limit of depth only.
-                    trees.append(tree if tree.tokens.shape[1] <= limit.nodes[0] + 1 else tree.prune(limit.nodes))
-                else:
-                    drafter.extend(row, own)
-                    trees.append(DraftTree.root(torch.zeros(1, dtype=torch.long)))
+                tree = drafter.propose(row, own, limit)
+            # An oracle minds the limit of depth only.
+            trees.append(tree if tree.tokens.shape[1] <= limit.nodes[0] + 1 else tree.prune(limit.nodes))
         return stacked(trees)
 
     def _rows(self, state, pairs):
-        return zip(self.drafters, state.rows, [row_of(pairs, row) for row in range(state.batch_size)], strict=True)
+        drafters = [self.drafters[row] for row in state.drafting]
+        return zip(drafters, state.rows, [row_of(pairs, row) for row in range(state.batch_size)], strict=True)
 
     def loss(self, batch):
         raise NotImplementedError

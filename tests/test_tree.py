@@ -349,3 +349,25 @@ def test_a_drawn_tree_stays_whole():
     tree = chain_and_siblings([[1.0, 0.01]], [[-1, 0]])
     tree.laws = DraftLaws(torch.zeros(1, 1, 3), torch.arange(3), torch.tensor([[-1, 0]]))
     assert tree.worth(0.5) is tree
+
+
+@QUICK
+@given(batches(), st.sets(st.integers(0, 4), min_size=3, max_size=3), st.booleans())
+def test_some_rows_of_a_larger_batch(batch, places, drawn):
+    tree = tree_of(batch, height_of(batch))
+    width = tree.tokens.shape[1]
+    if drawn:
+        kinds = torch.arange(3 * width).view(3, width) % 2 - 1
+        tree.laws = DraftLaws(torch.randn(3, 2, 4), torch.arange(4), kinds)
+    rows, roots = sorted(places), torch.tensor([3, 1, 4, 1, 5])
+    roots[rows] = tree.tokens[:, 0]
+    spread = tree.spread(rows, roots)
+    own = rows_of(spread)
+    assert [own[row] for row in rows] == rows_of(tree) and spread.height == tree.height
+    assert spread.origin[rows].equal(tree.origin)
+    for row in set(range(5)) - places:
+        assert own[row] == [Node(roots[row], -1, 0.0)] + [Node(0, -2, -INF)] * (width - 1)
+        assert (spread.origin[row] == -1).all()
+    if drawn:
+        assert spread.laws.log_probs[rows].equal(tree.laws.log_probs) and spread.laws.rows[rows].equal(kinds)
+        assert spread.laws.token_ids is tree.laws.token_ids and len(spread.laws.rows) == 5

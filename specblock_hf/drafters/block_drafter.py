@@ -17,7 +17,7 @@ What drafters have in common that attend to every committed pair: taking pairs i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from ..drafter import DraftState, Pairs, TokenTable
 from ..expansion import Starts
 from ..modeling_specblock import BlockCache, BlockPath, committed_mask
 from ..tree import DraftTree
-from .network_drafter import NetworkDrafter, refuse_other_target
+from .network_drafter import NetworkDrafter
 
 
 PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask to (K * 256) x (K * all pairs)
@@ -42,6 +42,12 @@ class BlockState(DraftState):
 
     cache: BlockCache | None = None
     committed: int | torch.LongTensor = 0
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        super().keep_rows(places)
+        self.cache.keep_rows(places)
+        left = self.committed[places]
+        self.committed = left if len(places) > 1 else int(left)
 
 
 class BlockDrafter(NetworkDrafter):
@@ -136,4 +142,4 @@ class BlockDrafter(NetworkDrafter):
         return self(embeds, conditions, positions.expand(-1, count), mask, state.cache)
 
 
-__all__ = ["PREFILL_PAIRS", "BlockDrafter", "BlockState", "refuse_other_target"]
+__all__ = ["PREFILL_PAIRS", "BlockDrafter", "BlockState"]

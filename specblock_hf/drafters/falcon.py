@@ -24,6 +24,7 @@ draft vocabulary's rows are trained here as in all drafters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +52,12 @@ class FalconState(BlockState):
 
     memory: Memory | None = None
     recent: torch.Tensor | None = None
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        super().keep_rows(places)
+        hidden, cell = self.memory
+        self.memory = (hidden[:, places], cell[:, places])
+        self.recent = self.recent[places]
 
 
 @dataclass

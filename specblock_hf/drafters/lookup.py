@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -105,6 +106,10 @@ class LookupState(DraftState):
     """Adds the rows' texts to [`DraftState`]."""
 
     rows: list[FoundText] = field(default_factory=list)
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        super().keep_rows(places)
+        self.rows = [self.rows[place] for place in places]
 
 
 class LookupDrafter(TreeDrafter):
@@ -194,6 +199,11 @@ class JoinedState(DraftState):
     """The state of every drafter, the first one's being the one that counts forwards."""
 
     parts: list[DraftState] = field(default_factory=list)
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        super().keep_rows(places)
+        for part in self.parts:
+            part.keep_rows(places)
 
 
 class JoinedDrafter(TreeDrafter):
