@@ -42,14 +42,15 @@ DEEPEST = 64  # no plan drafts deeper
 @dataclass(frozen=True)
 class CostCurves:
     """
-    Measured seconds of the parts of a round.
+    Measured seconds of the parts of a round, for all texts of a batch together.
 
     Args:
-        verify (`tuple[tuple[int, float], ...]`): (rows of the target's forward, seconds), the root counted.
-        draft (`tuple[tuple[int, float], ...]`): (rows of the drafter's forwards in a round, seconds of `propose`).
+        verify (`tuple[tuple[int, float], ...]`): (nodes of each text's tree, the root counted; seconds).
+        draft (`tuple[tuple[int, float], ...]`):
+            (rows of the drafter's forwards in a round, of each text; seconds of `propose`).
         host (`float`): Seconds of everything between the two.
-        plain (`float`): Seconds of one token of plain `generate()`.
-        setting (`str`): Device, dtype and context length of the measurement.
+        plain (`float`): Seconds of one step of plain `generate()`, which adds a token to each text.
+        setting (`str`): Device, dtype, batch size and context length of the measurement.
     """
 
     verify: tuple[tuple[int, float], ...]
@@ -67,7 +68,7 @@ class CostCurves:
         return interpolate(self.verify, plan.tree_budget + 1) + interpolate(self.draft, tau + later) + self.host
 
     def speedup(self, plan: DraftingPlan, tau: float) -> float:
-        """Tokens per second by `plan` over those of plain `generate()`."""
+        """Tokens per second by `plan` over those of plain `generate()` with the same batch."""
         return tau * self.plain / self.round_seconds(plan, tau)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,10 +119,18 @@ def choose_plan(curves: CostCurves, acceptance: Iterable[tuple[DraftingPlan, flo
 
 
 def calibrate(
-    target: PreTrainedModel, drafter: TreeDrafter, *, context: int = 256, repeats: int = 5, apply: bool = True
+    target: PreTrainedModel,
+    drafter: TreeDrafter,
+    *,
+    context: int = 256,
+    repeats: int = 5,
+    apply: bool = True,
+    batch_size: int = 1,
 ) -> Calibration:
     """
-    Measure what verifying n nodes and drafting from r rows cost on this machine, and choose the plan that pays.
+    Measure what verifying n nodes and drafting from r rows cost on this machine, and choose the plan that pays. In a
+    large batch the rows of plain decoding fill the machine already, so that less is worth drafting, in the end
+    nothing; calibrate for the size of the batches that will come.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The target, where and as it will run.
@@ -129,16 +138,18 @@ def calibrate(
         context (`int`, *optional*, defaults to 256): Tokens in the cache while measuring.
         repeats (`int`, *optional*, defaults to 5): Measurements of every point, interleaved; medians are kept.
         apply (`bool`, *optional*, defaults to `True`): Let the drafter use the plan from now on.
+        batch_size (`int`, *optional*, defaults to 1): Texts that are decoded together.
 
     Returns:
-        [`Calibration`]: Keep it, or its `curves`, and pass the plan to another process as `drafter.drafting_plan`.
+        [`Calibration`]: Keep it, or its `curves`, and pass the plan to another process as `drafter.drafting_plan`, or
+        to calls with another batch size as their `generation_config.drafting_plan`.
 
     Raises:
         `ValueError`: The drafter is for another target.
     """
     drafter.check_target(target)
     with torch.no_grad():
-        curves = _Probe(target, drafter, context).measure(repeats)
+        curves = _Probe(target, drafter, context, batch_size).measure(repeats)
     plan, speedup = choose_plan(curves, drafter.acceptance())
     if apply:
         drafter.drafting_plan = plan
@@ -151,16 +162,16 @@ class _Probe:
     token.
     """
 
-    def __init__(self, target: PreTrainedModel, drafter: TreeDrafter, context: int):
-        self.target, self.drafter, self.context = target, drafter, context
+    def __init__(self, target: PreTrainedModel, drafter: TreeDrafter, context: int, batch_size: int):
+        self.target, self.drafter, self.context, self.batch_size = target, drafter, context, batch_size
         generator = torch.Generator().manual_seed(0)  # the global generator belongs to the user's sampling
         vocab_size = target.config.get_text_config().vocab_size
-        self.ids = torch.randint(vocab_size, (1, context), generator=generator).to(target.device)
+        self.ids = torch.randint(vocab_size, (batch_size, context), generator=generator).to(target.device)
 
     def measure(self, repeats: int) -> CostCurves:
         kwargs = {
             "attention_mask": None,
-            "position_ids": torch.arange(self.context, device=self.target.device)[None],
+            "position_ids": torch.arange(self.context, device=self.target.device).expand_as(self.ids),
             "past_key_values": DynamicCache(config=self.target.config),
             "use_cache": True,
         }
@@ -171,15 +182,15 @@ class _Probe:
         with TargetModel(self.target, layers, self.ids, kwargs, mask_length=self.context) as scorer:
             scored, pairs = next(scorer.prefill())
             walk = sample_and_walk(
-                DraftTree.root(self.ids[:, -1]), [True], lambda row, node: 0, lambda row, token: False
+                DraftTree.root(self.ids[:, -1]), self._all(True), lambda row, node: 0, lambda row, token: False
             )
             pairs = scorer.close_prompt(pairs, walk)
             scorer.commit(walk)
             rounds = (repeats + 1) * max(len(NODES), len(STARTS))
-            state = self.drafter.begin(scorer.table, 1, self.context + rounds + 1)
+            state = self.drafter.begin(scorer.table, self.batch_size, self.context + rounds + 1)
             for number in range(rounds):
                 starts, nodes = STARTS[number % len(STARTS)], NODES[number % len(NODES)]
-                limits = Limits((DEEPEST,), (DEEPEST,), 1 if starts == 1 else 2, starts)
+                limits = Limits(self._all(DEEPEST), self._all(DEEPEST), 1 if starts == 1 else 2, starts)
                 seconds, _ = self._timed(self.drafter.propose, state, pairs, limits)
                 draft[starts].append(seconds)
                 tree = self._tree(nodes)
@@ -192,13 +203,16 @@ class _Probe:
             draft=_medians(draft),
             host=statistics.median(host),
             plain=self._plain_step(repeats),
-            setting=f"{self.target.device.type}, {self.target.dtype}, context {self.context}",
+            setting=f"{self.target.device.type}, {self.target.dtype}, batch {self.batch_size}, context {self.context}",
         )
 
-    @staticmethod
-    def _finish_round(scorer: TargetModel, tree: DraftTree, scored: Scored) -> Pairs:
+    def _all(self, value: Any) -> tuple[Any, ...]:
+        """The same for every text."""
+        return (value,) * self.batch_size
+
+    def _finish_round(self, scorer: TargetModel, tree: DraftTree, scored: Scored) -> Pairs:
         argmax = scored.logits.argmax(-1).tolist()
-        walk = sample_and_walk(tree, [True], lambda row, node: argmax[row][node], lambda row, token: True)
+        walk = sample_and_walk(tree, self._all(True), lambda row, node: argmax[row][node], lambda row, token: True)
         pairs = Pairs.of(tree, scored.features, walk, scorer.base, scorer.table)
         scorer.commit(walk)
         return pairs
@@ -215,15 +229,15 @@ class _Probe:
             torch.cuda.synchronize(self.target.device)
 
     def _tree(self, nodes: int) -> DraftTree:
-        """A star of the given size: its cost is that of any tree with as many nodes."""
+        """Stars of the given size: their cost is that of any trees with as many nodes."""
         device = self.target.device
-        parents = torch.zeros(1, nodes, dtype=torch.long, device=device)
+        parents = torch.zeros(self.batch_size, nodes, dtype=torch.long, device=device)
         parents[:, 0] = -1
-        origin = torch.zeros(1, nodes, 2, dtype=torch.long, device=device)
-        return DraftTree(parents + 2, parents, torch.zeros(1, nodes, device=device), origin, height=1)
+        origin = torch.zeros(*parents.shape, 2, dtype=torch.long, device=device)
+        return DraftTree(parents + 2, parents, torch.zeros(parents.shape, device=device), origin, height=1)
 
     def _plain_step(self, repeats: int) -> float:
-        """Seconds of a token of plain `generate()`: the difference between a longer and a shorter answer."""
+        """Seconds of a step of plain `generate()`: the difference between longer and shorter answers."""
         settings = {"do_sample": False, "num_beams": 1, "eos_token_id": None}
         mask = torch.ones_like(self.ids)
 

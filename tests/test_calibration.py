@@ -95,6 +95,22 @@ def test_calibration_sets_a_plan_and_leaves_the_users_randomness_alone():
     assert all(0 < a <= b for a, b in zip(seconds, seconds[1:], strict=False))
 
 
+def test_a_batch_is_calibrated_as_a_batch(monkeypatch):
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    forwards, propose = [], drafter.propose
+    monkeypatch.setattr(drafter, "propose", lambda *args: forwards.append(propose(*args)) or forwards[-1])
+    handle = target.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    shapes: list[tuple[int, ...]] = []
+    calibration = calibrate(target, drafter, context=16, repeats=1, batch_size=3)
+    handle.remove()
+    assert {rows for rows, _ in shapes} == {3} and {tree.tokens.shape[0] for tree in forwards} == {3}
+    assert {columns for _, columns in shapes} == {1, 4, 8, 12, 16, 24, 32, 48, 64}
+    assert calibration.curves.setting == "cpu, torch.float32, batch 3, context 16"
+
+
 def test_calibrating_without_applying_changes_nothing():
     target = tiny_target("llama")
     drafter = small_drafter(target)

@@ -1,0 +1,100 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The batch benchmark on tiny models: every size is measured and written, and figures follow from what was decoded."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import prompt_of, tiny_target
+from models_for_tests import save_models, tiny_drafter
+
+from specblock_hf import DraftingPlan
+
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "batches.py"))
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    folders = save_models(tmp_path)
+    texts = ["abcdefghijklm"[:length] for length in (4, 9, 2, 12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    chosen = ["--target", folders["target"], "--drafter", folders["specblock"], "--device", "cpu"]
+    chosen += ["--prompts", str(tmp_path / "prompts.jsonl"), "--limit", "4", "--max-new-tokens", "6", "--repeats", "2"]
+    return [*chosen, "--output", str(tmp_path / "results" / "batches.json")]
+
+
+def test_every_size_is_measured_with_the_given_plan(arguments, capsys):
+    SCRIPT["main"]([*arguments, "--sizes", "1", "4", "--plan", "5", "1", "4"])
+    report = json.loads(Path(arguments[-1]).read_text())
+    assert list(report["sizes"]) == ["1", "4"] and report["drafter"] == "specblock"
+    for summary in report["sizes"].values():
+        assert summary["plan"]["tree_budget"] == 5 and summary["expected"] is None
+        assert summary["identical"] == 4 and summary["tau"] >= 1 and summary["ratio"] > 0
+    assert capsys.readouterr().out.count("4 of 4 answers identical") == 2
+
+
+def test_a_size_is_calibrated_for_itself(arguments, monkeypatch):
+    asked = []
+
+    def calibrate(target, drafter, batch_size):
+        asked.append(batch_size)
+        drafter.drafting_plan = DraftingPlan(0 if batch_size > 1 else 4, 1)
+        return type("Calibration", (), {"speedup": 1.5})
+
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "calibrate", calibrate)
+    SCRIPT["main"]([*arguments, "--sizes", "1", "2"])
+    sizes = json.loads(Path(arguments[-1]).read_text())["sizes"]
+    assert asked == [1, 2]
+    assert [sizes[size]["plan"]["tree_budget"] for size in "12"] == [4, 0] and sizes["2"]["tau"] == 1
+
+
+def test_unfilled_batches_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        SCRIPT["main"]([*arguments, "--sizes", "3"])
+    assert "--limit 4 leaves a batch of [3] unfilled" in capsys.readouterr().err
+
+
+def test_batches_are_padded_on_the_left_and_answers_end():
+    batch = SCRIPT["padded"]([torch.tensor([[5, 6, 7]]), torch.tensor([[8]])], 9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert SCRIPT["answers"](torch.tensor([[1, 2, 3], [2, 0, 0], [1, 1, 1]]), [2]) == [[1, 2], [2], [1, 1, 1]]
+
+
+def test_the_sides_take_turns_and_medians_count(monkeypatch):
+    target, drafter = tiny_target("llama"), tiny_drafter()
+    drafter.drafting_plan = DraftingPlan(4, 1)
+    order = []
+    times = {False: iter([3.0, 1.0, 2.0]), True: iter([1.0, 5.0, 4.0])}
+
+    def timed(target, batch, options):
+        drafted = "assistant_model" in options
+        order.append(drafted)
+        output = target.generate(**batch, **options)
+        return next(times[drafted]), output[:, batch["input_ids"].shape[1] :]
+
+    monkeypatch.setitem(SCRIPT["compare"].__globals__, "timed", timed)
+    batch = SCRIPT["padded"]([prompt_of(4), prompt_of(7, 1)], 0)
+    row = SCRIPT["compare"](target, drafter, batch, {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}, 3)
+    assert order == [False, True, True, False, False, True]
+    assert row["seconds"] == {"plain": 2.0, "drafted": 4.0} and row["identical"] == 2
+    assert row["tokens"] == {"plain": 10, "drafted": 10}
+    summary = SCRIPT["summarise"]([row, row | {"seconds": {"plain": 4.0, "drafted": 1.0}}])
+    assert summary["tokens_per_second"] == {"plain": 20 / 6, "drafted": 4.0} and summary["ratio"] == pytest.approx(1.2)
