@@ -139,6 +139,24 @@ def test_restore_goes_back_with_both_copies():
     assert not updater.optimizer.state
 
 
+def test_the_rate_rises_over_the_first_steps_and_again_after_a_rollback():
+    updater, buffer = updater_of(learning_rate=4e-3, steps=1, warmup_steps=4, drift_weight=0.0), filled_buffer()
+    before = updater.snapshot()
+
+    def largest_move() -> float:
+        old = weights_of(updater.trained)
+        updater.train("full", updater.draw(buffer))
+        return max(float((a - b).abs().max()) for a, b in zip(weights_of(updater.trained), old, strict=True))
+
+    # AdamW's first step moves every weight by the rate itself.
+    assert largest_move() == pytest.approx(1e-3, rel=0.01)
+    for _ in range(3):
+        largest_move()
+    assert [group["lr"] for group in updater.optimizer.param_groups] == [4e-3]
+    updater.restore(before)
+    assert largest_move() == pytest.approx(1e-3, rel=0.01)
+
+
 def test_the_trained_copy_is_finer_than_a_deployed_one_in_bfloat16():
     drafter, buffer = tiny_drafter(dtype=torch.bfloat16), filled_buffer()
     updater = updater_of(drafter, learning_rate=1e-6)
