@@ -21,7 +21,9 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,9 @@ OWN = "specblock"
 
 TRIALS = 3
 """Prompts that the calibrated plans are chosen by: a function, a chat and a sum."""
+
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
+"""What of a model's folder decides its figures."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,21 +162,28 @@ def drafter_paths(args: argparse.Namespace) -> dict[str, str]:
 
 
 def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Sequence[Method]) -> dict[str, Any]:
-    """What decides the figures; a run goes on only where all of it is the same."""
+    """
+    What decides the figures; a run goes on only where all of it is the same. Files and folders go by their names,
+    which say nothing about the machine, and by what tells them from others of that name.
+    """
+    drafters = drafter_paths(args)
+    given = {"target": target.name_or_path, "prompts": args.prompts, "gsm8k": args.gsm8k}
+    given |= {f"drafter {name}": path for name, path in drafters.items()}
     hardware = (
         f"{torch.get_num_threads()} {platform.machine()} CPU thread(s), {torch.backends.cpu.get_cpu_capability()}"
     )
     if target.device.type == "cuda":
         hardware = torch.cuda.get_device_name(target.device)
     return {
-        "target": target.name_or_path,
+        "target": name_of(target.name_or_path),
         "methods": [method.name for method in methods],
         "kinds": {method.name: method.kind for method in methods},
-        "drafters": drafter_paths(args),
+        "drafters": {name: name_of(path) for name, path in drafters.items()},
         "given_plans": {name: [plan.tree_budget, plan.num_forwards, plan.max_starts] for name, plan in args.plan},
         "suites": args.suite,
-        "prompts": args.prompts,
-        "gsm8k": args.gsm8k,
+        "prompts": args.prompts and name_of(args.prompts),
+        "gsm8k": args.gsm8k and name_of(args.gsm8k),
+        "files": {name: state for name, path in given.items() if path and (state := state_of(path))},
         "temperatures": args.temperature,
         "max_new_tokens": args.max_new_tokens,
         "limit": args.limit,
@@ -182,6 +194,22 @@ def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Seque
         "hardware": hardware,
         "versions": {"torch": version("torch"), "transformers": version("transformers")},
     }
+
+
+def name_of(path: str) -> str:
+    """The name of a file or folder; a Hub id as it is."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def state_of(path: str) -> str | None:
+    """Size and time of a file, or of a folder's configuration and weights; `None` for a Hub id."""
+    place = Path(path)
+    files = [place] if place.is_file() else [file for kind in MODEL_FILES for file in place.glob(kind)]
+    if not files:
+        return None
+    stats = [file.stat() for file in files]
+    newest = datetime.fromtimestamp(max(stat.st_mtime for stat in stats), UTC)
+    return f"{sum(stat.st_size for stat in stats)} bytes of {newest.isoformat()}"
 
 
 def measure(benchmark: Benchmark, units: Sequence[Unit], done: Sequence[Row], folder: ResultFolder) -> list[Row]:

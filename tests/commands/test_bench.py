@@ -16,12 +16,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from models_for_tests import save_models
 
 from specblock_hf import DraftingPlan, cli
 from specblock_hf.commands import bench
+from specblock_hf.commands.bench import name_of, state_of
 from specblock_hf.evaluation.benchmark import Benchmark
 
 
@@ -99,6 +103,32 @@ def test_other_conditions_are_refused_in_the_same_folder(folders, tmp_path, caps
     run(folders, tmp_path, "--seed", "1", methods="lookup", status=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("specblock bench: ") and "with seed = 0 and this one has 1; give another --output" in error
+
+
+def test_nothing_written_says_where_files_lie(folders, tmp_path, capsys):
+    suites = ["--suite", "gsm8k", "--gsm8k", folders["gsm8k"], "--limit", "1"]
+    run(folders, tmp_path / "out", *suites, methods="lookup")
+    home = str(Path(folders["target"]).parent)
+    for file in (tmp_path / "out").iterdir():
+        assert home not in file.read_text(), file
+    conditions = json.loads((tmp_path / "out" / "setting.json").read_text())["conditions"]
+    assert conditions["drafters"] == {"specblock": "specblock", "eagle3": "eagle3"}
+    names = (conditions["target"], conditions["prompts"], conditions["gsm8k"])
+    assert names == ("target", "own.jsonl", "gsm8k.jsonl")
+    assert conditions["files"].keys() == {"target", "prompts", "gsm8k", "drafter specblock", "drafter eagle3"}
+    assert name_of("org/drafter") == "org/drafter" and state_of("org/drafter") is None
+
+
+def test_other_files_of_the_same_name_are_refused_in_the_same_folder(folders, tmp_path, capsys):
+    own = tmp_path / "specblock"
+    shutil.copytree(folders["specblock"], own)  # which keeps times: this is the same drafter
+    run(folders, tmp_path / "out", methods="lookup")
+    run(folders | {"specblock": str(own)}, tmp_path / "out", methods="lookup")
+    (own / "README.md").write_text("decides nothing")
+    run(folders | {"specblock": str(own)}, tmp_path / "out", methods="lookup")
+    os.utime(own / "model.safetensors")  # as training again does
+    run(folders | {"specblock": str(own)}, tmp_path / "out", methods="lookup", status=2)
+    assert "with files = {" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0)])
