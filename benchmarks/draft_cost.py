@@ -31,6 +31,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -321,10 +322,13 @@ def ratios(drafters: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What makes figures comparable: commit, versions, hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = None
+    if shutil.which("git"):
+        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or None,  # a copy without its history has none
+        "commit": commit or None,  # a copy without its history has none
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{torch.get_num_threads()} threads",

@@ -1,0 +1,189 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`benchmarks/gpu.py`: what it skips, what it takes up again, and that every command that it builds is one."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from specblock_hf.commands import bench
+from specblock_hf.training import command, regenerate
+
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module("gpu")
+
+
+@pytest.fixture
+def runner(gpu, tmp_path):
+    """A fresh runner of a step in the same folder."""
+    return lambda seconds=60: gpu.Runner("tests", tmp_path, tmp_path / "work", "cpu", seconds)
+
+
+def marking(gpu, path: Path, name: str, then: str = ""):
+    """A task that leaves a line in a file, and does something else."""
+    code = f"open({str(path)!r}, 'a').write({name!r} + '\\n'); print('said', {name!r}); {then}"
+    return gpu.Task(name, ["-c", code], str.split)
+
+
+def test_what_is_done_is_skipped_and_the_rest_tried_again(gpu, runner, tmp_path):
+    marks, broken = tmp_path / "marks", tmp_path / "broken"
+    broken.touch()
+    tasks = [
+        marking(gpu, marks, "one"),
+        marking(gpu, marks, "two", f"import os; assert not os.path.exists({str(broken)!r}), 'broken'"),
+        marking(gpu, marks, "three"),
+    ]
+    assert not runner().run(tasks)
+    report = json.loads((tmp_path / "tests.json").read_text())
+    rows = report["tasks"]
+    assert [rows[name]["status"] for name in ("one", "two", "three")] == ["done", "failed", "done"]
+    assert rows["one"]["result"] == ["said", "one"] and rows["one"]["exit"] == 0 and "tail" not in rows["one"]
+    assert rows["two"]["exit"] == 1 and rows["two"]["tail"][-1] == "AssertionError: broken"
+    assert report["machine"]["torch"]
+    broken.unlink()
+    assert runner().run(tasks)
+    assert marks.read_text().split() == ["one", "two", "three", "two"]
+    assert runner().run(tasks) and len(marks.read_text().split()) == 4
+
+
+def test_a_killed_run_goes_on(gpu, runner, tmp_path, monkeypatch):
+    marks = tmp_path / "marks"
+    tasks = [marking(gpu, marks, "one"), marking(gpu, marks, "two", "import time; time.sleep(600)")]
+    children = []
+    wait = gpu.subprocess.Popen.wait
+
+    def interrupted(process, timeout=None):
+        if process.args[0] == sys.executable:
+            children.append(process)
+        if len(set(children)) == 2 and timeout is not None:
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner().run(tasks)
+    monkeypatch.undo()
+    assert children[-1].poll() is not None
+    assert list(json.loads((tmp_path / "tests.json").read_text())["tasks"]) == ["one"]
+    marks.write_text("")
+    assert runner().run([tasks[0], marking(gpu, marks, "two")])
+    assert marks.read_text().split() == ["two"]
+
+
+def test_a_step_ends_in_time(gpu, runner, tmp_path):
+    marks = tmp_path / "marks"
+    tasks = [marking(gpu, marks, "slow", "import time; time.sleep(600)"), marking(gpu, marks, "late")]
+    assert not runner(seconds=3).run(tasks)
+    rows = json.loads((tmp_path / "tests.json").read_text())["tasks"]
+    assert [row["status"] for row in rows.values()] == ["out of time", "out of time"]
+    assert 2 < rows["slow"]["seconds"] < 60 and rows["late"]["seconds"] == 0
+    assert not marks.exists() or marks.read_text().split() == ["slow"]
+
+
+def test_the_step_cost(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "TARGETS", ("llama-3.1-8b",))
+    options = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--tiny", "--device", "cpu"]
+    assert gpu.main([*options, "--only", "cost"]) == 0
+    report = json.loads((tmp_path / "out" / "cost.json").read_text())
+    assert list(report["tasks"]) == ["llama-3.1-8b, context 32, batch 1", "llama-3.1-8b, context 32, batch 8"]
+    figures = json.loads((tmp_path / "out" / "draft_cost.json").read_text())
+    assert [unit["batch"] for unit in figures["units"]] == [1, 8]
+    for unit in figures["units"]:
+        assert set(unit["ratios"]) == {"SpecBlock M=1", "SpecBlock M=2", "SpecBlock M=3", "SpecBlock M=2, best-first"}
+        assert unit["ratios"]["SpecBlock M=2"]["operators"] < 0.6
+    capsys.readouterr()
+    assert gpu.main([*options, "--only", "cost"]) == 0
+    assert capsys.readouterr().out.count("is done already") == 2
+
+
+def accepts(module, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_the_commands_are_ones(gpu, tmp_path, tiny):
+    options = ["--output", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu"]
+    options += ["--prompts", "a.jsonl", "b.jsonl", "--gsm8k", "c.jsonl", *(["--tiny"] if tiny else [])]
+    final = tmp_path / "work" / "train-medusa" / "final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text("{}")
+    args = gpu.parse(options)
+    (answers,) = gpu.regenerate(args)
+    read = accepts(regenerate, answers.command[3:])
+    assert answers.command[:3] == ["-m", "specblock_hf", "regenerate"]
+    assert [Path(path).name for path in read.prompts] == ["a.jsonl", "b.jsonl"]
+    assert (read.answers, read.temperature, read.greedy_share) == (2, 1.0, 1.0)
+    trained = [accepts(command, task.command[3:]) for task in gpu.train(args)]
+    assert [each.drafter for each in trained] == list(gpu.DRAFTERS)
+    assert {each.data for each in trained} == {read.output}
+    batches, side_by_side = gpu.bench(args)
+    assert importlib.import_module("batches").parse(batches.command[1:]).sizes == [1, 8]
+    compared = accepts(bench, side_by_side.command[3:])
+    bench.check(compared)
+    assert dict(compared.drafter) == {"medusa-trained": str(final)} and compared.methods[-1] == "medusa-trained"
+    assert compared.temperature == [0.0, 1.0]
+    tests = {task.name: task.command for task in gpu.tests(args)}
+    identity = importlib.import_module("identity").parse(tests["identity"][1:])
+    assert identity.limit == (1 if tiny else 10) and identity.dtype == ["float32", "bfloat16"]
+    assert all(Path(gpu.ROOT, part).exists() for task in tests.values() for part in task if part.startswith("tests"))
+
+
+def test_large_files_come_in_parts(gpu, tmp_path, monkeypatch):
+    final = tmp_path / "train-eagle3" / "final"
+    final.mkdir(parents=True)
+    weights = bytes(range(256)) * 10
+    (final / "model.safetensors").write_bytes(weights)
+    (final / "config.json").write_text(json.dumps({"acceptance": [[8, 1, 0, 2.0, 2.5]]}))
+    rows = [{"step": 1, "learning_rate": 1.0}, {"step": 2, "learning_rate": 0.5}, {"step": 2, "tau_8": 1.5}]
+    (final.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(gpu, "PART_BYTES", 1000)
+    output = tmp_path / "out"
+    output.mkdir()
+    packed = gpu.pack_drafter(final.parent, output)
+    parts = sorted(output.glob("train-eagle3.safetensors.*"))
+    assert len(parts) == 3 and b"".join(part.read_bytes() for part in parts) == weights
+    assert packed == {"last_step": [rows[1]], "held_out": [rows[2]], "acceptance": [[8, 1, 0, 2.0, 2.5]]}
+    assert gpu.pack_drafter(tmp_path / "train-medusa", output) == {}
+
+
+def test_answers_are_packed(gpu, tmp_path):
+    rows = [{"prompt": "a", "answer_ids": [1, 2, 3], "temperature": t} for t in (0.0, 1.0, 1.0)]
+    (tmp_path / "answers-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out"
+    output.mkdir()
+    assert gpu.pack_answers(tmp_path, output) == {"answers": 3, "greedy": 1, "tokens": 9}
+    with gzip.open(output / "answers-0.jsonl.gz", "rt") as file:
+        assert [json.loads(line) for line in file] == rows
+
+
+def test_what_cannot_work_is_refused(gpu, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(["--output", str(tmp_path), "--device", "cpu"])
+    assert "name files with --prompts" in capsys.readouterr().err
