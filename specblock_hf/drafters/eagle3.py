@@ -55,6 +55,11 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
     """
 
     objective_class = Eagle3Objective
+    # A forward is one level, and most machines cannot afford all of them.
+    plans_that_pay = (
+        *((4, 2, 2), (8, 2, 4), (8, 3, 4), (12, 3, 4), (12, 4, 4), (16, 4, 4)),
+        *((24, 4, 8), (32, 6, 8), (59, 6, 10), (59, 8, 10)),
+    )
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         config = self.config

@@ -94,6 +94,11 @@ class FalconDrafter(BlockDrafter, FalconModel):
     """
 
     objective_class = FalconObjective
+    plans_that_pay = (
+        *((nodes, 1, 0) for nodes in (4, 8)),
+        *((nodes, 2, 4) for nodes in (8, 12, 16)),
+        *((16, 3, 4), (24, 3, 4), (24, 4, 8), (32, 4, 8), (60, 4, 0)),
+    )
 
     @property
     def columns_per_pair(self) -> int:

@@ -65,6 +65,9 @@ class NetworkDrafter(TreeDrafter):
     typical_acceptance: Sequence[Sequence[float]] = ()
     """Rows like those of `config.acceptance`, for a drafter whose configuration has none."""
 
+    plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (4, 8, 12, 16, 32, 60))
+    """Nodes, forwards and starts (0: all) of plans that are the best somewhere, from a slow CPU to a GPU."""
+
     dtype: torch.dtype
     device: torch.device
     lm_head: nn.Linear
@@ -86,6 +89,14 @@ class NetworkDrafter(TreeDrafter):
     def default_plan(self, device: torch.device) -> DraftingPlan:
         budget = self.config.tree_budget
         return DraftingPlan(min(CPU_BUDGET, budget) if device.type == "cpu" else budget, self.config.num_blocks)
+
+    def plans_to_measure(self) -> list[DraftingPlan]:
+        """The plans that pay somewhere, but for those of more forwards than the drafter was made for."""
+        return [
+            DraftingPlan(nodes, forwards, starts or None)
+            for nodes, forwards, starts in self.plans_that_pay
+            if forwards <= self.config.num_blocks
+        ]
 
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         rows = self.config.acceptance or self.typical_acceptance

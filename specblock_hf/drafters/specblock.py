@@ -65,6 +65,12 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
 
     objective_class = SpecBlockObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
+    plans_that_pay = (
+        *((nodes, 1, 0) for nodes in (4, 8, 12, 16, 24)),
+        *((nodes, 2, 4) for nodes in (12, 16, 24)),
+        *((32, 2, 8), (60, 2, 8), (60, 2, 0)),
+        *((32, 3, 8), (60, 3, 8)),
+    )
 
     can_sample = True
 

@@ -46,14 +46,6 @@ from .rehearsal import rehearse
 from .trainer import DrafterTrainer, make_accelerator
 
 
-PLANS = (
-    *(DraftingPlan(budget, 1) for budget in (2, 4, 6, 8, 12, 16, 24)),
-    *(DraftingPlan(budget, 2, starts) for budget in (8, 12, 16) for starts in (2, 4)),
-    *(DraftingPlan(budget, 2, starts) for budget in (24, 32, 60) for starts in (4, 8)),
-    DraftingPlan(60, 2),
-)
-"""What a drafter's acceptance is measured with: from the smallest plan that can pay on a CPU to the paper's."""
-
 TOP_K = 64  # the target's likeliest tokens that the drafter learns from
 
 
@@ -135,14 +127,14 @@ def finish(
     held_out: list[Example],
     target: PreTrainedModel,
 ) -> None:
-    """Measure what every plan accepts, which [`calibrate`] chooses by, and save the drafter in the target's dtype."""
+    """Measure what the drafter's plans accept, which [`calibrate`] chooses by, and save it in the target's dtype."""
     drafter.set_attn_implementation("sdpa")
     greedy = [e for e in held_out if e.greedy][: args.eval_examples]
     if greedy:
         views = _views(args.views, "held-out", greedy, target, drafter.feature_layers)(list(range(len(greedy))))
         joined = JoinedDrafter(drafter, LookupDrafter(target.config))
         drafter.config.acceptance = []
-        for plan in tqdm(PLANS, desc="acceptance of every plan"):
+        for plan in tqdm(drafter.plans_to_measure(), desc="acceptance of every plan"):
             taus = [simulate_acceptance(d, table, greedy, views, plan).tau for d in (drafter, joined)]
             row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
             drafter.config.acceptance.append(row)

@@ -23,7 +23,6 @@ from conftest import VOCAB, prompt_of, tiny_target
 from training_for_tests import Told, char_tokenizer
 
 from specblock_hf import AutoDrafter, Eagle3Drafter, FalconDrafter, MedusaDrafter, ParallelSpecDrafter, cli
-from specblock_hf.training import command
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def answers(tmp_path_factory):
 def test_the_command_trains_every_baseline(
     answers, tmp_path, capsys, monkeypatch, name, kind, config, objective, shape
 ):
-    monkeypatch.setattr(command, "PLANS", command.PLANS[:2])
+    monkeypatch.setattr(kind, "plans_that_pay", ((2, 1, 0), (4, 1, 0), (8, 5, 0)))
     options = ["--target", answers / "target", "--data", answers / "data", "--output", tmp_path, "--drafter", name]
     options += ["--draft-vocab-size", 24, "--config", *config, "--objective", *objective]
     options += ["--epochs", 2, "--batch-tokens", 120, "--learning-rate", 0.01, "--held-out", 0.3, "--log-steps", 1]

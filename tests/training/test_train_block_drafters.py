@@ -24,7 +24,6 @@ from conftest import prompt_of, tiny_target
 from training_for_tests import Told, char_tokenizer
 
 from specblock_hf import AutoDrafter, BlockDiffusionDrafter, cli
-from specblock_hf.training import command
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def answers(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "causal"), [("dflash", None), ("jetspec", True)])
 def test_the_command_trains_both_forms(answers, tmp_path, capsys, monkeypatch, name, causal):
-    monkeypatch.setattr(command, "PLANS", command.PLANS[:2])
+    monkeypatch.setattr(BlockDiffusionDrafter, "plans_that_pay", ((2, 1, 0), (4, 1, 0), (8, 2, 0)))
     options = ["--target", answers / "target", "--data", answers / "data", "--output", tmp_path, "--drafter", name]
     options += ["--config", "num_hidden_layers=1", "block_size=4", "--objective", "num_anchors=5"]
     options += ["--epochs", 2, "--batch-tokens", 120, "--learning-rate", 0.01, "--held-out", 0.3, "--log-steps", 1]

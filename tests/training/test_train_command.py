@@ -24,9 +24,8 @@ from accelerate import dispatch_model
 from conftest import prompt_of, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
 
-from specblock_hf import AutoDrafter, cli
+from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
 from specblock_hf.conversion import Layout, write_checkpoint
-from specblock_hf.training import command
 from specblock_hf.training.features import view_target
 
 
@@ -46,7 +45,7 @@ def answers(tmp_path_factory):
 @pytest.fixture
 def train(answers, tmp_path, monkeypatch):
     """Runs the command and gives its status."""
-    monkeypatch.setattr(command, "PLANS", command.PLANS[:1])
+    monkeypatch.setattr(SpecBlockDrafter, "plans_that_pay", ((2, 1, 0),))
 
     def run(*options: object) -> int:
         fixed = ["train", "--target", answers / "target", "--data", answers / "data", "--output", tmp_path / "run"]

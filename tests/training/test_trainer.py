@@ -32,7 +32,6 @@ from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, ti
 
 from specblock_hf import SpecBlockDrafter, TokenTable, cli
 from specblock_hf.drafters.specblock_loss import SpecBlockObjective
-from specblock_hf.training import command
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
 from specblock_hf.training.features import view_target
@@ -267,7 +266,7 @@ def answers(tmp_path) -> Path:
 
 @pytest.mark.parametrize("views", [False, True])
 def test_the_command_trains_from_a_folder_of_answers(answers, capsys, monkeypatch, views):
-    monkeypatch.setattr(command, "PLANS", command.PLANS[:2] + command.PLANS[7:8])
+    monkeypatch.setattr(SpecBlockDrafter, "plans_that_pay", ((2, 1, 0), (4, 1, 0), (8, 2, 2), (8, 3, 2)))
     options = ["--views", str(answers / "views")] if views else []
     status = cli.main(
         ["train", "--target", str(answers / "target"), "--data", str(answers / "answers"), "--draft-vocab-size", "24"]

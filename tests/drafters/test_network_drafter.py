@@ -1,0 +1,54 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which plans a drafter's acceptance is measured for."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import tiny_target
+
+from specblock_hf import DraftingPlan
+from specblock_hf.auto import TRAINABLE
+
+
+def drafter_of(name: str, **fields):
+    kind, form = TRAINABLE[name]
+    return kind(kind.config_class.for_target(tiny_target("llama").config, **(form | fields)))
+
+
+@pytest.mark.parametrize("name", ["medusa", "parallelspec", "dflash", "jetspec"])
+def test_drafters_of_one_forward_are_measured_with_one(name):
+    plans = drafter_of(name).plans_to_measure()
+    assert plans == [DraftingPlan(nodes, 1) for nodes in (4, 8, 12, 16, 32, 60)]
+
+
+@pytest.mark.parametrize(("name", "most"), [("specblock", 3), ("falcon", 4), ("eagle3", 8)])
+def test_others_with_as_many_as_they_were_made_for(name, most):
+    fields = {"draft_vocab_size": 24}
+    counts = {
+        blocks: [plan.num_forwards for plan in drafter_of(name, num_blocks=blocks, **fields).plans_to_measure()]
+        for blocks in (most - 1, most)
+    }
+    assert max(counts[most - 1]) < most == max(counts[most])
+    assert len(counts[most]) <= 13
+    plans = drafter_of(name, num_blocks=most, **fields).plans_to_measure()
+    assert len(set(plans)) == len(plans)
+    # Beside what a GPU takes, something for a machine on which a forward or a node costs as much as a token brings.
+    assert min(plan.tree_budget for plan in plans) == 4 and max(plan.tree_budget for plan in plans) >= 59
+    assert all(plan.max_starts != 0 for plan in plans)
+
+
+def test_fewer_forwards_leave_nothing_but_the_first():
+    drafter = drafter_of("specblock", draft_vocab_size=24, num_blocks=1)
+    assert {plan.num_forwards for plan in drafter.plans_to_measure()} == {1}
