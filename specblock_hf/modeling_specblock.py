@@ -36,11 +36,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .configuration_specblock import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
+from .slot_layer import OpenBlock, SpecBlockLayer, backend_mask
 
 
 NUM_RANK_FEATURES = NUM_LISTED_LOG_PROBS + 5
@@ -170,7 +171,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
     base_model_prefix = ""
     main_input_name = "token_embeds"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer"]
+    _no_split_modules = ["SpecBlockLayer"]
     _supports_sdpa = True
     _supports_flash_attn = False  # later blocks need masks that FlashAttention cannot take
 
@@ -178,7 +179,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         super().__init__(config)
         hidden = config.hidden_size
         self.input_layer = SpecBlockInput(config)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(SpecBlockLayer(config, i) for i in range(config.num_hidden_layers))
         self.shift_proj = nn.ModuleList(
             nn.Linear(2 * hidden, hidden, bias=False)
             for _ in range(config.num_hidden_layers - 1 if config.layer_shift else 0)
@@ -229,30 +230,79 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `[B, R, K, d]`: The last layer's states, before the final norm.
         """
+        hidden, position_embeddings, mask = self._enter_last_layer(
+            token_embeds, conditions, position_ids, attention_mask, cache
+        )
+        hidden = self.layers[-1](
+            hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache
+        )
+        return hidden.view(*token_embeds.shape[:2], self.config.block_size, -1)
+
+    def open_block(
+        self,
+        token_embeds: torch.Tensor,
+        conditions: torch.Tensor,
+        position_ids: torch.LongTensor,
+        attention_mask: torch.BoolTensor | None,
+        cache: BlockCache | GraphCache,
+    ) -> OpenBlock:
+        """The same forward up to what others read of its slots; [`SpecBlockModel.read_slots`] gives their states."""
+        hidden, position_embeddings, _ = self._enter_last_layer(
+            token_embeds, conditions, position_ids, attention_mask, cache
+        )
+        keys, values = self.layers[-1](hidden, step="open", position_embeddings=position_embeddings, cache=cache)
+        return OpenBlock(hidden, position_embeddings, keys, values, attention_mask)
+
+    def read_slots(
+        self, block: OpenBlock, texts: torch.LongTensor, rows: torch.LongTensor, slots: torch.LongTensor | int
+    ) -> torch.Tensor:
+        """
+        The states that [`SpecBlockModel.forward`] would have given, of n slots alone.
+
+        Args:
+            block (`OpenBlock`): The block.
+            texts (`torch.LongTensor` of shape `[n]`): Their rows of the batch, in ascending order.
+            rows (`torch.LongTensor` of shape `[n]`): Their rows of the block.
+            slots (`torch.LongTensor` of shape `[n]` or `int`): Which slots of those they are.
+
+        Returns:
+            `torch.Tensor` of shape `[n, d]`.
+        """
+        places = rows * self.config.block_size + slots
+        hidden = block.hidden.flatten(0, 1).index_select(0, texts * block.hidden.shape[1] + places)
+        return self.layers[-1](hidden, step="read", block=block, texts=texts, slots=places)
+
+    def _enter_last_layer(
+        self,
+        token_embeds: torch.Tensor,
+        conditions: torch.Tensor,
+        position_ids: torch.LongTensor,
+        attention_mask: torch.BoolTensor | None,
+        cache: BlockCache | GraphCache | None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        """What enters the last layer `[B, R * K, d]`, and the cosines, sines and mask of all layers."""
         batch, rows, _ = token_embeds.shape
-        size = self.config.block_size
-        slots = torch.arange(1, size + 1, device=position_ids.device)
-        position_embeddings = self.rotary_emb(token_embeds, (position_ids.unsqueeze(-1) + slots).flatten(1))
-        if self.config._attn_implementation == "eager":
-            # The eager backend adds its mask to the scores, and without one lets everybody see everything.
-            if attention_mask is None:
-                slots_seen = torch.ones(rows * size, rows * size, dtype=torch.bool, device=position_ids.device)
-                attention_mask = slots_seen.tril()[None, None]
-            lowest = torch.finfo(token_embeds.dtype).min
-            attention_mask = torch.zeros_like(attention_mask, dtype=token_embeds.dtype).masked_fill(
-                ~attention_mask, lowest
-            )
+        size, implementation = self.config.block_size, self.config._attn_implementation
+        steps = torch.arange(1, size + 1, device=position_ids.device)
+        position_embeddings = self.rotary_emb(token_embeds, (position_ids.unsqueeze(-1) + steps).flatten(1))
+        if attention_mask is None and implementation == "eager":
+            # Without a mask the eager backend lets everybody see everything.
+            everything = torch.ones(rows * size, rows * size, dtype=torch.bool, device=position_ids.device)
+            attention_mask = everything.tril()[None, None]
+        if attention_mask is not None:
+            attention_mask = backend_mask(attention_mask, implementation, token_embeds.dtype)
         hidden = self.input_layer(conditions, token_embeds).flatten(1, 2)
-        for index, layer in enumerate(self.layers):
+        for index in range(len(self.layers)):
             if index > 0 and self.config.layer_shift:
                 hidden = self._shift(hidden, index - 1, batch, rows)
-            hidden = layer(
-                hidden,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
-                past_key_values=cache,
-            )
-        return hidden.view(batch, rows, size, -1)
+            if index + 1 < len(self.layers):
+                hidden = self.layers[index](
+                    hidden,
+                    attention_mask=attention_mask,
+                    position_embeddings=position_embeddings,
+                    past_key_values=cache,
+                )
+        return hidden, position_embeddings, attention_mask
 
     def _shift(self, hidden: torch.Tensor, index: int, batch: int, rows: int) -> torch.Tensor:
         slots = hidden.view(batch, rows, self.config.block_size, -1)

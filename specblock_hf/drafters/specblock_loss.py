@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..modeling_specblock import BlockPath, GraphCache
+from ..modeling_specblock import BlockPath, GraphCache, OpenBlock
 from ..training.objective import (
     TargetBatch,
     ordinal_rank_loss,
@@ -101,18 +101,25 @@ class TrainingBlock:
     The rows of one training block, R of them for each of B texts.
 
     Args:
-        hidden (`torch.Tensor` of shape `[B, R, K, d]`): What the forward returned.
+        opened (`OpenBlock`): The network's part, whose states are read where they are wanted.
         pairs (`torch.LongTensor` of shape `[B, R]`): The committed pair i that a row hangs on.
         shift (`int`): Tokens of the text between the pair and the row's own token: the cuts so far.
         valid (`torch.BoolTensor` of shape `[B, R]`): False for padding rows.
         path (`BlockPath`): How the rows hang on the committed pairs; `None` in the first block.
     """
 
-    hidden: torch.Tensor
+    opened: OpenBlock
     pairs: torch.LongTensor
     shift: int
     valid: torch.BoolTensor
     path: BlockPath | None = None
+
+    def states(self, drafter: SpecBlockDrafter) -> torch.Tensor:
+        """The states `[B, R, K, d]` of all slots of all rows."""
+        shape = (*self.pairs.shape, drafter.config.block_size)
+        everything = torch.ones(shape, dtype=torch.bool, device=self.pairs.device)
+        states = drafter.read_slots(self.opened, *everything.nonzero(as_tuple=True))
+        return states.view(*shape, -1)
 
 
 def specblock_loss(
@@ -127,7 +134,8 @@ def specblock_loss(
 
     Only surviving rows are computed: a later block starts where every slot before its cut guessed right, because only
     there can a
-    tree that is being verified have reached it; a slot goes through the head only while its chain is alive.
+    tree that is being verified have reached it; a slot goes through the last layer and the head only while its chain
+    is alive.
 
     Args:
         drafter ([`SpecBlockDrafter`]): The drafter.
@@ -142,7 +150,7 @@ def specblock_loss(
     """
     cache = GraphCache(drafter.config.num_hidden_layers)
     block = first_block(drafter, batch, cache)
-    alive = block.valid
+    alive, conditions = block.valid, None
     blocks = []
     for number in range(objective.num_blocks):
         if number > 0:
@@ -150,9 +158,11 @@ def specblock_loss(
                 draws = torch.rand(alive.shape, generator=generator).to(alive.device)
                 alive = alive & (draws < objective.starts_share)
             starts = _starts(batch, block, alive, cuts[number - 1])
-            block = later_block(drafter, batch, cache, block, starts, cuts[number - 1], objective.earlier_keys)
-        scores = _score_block(drafter, batch, block, objective, cuts[number] if number < len(cuts) else 0)
-        alive = scores.pop("alive")
+            block = later_block(
+                drafter, batch, cache, block, starts, conditions, cuts[number - 1], objective.earlier_keys
+            )
+        cut = cuts[number] if number < len(cuts) else 0
+        scores, alive, conditions = _score_block(drafter, batch, block, objective, cut)
         blocks.append(scores)
     sums = {name: torch.stack([scores[name] for scores in blocks]) for name in blocks[0]}
     # Divided by the first slots, the mean is the paper's expectation, and a late slot with one survivor weighs as
@@ -177,8 +187,8 @@ def first_block(drafter: SpecBlockDrafter, batch: TargetBatch, cache: GraphCache
     """The block that starts at every committed pair."""
     pairs = torch.arange(batch.tokens.shape[1] - 1, device=batch.tokens.device).expand(len(batch.tokens), -1)
     conditions = drafter.project_features(batch.features[:, :-1])
-    hidden = drafter(batch.embeds[:, 1:], conditions, pairs, cache=cache)
-    return TrainingBlock(hidden, pairs, 0, pairs < batch.lengths[:, None] - 1)
+    opened = drafter.open_block(batch.embeds[:, 1:], conditions, pairs, None, cache)
+    return TrainingBlock(opened, pairs, 0, pairs < batch.lengths[:, None] - 1)
 
 
 def _starts(batch: TargetBatch, before: TrainingBlock, alive: torch.BoolTensor, cut: int) -> torch.BoolTensor:
@@ -194,6 +204,7 @@ def later_block(
     cache: GraphCache,
     before: TrainingBlock,
     starts: torch.BoolTensor,
+    conditions: torch.Tensor,
     cut: int,
     earlier_keys: bool,
 ) -> TrainingBlock:
@@ -206,6 +217,7 @@ def later_block(
         cache (`GraphCache`): Holds the keys of all blocks so far.
         before (`TrainingBlock`): The block to continue.
         starts (`torch.BoolTensor` of shape `[B, R]`): Which of its rows are continued.
+        conditions (`torch.Tensor` of shape `[B, R, d]`): The states of its slot `cut - 1` in those rows.
         cut (`int`): Slots that are kept of it.
         earlier_keys (`bool`): See [`SpecBlockObjective`].
     """
@@ -219,25 +231,24 @@ def later_block(
     else:
         path = before.path.step(rows, torch.full_like(rows, cut - 1), before.pairs.shape[1])
     places = (pairs + shift + 1).clamp_max(last)
-    conditions = before.hidden[:, :, cut - 1].gather(1, rows[..., None].expand(-1, -1, before.hidden.shape[-1]))
+    conditions = conditions.gather(1, rows[..., None].expand(-1, -1, conditions.shape[-1]))
     embeds = batch.embeds.gather(1, places[..., None].expand(-1, -1, batch.embeds.shape[-1]))
     mask = path.mask((batch.tokens.shape[1] - 1) * size, size)
     valid = starts.gather(1, rows)
     if earlier_keys:
         earlier = (pairs[:, :, None] > pairs[:, None]) & valid[:, None]
         mask[..., -width * size :] |= earlier.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None]
-    hidden = drafter(embeds, conditions, pairs, attention_mask=mask, cache=cache)
-    return TrainingBlock(hidden, pairs, shift, valid, path)
+    return TrainingBlock(drafter.open_block(embeds, conditions, pairs, mask, cache), pairs, shift, valid, path)
 
 
 def _score_block(
     drafter: SpecBlockDrafter, batch: TargetBatch, block: TrainingBlock, objective: SpecBlockObjective, cut: int
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], torch.BoolTensor, torch.Tensor | None]:
     """
-    Sums over surviving rows of every slot, and `alive`: the rows whose chain is right up to `cut` (that slot itself
-    may err).
+    Sums over surviving rows of every slot, the rows `[B, R]` whose chain is right up to `cut` (that slot itself may
+    err), and their states `[B, R, d]` of that slot.
     """
-    alive, survivors = block.valid, block.valid
+    alive, survivors, conditions = block.valid, block.valid, None
     last = batch.tokens.shape[1] - 1
     slots = []
     for slot in range(drafter.config.block_size):
@@ -245,40 +256,48 @@ def _score_block(
         inside = places < batch.lengths[:, None]
         places = places.clamp_max(last)
         reached = alive & inside & batch.scored.gather(1, places)
+        row, column = reached.nonzero(as_tuple=True)
+        states = drafter.read_slots(block.opened, row, column, slot)
         if slot + 1 == cut:
             survivors = reached
-        row, column = (reached & batch.counted.gather(1, places)).nonzero(as_tuple=True)
+            conditions = states.new_zeros(*reached.shape, states.shape[-1]).index_put((row, column), states)
+        counted = batch.counted[row, places[row, column]]
+        row, column = row[counted], column[counted]
         place = places[row, column]
-        normed, logits = drafter.draft_logits(block.hidden[row, column, slot])
+        normed, logits = drafter.draft_logits(states[counted])
+        best = logits.detach().topk(drafter.config.rank_top_k)
         ids = batch.top_ids[row, place]
-        guess = drafter.draft_to_target[logits.detach().argmax(-1)]
-        right = guess == batch.tokens[row, place]
+        right = drafter.draft_to_target[best.indices[:, 0]] == batch.tokens[row, place]
         sums = {
             "draft": soft_cross_entropy(logits, ids, batch.top_probs[row, place]).sum(),
             "agreed": right.sum(),
             "counted": torch.tensor(len(row), device=right.device),
         }
-        slots.append(sums | _score_ranks(drafter, normed, logits.detach(), ids[:, 0], objective))
+        own = logits.detach().gather(-1, ids[:, :1]).squeeze(-1)
+        slots.append(sums | _score_ranks(drafter, normed, best.values, own, objective))
         if objective.valid_prefix:
             alive = torch.zeros_like(alive).index_put((row, column), right)
-    return {name: torch.stack([sums[name] for sums in slots]) for name in slots[0]} | {"alive": survivors}
+    return {name: torch.stack([sums[name] for sums in slots]) for name in slots[0]}, survivors, conditions
 
 
 def _score_ranks(
     drafter: SpecBlockDrafter,
     normed: torch.Tensor,
-    logits: torch.Tensor,
-    ids: torch.LongTensor,
+    best: torch.Tensor,
+    own: torch.Tensor,
     objective: SpecBlockObjective,
 ) -> dict[str, torch.Tensor]:
-    """The rank head's loss, summed over rows, the rows' weights, and places by true and predicted bucket."""
+    """
+    The rank head's loss, summed over rows, the rows' weights, and places by true and predicted bucket; from the
+    largest logits `[n, rank_top_k]` and those of the target's tokens `[n]`.
+    """
     classes = drafter.config.num_rank_classes
     if objective.rank_weight == 0:
-        nothing = logits.new_zeros((), dtype=torch.float32)
-        confusion = torch.zeros(classes, classes, dtype=torch.long, device=logits.device)
+        nothing = best.new_zeros((), dtype=torch.float32)
+        confusion = torch.zeros(classes, classes, dtype=torch.long, device=best.device)
         return {"rank": nothing, "rank_weights": nothing, "confusion": confusion}
-    buckets = rank_buckets(logits, ids)
-    rank_logits = drafter.rank_logits(normed, logits.topk(drafter.config.rank_top_k, -1).values)
+    buckets = rank_buckets(best, own)
+    rank_logits = drafter.rank_logits(normed, best)
     if objective.rank_loss == "plain":
         losses = rank_cross_entropy(rank_logits, buckets)
         weights = torch.ones_like(losses)

@@ -53,12 +53,14 @@ def release_loss(
     """
     cache = GraphCache(drafter.config.num_hidden_layers)
     block = first_block(drafter, batch, cache)
+    states = block.states(drafter)
     blocks = []
     for number in range(objective.num_blocks):
         if number > 0:
-            everywhere = torch.ones_like(block.valid)
-            block = later_block(drafter, batch, cache, block, everywhere, cuts[number - 1], earlier_keys=True)
-        blocks.append(_score(drafter, batch, block, budget))
+            everywhere, cut = torch.ones_like(block.valid), cuts[number - 1]
+            block = later_block(drafter, batch, cache, block, everywhere, states[:, :, cut - 1], cut, True)
+            states = block.states(drafter)
+        blocks.append(_score(drafter, batch, block, states, budget))
     sums = {name: torch.stack([scores[name] for scores in blocks]) for name in blocks[0]}
     slot_losses = (sums["draft"] / sums["counted"].clamp_min(1)).sum(0)
     decay = objective.slot_decay ** torch.arange(len(slot_losses), device=slot_losses.device)
@@ -75,7 +77,7 @@ def release_loss(
 
 
 def _score(
-    drafter: SpecBlockDrafter, batch: TargetBatch, block: TrainingBlock, budget: float | None
+    drafter: SpecBlockDrafter, batch: TargetBatch, block: TrainingBlock, states: torch.Tensor, budget: float | None
 ) -> dict[str, torch.Tensor]:
     """What every slot adds, each `[K]`; both chains begin where the pair is trained, however far the block is."""
     config, last, counted = drafter.config, batch.tokens.shape[1] - 1, batch.counted
@@ -86,16 +88,17 @@ def _score(
         trained = (places <= last) & counted.gather(1, places.clamp_max(last))
         row, column = ((keep | rank_keep) & (block.pairs + 2 + slot <= last)).nonzero(as_tuple=True)
         place = places[row, column].clamp_max(last)
-        normed, logits = drafter.draft_logits(block.hidden[row, column, slot])
-        known = logits.detach()
+        normed, logits = drafter.draft_logits(states[row, column, slot])
+        best = logits.detach().topk(config.rank_top_k)
         truth = _likeliest(batch.top_ids[row, place])
-        right = known.argmax(-1) == truth
+        right = best.indices[:, 0] == truth
         admitted = (keep & trained)[row, column]
         losses = soft_cross_entropy(
             logits[admitted], *(t[row, place][admitted] for t in (batch.top_ids, batch.top_probs))
         )
-        labels = rank_buckets(known, truth.clamp_min(0))
-        rank_logits = drafter.rank_logits(normed, known.topk(config.rank_top_k, -1).values)
+        own = logits.detach().gather(-1, truth.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        labels = rank_buckets(best.values, own)
+        rank_logits = drafter.rank_logits(normed, best.values)
         said = rank_logits.detach().argmax(-1)
         rank_admitted = (rank_keep & trained)[row, column]
         rank_losses, weights = ordinal_rank_loss(rank_logits, labels, rank_admitted, budget)

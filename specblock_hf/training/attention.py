@@ -60,14 +60,16 @@ def chunked_attention(
         seen = columns if attention_mask is not None else last
         rows = grouped[:, :, :, first:last].reshape(batch, key_heads, -1, width)
         if attention_mask is None:
-            visible = places[:seen] <= places[first:last, None]
+            visible = (places[:seen] <= places[first:last, None])[None, None]
         else:
-            visible = attention_mask[:, :, None, first:last]
+            visible = attention_mask[:, :, first:last]
+        scores = rows @ key[:, :, :seen].transpose(-1, -2)
         # Adding a constant costs nothing on the way back, unlike a masked fill.
-        hidden = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill_(~visible, -torch.inf)
-        scores = (rows @ key[:, :, :seen].transpose(-1, -2)).unflatten(2, (-1, last - first))
-        weights = scores.add_(hidden).softmax(-1)
-        out = weights.flatten(2, 3) @ value[:, :, :seen]
+        hidden = torch.zeros(visible.shape, dtype=scores.dtype, device=query.device).masked_fill_(~visible, -torch.inf)
+        scores = scores.add_(hidden.repeat(1, 1, heads // key_heads, 1))
+        with torch.autocast(query.device.type, enabled=False):  # the kernel sums in float32 whatever it reads
+            weights = scores.softmax(-1)
+        out = weights @ value[:, :, :seen]
         outputs.append(out.unflatten(2, (-1, last - first)))
     return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2), None
 

@@ -23,6 +23,9 @@ from torch import nn
 from ..drafter import TokenTable
 
 
+WORK = 2**21  # numbers of a vocabulary-wide pass, 8 MB: stays in the cache between two operations
+
+
 @dataclass
 class TargetBatch:
     """
@@ -82,19 +85,23 @@ def soft_cross_entropy(logits: torch.Tensor, ids: torch.LongTensor, probs: torch
 
 class _SoftCrossEntropy(torch.autograd.Function):
     """
-    Makes the gradient (softmax minus target) along with the value: over a vocabulary, every pass saved over the
-    logits counts.
+    Makes the gradient (softmax minus target) along with the value, some rows at a time: over a vocabulary, every pass
+    over the logits counts, and those that leave the processor's cache count most.
     """
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, ids: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
-        work = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        weights = weights.to(work.dtype)
-        total = work.logsumexp(-1)
-        loss = total - (weights * work.gather(-1, ids)).sum(-1)
-        work.sub_(total[:, None]).exp_().scatter_add_(-1, ids, -weights)
-        ctx.save_for_backward(work.to(logits.dtype))
-        return loss
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        weights = weights.to(dtype)
+        losses, gradient = weights.new_empty(len(logits)), torch.empty_like(logits)
+        rows = max(1, WORK // logits.shape[-1])
+        for first in range(0, len(logits), rows):
+            part = slice(first, first + rows)
+            log_probs = logits[part].log_softmax(-1, dtype=dtype)
+            losses[part] = -(weights[part] * log_probs.gather(-1, ids[part])).sum(-1)
+            gradient[part] = log_probs.exp_().scatter_add_(-1, ids[part], -weights[part])
+        ctx.save_for_backward(gradient)
+        return losses
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -102,16 +109,16 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return gradient * grad[:, None].to(gradient.dtype), None, None
 
 
-def rank_buckets(logits: torch.Tensor, ids: torch.LongTensor) -> torch.LongTensor:
+def rank_buckets(best: torch.Tensor, own: torch.Tensor) -> torch.LongTensor:
     """
     The bucket of the target's token in the drafter's order: 0 for rank 1, 1 for 2-4, 2 for 5-10, 3 beyond (section
     3.2).
 
     Args:
-        logits (`torch.Tensor` of shape `[n, draft_vocab_size]`): Of the drafter.
-        ids (`torch.LongTensor` of shape `[n]`): Draft ids of the target's tokens.
+        best (`torch.Tensor` of shape `[n, T]`): The drafter's T largest logits, T at least 10.
+        own (`torch.Tensor` of shape `[n]`): Its logits of the target's tokens.
     """
-    ahead = (logits > logits.gather(-1, ids[:, None])).sum(-1)
+    ahead = (best > own[:, None]).sum(-1)
     return (ahead > 0).long() + (ahead > 3).long() + (ahead > 9).long()
 
 

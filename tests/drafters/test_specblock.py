@@ -80,7 +80,7 @@ def draft(drafter: SpecBlockDrafter, told: Told, prompt: int = 9, limits: Limits
 def test_first_block_equals_the_training_forward(block_size):
     """Committed in steps of 1, 3, 2 and 6 pairs, every row equals the row of one forward over the whole text."""
     drafter, told = tiny_drafter(block_size=block_size), Told(1, 14)
-    whole = first_block(drafter, told.batch(), GraphCache(2)).hidden
+    whole = first_block(drafter, told.batch(), GraphCache(2)).states(drafter)
     state, done = drafter.begin(told.table, 1, 40), 0
     for count in (1, 3, 2, 6):
         (hidden,) = drafter._commit(state, told.pairs([done], [done + count]))
@@ -117,11 +117,13 @@ def test_later_blocks_equal_the_training_forward(block_size):
                 text.tokens[0, place] = token
             cache, batch = GraphCache(2), text.batch()
             block = first_block(drafter, batch, cache)
+            trained = block.states(drafter)
             for cut, _ in path:
                 everywhere = torch.ones_like(block.valid)
-                block = later_block(drafter, batch, cache, block, everywhere, cut, earlier_keys=False)
+                block = later_block(drafter, batch, cache, block, everywhere, trained[:, :, cut - 1], cut, False)
+                trained = block.states(drafter)
             row = block.pairs[0].tolist().index(pair)
-            torch.testing.assert_close(states[0, start], block.hidden[0, row], **CLOSE)
+            torch.testing.assert_close(states[0, start], trained[0, row], **CLOSE)
             compared += 1
     assert compared >= 15
 
@@ -249,7 +251,7 @@ def test_eager_equals_sdpa():
     sdpa, eager = tiny_drafter(), tiny_drafter()
     eager.set_attn_implementation("eager")
     assert sdpa.config._attn_implementation == "sdpa"
-    whole = [first_block(d, told.batch(), GraphCache(2)).hidden for d in (sdpa, eager)]
+    whole = [first_block(d, told.batch(), GraphCache(2)).states(d) for d in (sdpa, eager)]
     torch.testing.assert_close(*whole, **CLOSE)
     assert_same_row(draft(sdpa, told), 0, draft(eager, told))
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from specblock_hf import AutoDrafter, TokenTable
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective, first_block, later_block
+from specblock_hf.drafters.specblock_loss import SpecBlockObjective, TrainingBlock, first_block, later_block
 from specblock_hf.drafters.specblock_release import release_loss
 from specblock_hf.modeling_specblock import GraphCache
 from specblock_hf.training.objective import TargetBatch, rank_buckets
@@ -63,13 +63,15 @@ class Golden:
             scored=torch.nn.functional.pad(inputs["loss_mask"][..., 0].bool(), (2, 0)),
         )
 
-    def blocks(self) -> list[torch.Tensor]:
-        """The states of all three blocks at every pair."""
+    def blocks(self) -> list[tuple[TrainingBlock, torch.Tensor]]:
+        """All three blocks, with their states at every pair."""
         cache = GraphCache(self.drafter.config.num_hidden_layers)
-        blocks = [first_block(self.drafter, self.batch, cache)]
+        block = first_block(self.drafter, self.batch, cache)
+        blocks = [(block, block.states(self.drafter))]
         for cut in self.cuts:
-            everywhere = torch.ones_like(blocks[0].valid)
-            blocks.append(later_block(self.drafter, self.batch, cache, blocks[-1], everywhere, cut, True))
+            (block, states), everywhere = blocks[-1], torch.ones_like(blocks[0][0].valid)
+            block = later_block(self.drafter, self.batch, cache, block, everywhere, states[:, :, cut - 1], cut, True)
+            blocks.append((block, block.states(self.drafter)))
         return blocks
 
 
@@ -127,14 +129,16 @@ def test_blocks_add_up_to_the_golden_losses(golden, budget, suffix):
 def test_rank_labels_are_the_golden_ones(golden):
     last = golden.batch.tokens.shape[1] - 1
     laws = torch.nn.functional.pad(golden.expected["loss/target_p"].argmax(-1), (2, 0))
-    for number, block in enumerate(golden.blocks(), 1):
+    for number, (block, states) in enumerate(golden.blocks(), 1):
         wanted = golden.expected[f"loss/block{number}/rank_labels"].long()
         for slot in range(len(wanted)):
             pairs = slice(0, last - 1)
             places = block.pairs[:, pairs] + block.shift + 2 + slot
             truth = laws.gather(1, places.clamp_max(last))
-            _, logits = golden.drafter.draft_logits(block.hidden[:, pairs, slot])
-            found = rank_buckets(logits.flatten(0, 1), truth.flatten()).view_as(truth)
+            _, logits = golden.drafter.draft_logits(states[:, pairs, slot])
+            own = logits.gather(-1, truth.unsqueeze(-1))
+            best = logits.topk(golden.drafter.config.rank_top_k).values
+            found = rank_buckets(best.flatten(0, 1), own.flatten()).view_as(truth)
             # Theirs has labels behind the end of the text too, of a law that is all zero, and trains none of them.
             inside = places <= last
             assert inside.sum() == 2 * (last - 1 - block.shift - slot) and (wanted[slot][inside] >= 0).all()
