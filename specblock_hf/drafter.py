@@ -82,13 +82,14 @@ class TokenTable:
     def embed(self, ids: torch.LongTensor, raw: bool = False) -> torch.Tensor:
         """
         Args:
-            ids (`torch.LongTensor` of any shape): Target token ids.
+            ids (`torch.LongTensor` of any shape): Target token ids, on any device.
             raw (`bool`, *optional*, defaults to `False`):
                 Skip what the embedding module does beside the look-up (Gemma scales its rows).
 
         Returns:
-            `torch.Tensor` of shape `[*ids.shape, d]` in the target's dtype.
+            `torch.Tensor` of shape `[*ids.shape, d]` in the target's dtype, on its device.
         """
+        ids = ids.to(self.device)
         if raw:
             return nn.functional.embedding(ids, self.embedding.weight)
         return self.embedding(ids)

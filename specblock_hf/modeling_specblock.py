@@ -364,8 +364,8 @@ def committed_mask(
     if isinstance(offsets, int) and offsets == 0:
         return None
     own = torch.arange(rows * size, device=device)
-    first = torch.as_tensor(offsets, device=device).reshape(-1, 1, 1, 1)
-    return torch.arange(width, device=device) <= first + own[:, None]
+    first = offsets if isinstance(offsets, int) else offsets[:, None, None, None]
+    return torch.arange(width, device=device).expand(1, 1, 1, -1) <= first + own[:, None]
 
 
 @dataclass

@@ -333,14 +333,7 @@ class TargetModel:
         What of a tree the target's attention can score, all of it or its likeliest path where it takes no mask, on
         the target's device, wherever the drafter is.
         """
-        tree = likeliest_chain(tree) if self.chains_only else tree
-        return replace(
-            tree,
-            tokens=tree.tokens.to(self.device),
-            parents=tree.parents.to(self.device),
-            log_probs=tree.log_probs.to(self.device),
-            origin=tree.origin.to(self.device),
-        )
+        return (likeliest_chain(tree) if self.chains_only else tree).to(self.device)
 
     def token_outputs(self) -> dict[str, Any]:
         """`hidden_states` and `attentions` of the emitted tokens, if the call asks for them."""

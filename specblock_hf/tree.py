@@ -257,6 +257,16 @@ class DraftTree:
             laws=laws,
         )
 
+    def to(self, device: torch.device) -> DraftTree:
+        """The trees on another device; laws, which are large, stay where they were made."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            parents=self.parents.to(device),
+            log_probs=self.log_probs.to(device),
+            origin=self.origin.to(device),
+        )
+
     def spread(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
         """
         These trees as some rows of a batch whose other rows have no draft.

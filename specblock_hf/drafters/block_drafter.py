@@ -43,9 +43,15 @@ class BlockState(DraftState):
     cache: BlockCache | None = None
     committed: int | torch.LongTensor = 0
 
+    @property
+    def committed_column(self) -> int | torch.LongTensor:
+        """`committed` in a form that goes with tensors `[B, S]`."""
+        return self.committed if isinstance(self.committed, int) else self.committed.unsqueeze(1)
+
     def keep_rows(self, places: Sequence[int]) -> None:
         super().keep_rows(places)
         self.cache.keep_rows(places)
+        assert isinstance(self.committed, torch.Tensor)  # a batch of one has no row to lose
         left = self.committed[places]
         self.committed = left if len(places) > 1 else int(left)
 

@@ -83,8 +83,7 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
         for level in range(levels):
             if level:
                 if path is None:
-                    committed = torch.as_tensor(state.committed, device=self.device).reshape(-1, 1)
-                    path = BlockPath(visible=committed + starts.slot)
+                    path = BlockPath(visible=state.committed_column + starts.slot)
                 else:
                     path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
                 hidden = self._later_block(state, hidden, starts, path, positions + level, first_width)

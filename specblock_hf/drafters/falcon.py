@@ -211,8 +211,8 @@ class FalconDrafter(BlockDrafter, FalconModel):
         width = _last_column(state) + size
         # They are in the cache already; what this forward writes behind them nobody sees.
         state.cache.seek(offsets, width)
-        committed = torch.as_tensor(offsets, device=self.device).reshape(-1, 1, 1, 1)
-        visible = (torch.arange(width, device=self.device) < committed).expand(-1, -1, size, -1)
+        visible = torch.arange(width, device=self.device).expand(1, -1) < state.committed_column
+        visible = visible[:, None, None].expand(-1, -1, size, -1)
         steps = torch.arange(1 - size, 1, device=self.device)
         state.calls += 1
         features = self(state.recent, positions + steps, visible, state.cache).unsqueeze(1)
@@ -246,9 +246,9 @@ class FalconDrafter(BlockDrafter, FalconModel):
         hidden, cell = (part[:, :, index].flatten(1, 2) for part in before.memory)
         states, memory = self.read(embeds.flatten(0, 1), features.flatten(0, 1), (hidden, cell))
         starts = index.expand(batch, -1)
-        committed = torch.as_tensor(state.committed, device=self.device).reshape(-1, 1)
         if before.path is None:
-            path = BlockPath(visible=committed.expand(batch, count))
+            nothing = torch.zeros(batch, count, dtype=torch.long, device=self.device)
+            path = BlockPath(visible=nothing + state.committed_column)
         else:
             path = before.path.step(starts, torch.full_like(starts, size - 1), before.features.shape[1])
         first_width = _last_column(state)

@@ -268,7 +268,7 @@ class JoinedDrafter(TreeDrafter):
         tree = trees[0]
         for other in trees[1:]:
             if other.tokens.shape[1] > 1:
-                tree = tree.merge(other)
+                tree = tree.merge(other.to(tree.tokens.device))
         return tree.prune(limits.nodes)
 
     def _draw(self, state: JoinedState, pairs: Pairs, limits: Limits) -> DraftTree:
@@ -284,7 +284,7 @@ class JoinedDrafter(TreeDrafter):
         state.parts[0].warp = state.warp
         drawn = self.parts[0].propose(state.parts[0], pairs, left)
         self._count(state)
-        return drawn.beside(found) if taken else drawn
+        return drawn.beside(found.to(drawn.tokens.device)) if taken else drawn
 
     @staticmethod
     def _count(state: JoinedState) -> None:

@@ -134,7 +134,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         if path is not None:
             return path.step(starts.parent_start, starts.slot, rows)
         # The committed columns end with the drafting pair's own K; a start sees those up to its slot.
-        own = torch.as_tensor(state.committed, device=self.device).reshape(-1, 1) - self.config.block_size
+        own = state.committed_column - self.config.block_size
         return BlockPath(visible=own + starts.slot + 1)
 
     def _grow(
