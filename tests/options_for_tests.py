@@ -192,6 +192,11 @@ NOTES = [
     "- During a call a `DynamicCache` is written in place, with room for up to 256 columns more than it holds;",
     "  what is handed back is an ordinary one without spare room. A round still rewrites what it shows in sliding",
     "  layers, and in a batch whose rows accept different lengths.",
+    "- A row of a batch that has stopped costs neither the drafter nor the target anything; one that may emit one",
+    "  more token costs the drafter nothing. Only where the cache is handed back (`return_dict_in_generate`, a",
+    "  `past_key_values` of one's own) the target goes on computing rows that have stopped, which stay in it.",
+    "- A drafter may lie on another device than its target (`tests/drafters/test_devices.py`): that nothing is",
+    "  computed across devices is checked with fake tensors, and the text only where there is a GPU.",
 ]
 
 
