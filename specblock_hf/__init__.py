@@ -24,6 +24,7 @@ from .adaptation import OnlineAdaptationCallback  # noqa: E402
 from .auto import DRAFTERS, AutoDrafter  # noqa: E402
 from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
 from .callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback  # noqa: E402
+from .compilation import CompiledRounds, compile_rounds  # noqa: E402
 from .configuration_block_diffusion import BlockDiffusionConfig  # noqa: E402
 from .configuration_eagle3 import Eagle3Config  # noqa: E402
 from .configuration_falcon import FalconDrafterConfig  # noqa: E402
@@ -54,6 +55,7 @@ __all__ = [
     "BlockDiffusionConfig",
     "BlockDiffusionDrafter",
     "Calibration",
+    "CompiledRounds",
     "CostCurves",
     "DraftingCallback",
     "DraftingPlan",
@@ -82,6 +84,7 @@ __all__ = [
     "TreeDrafter",
     "Walk",
     "calibrate",
+    "compile_rounds",
     "install",
     "sample_and_walk",
     "uninstall",

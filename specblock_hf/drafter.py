@@ -346,6 +346,8 @@ class TreeDrafter(ABC):
         drafting_plan ([`DraftingPlan`], *optional*):
             How much a round drafts; `None` asks `default_plan`. A call's own `generation_config.drafting_plan` goes
             first.
+        compiled_rounds ([`CompiledRounds`], *optional*):
+            Made by [`compile_rounds`]; `None` runs everything uncompiled.
         last_statistics ([`GenerationStatistics`], *optional*):
             Of the last finished call; with several threads the last one wins.
         objective_class (`type`, *optional*):
@@ -360,6 +362,7 @@ class TreeDrafter(ABC):
     feature_layers: tuple[int, ...] = ()
     objective_class: type | None = None
     drafting_plan: DraftingPlan | None = None
+    compiled_rounds: Any = None
     last_statistics: GenerationStatistics | None = None
     lock: DrafterLock
     can_sample: bool = False

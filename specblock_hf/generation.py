@@ -16,10 +16,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -35,6 +36,10 @@ from .target import TargetModel, check_target
 from .target_cache import is_users
 from .tree import DraftTree
 from .verification import Verifier, sample_and_walk
+
+
+if TYPE_CHECKING:
+    from .compilation import CompiledRounds
 
 
 # Sources of drafts that `generate()` has itself, and its lossy verification. Together with a drafter they would be
@@ -100,6 +105,7 @@ def decode(
     choice: TokenChoice,
     plan: DraftingPlan,
     verify: Verifier = sample_and_walk,
+    compiled: CompiledRounds | None = None,
 ) -> GenerationStatistics:
     """
     Draft, verify, commit, until every row has stopped (Algorithm 1 of https://huggingface.co/papers/2605.07243).
@@ -110,6 +116,7 @@ def decode(
         choice ([`TokenChoice`]): Chooses, stops and keeps the tokens.
         plan ([`DraftingPlan`]): How much a round drafts.
         verify ([`Verifier`], *optional*, defaults to [`sample_and_walk`]): The rule that accepts drafted tokens.
+        compiled ([`CompiledRounds`], *optional*): Lent to this call; the target has its part already.
 
     Returns:
         [`GenerationStatistics`]: Of this call.
@@ -126,6 +133,8 @@ def decode(
         first_position=target.first_position(),
     )
     state.warp = choice.warp
+    if compiled is not None:
+        compiled.attach(state)
     chunks = target.prefill()
     scored, pairs = next(chunks)
     for chunk in chunks:
@@ -163,7 +172,7 @@ def decode(
         clock.lap("host")
 
     target.finish()
-    statistics.target_calls = target.calls
+    statistics.target_calls, statistics.compiled_rounds = target.calls, target.compiled_calls
     statistics.drafter_calls, statistics.drafter_rows = state.calls, state.forward_rows
     clock.write_to(statistics)
     listeners.on_generate_end(call)
@@ -191,21 +200,28 @@ def generate_with_drafter(
     # All ones: `generate()` dropped the mask and noted its length.
     mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    with TargetModel(
-        target,
-        drafter.feature_layers_for(target),
-        input_ids,
-        model_kwargs,
-        mask_length,
-        generation_config.prefill_chunk_size,
-        generation_config.return_dict_in_generate or is_users(model_kwargs["past_key_values"]),
-    ) as scorer:
+    returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs["past_key_values"])
+    # Their cache is not the call's to give away.
+    rounds = None if returns_cache else drafter.compiled_rounds
+    with (
+        rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)) if rounds else nullcontext() as compiled,
+        TargetModel(
+            target,
+            drafter.feature_layers_for(target),
+            input_ids,
+            model_kwargs,
+            mask_length,
+            generation_config.prefill_chunk_size,
+            returns_cache,
+            compiled and compiled.target,
+        ) as scorer,
+    ):
         plan = drafting_plan(drafter, generation_config, scorer.device)
         # A chain is cut out by likelihood, by which a drawn tree must not be cut.
         if not generation_config.do_sample or scorer.chains_only:
             plan = replace(plan, draft_sampling="topk", verification=None)
         verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
-        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify)
+        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
     return choice.output(scorer.cache, scorer.token_outputs())
 
 

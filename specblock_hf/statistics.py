@@ -54,6 +54,7 @@ class GenerationStatistics:
         first_round (`tuple` of [`DraftTree`] and [`Walk`], *optional*): To look at; see [`DraftTree.to_text`].
         row (`list[int]`): Along with `accepted`: which row of the batch it was.
         drafter_rows (`int`): Rows of the drafter's forwards: committed pairs, the prompt's included, and starts.
+        compiled_rounds (`int`): Rounds that were verified by a compiled forward; see [`compile_rounds`].
     """
 
     rounds: int = 0
@@ -70,6 +71,7 @@ class GenerationStatistics:
     first_round: tuple[DraftTree, Walk] | None = None
     row: list[int] = field(default_factory=list)
     drafter_rows: int = 0
+    compiled_rounds: int = 0
 
     def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:
         """Count one verified tree, of which the target scored so many rows, and what was kept of it."""

@@ -22,7 +22,7 @@ import inspect
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from .tree import DraftTree
 
 
 if TYPE_CHECKING:
+    from .compilation import CompiledTarget
     from .verification import Walk
 
 
@@ -112,7 +113,7 @@ def check_target(target: PreTrainedModel) -> None:
     taken = inspect.signature(target.forward).parameters
     config = target.config.get_text_config(decoder=True)
     needed = {"attention_mask", "past_key_values", "position_ids"}
-    if not needed <= taken.keys() or len(_layers(decoder)) != config.num_hidden_layers:
+    if not needed <= taken.keys() or len(decoder_layers(decoder)) != config.num_hidden_layers:
         raise ValueError(
             f"{name} takes no position_ids or past_key_values or does not list its layers as get_decoder().layers or "
             ".h, which a draft tree needs; drop assistant_model."
@@ -136,7 +137,7 @@ def check_target(target: PreTrainedModel) -> None:
         )
 
 
-def _layers(decoder: nn.Module) -> Sequence[nn.Module]:
+def decoder_layers(decoder: nn.Module) -> Sequence[nn.Module]:
     """The decoder's layers, which GPT-2 and the families after it call `h`; none if it has another name for them."""
     for name in ("layers", "h"):
         if hasattr(decoder, name):
@@ -160,6 +161,22 @@ class Scored:
     logits: torch.Tensor
     features: tuple[torch.Tensor, ...]
     rows: Sequence[int]
+
+
+def tap(
+    decoder: nn.Module, index: int, keep: Callable[[torch.Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hand a state of the decoder to `keep` in every forward; `index` is one of transformers' `hidden_states`."""
+    layers = decoder_layers(decoder)
+    if index == 0:
+        return layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    if index == len(layers):
+        return decoder.register_forward_hook(lambda _, args, output: keep(output[0]))
+    return layers[index - 1].register_forward_hook(
+        lambda _, args, output: keep(output[0] if isinstance(output, tuple) else output)
+    )
 
 
 class FeatureTaps:
@@ -186,16 +203,7 @@ class FeatureTaps:
             if self._thread == threading.get_ident():
                 self._states[index] = state
 
-        layers = _layers(decoder)
-        if index == 0:
-            return layers[0].register_forward_pre_hook(
-                lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        if index == len(layers):
-            return decoder.register_forward_hook(lambda _, args, output: keep(output[0]))
-        return layers[index - 1].register_forward_hook(
-            lambda _, args, output: keep(output[0] if isinstance(output, tuple) else output)
-        )
+        return tap(decoder, index, keep)
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -235,6 +243,13 @@ class TargetModel:
         returns_cache (`bool`, *optional*, defaults to `True`):
             Somebody goes on with the cache, so that a row that has stopped stays in it. Otherwise it is retired and
             costs nothing any more.
+        compiled ([`CompiledTarget`], *optional*):
+            Scores the trees that fit it; the call's cache is its own, and rows stay when they have stopped, because
+            they are part of its shapes.
+
+    Attributes:
+        calls (`int`): Forwards so far.
+        compiled_calls (`int`): How many of them were compiled.
 
     Raises:
         ValueError: An unsupported cache or input, padding on the right, or nothing left to prefill.
@@ -249,8 +264,10 @@ class TargetModel:
         mask_length: int | None = None,
         chunk_size: int | None = None,
         returns_cache: bool = True,
+        compiled: CompiledTarget | None = None,
     ):
         self.target = target
+        self._compiled = compiled
         self.table = TokenTable.of(target)
         self._rows = list(range(input_ids.shape[0]))
         self._returns_cache = returns_cache
@@ -268,7 +285,7 @@ class TargetModel:
         self._scored = 1
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
         self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
-        self.calls = 0
+        self.calls = self.compiled_calls = 0
         self._masks = TreeMasks(target)
         wanted = [name for name in _TOKEN_OUTPUTS if returns_cache and model_kwargs.get(f"output_{name}")]
         self._outputs = TokenOutputs(wanted, len(self._rows), layer_windows(target) if wanted else [])
@@ -351,16 +368,33 @@ class TargetModel:
         """
         if len(self._rows) < self.base.shape[0]:
             tree = replace(tree, tokens=tree.tokens[self._rows], parents=tree.parents[self._rows])
+        size = self._compiled and self._compiled.size_for(tree.tokens.shape[1])
+        if size:
+            return self._score_compiled(tree, size)
         depths = tree.depths().to(self.device)
         self._scored = depths.shape[1]
         return self._forward(
-            input_ids=torch.cat((self._last, tree.tokens[:, 1:].to(self.device)), dim=1),
+            input_ids=self._node_ids(tree),
             position_ids=self._next_position + depths,
             attention_mask=self._masks.mask(tree, depths, self._committed),
             past_key_values=self.cache,
             use_cache=True,
             **self._outputs.flags,
         )
+
+    def _node_ids(self, tree: DraftTree) -> torch.LongTensor:
+        return torch.cat((self._last, tree.tokens[:, 1:].to(self.device)), dim=1)
+
+    def _score_compiled(self, tree: DraftTree, size: int) -> Scored:
+        """`score`, with padding behind the nodes; nobody sees what is scored there."""
+        count, tree = tree.tokens.shape[1], tree.pad(size)
+        depths = tree.depths().to(self.device)
+        self._scored = size
+        self.calls += 1
+        self.compiled_calls += 1
+        mask = self._masks.mask(tree, depths, self._committed, always=True)
+        logits, features = self._compiled(self._node_ids(tree), self._next_position + depths, mask)
+        return Scored(logits[:, :count], tuple(feature[:, :count] for feature in features), self._rows)
 
     def commit(self, walk: Walk) -> None:
         """
@@ -377,7 +411,7 @@ class TargetModel:
         grown = lengths.to(self.device).unsqueeze(1)
         self._last = torch.where(grown > 0, last, self._last)
         self._next_position = self._next_position + grown
-        if len(self._rows) > 1 and not self._returns_cache:
+        if len(self._rows) > 1 and not self._returns_cache and self._compiled is None:
             nodes = self._retire(nodes, walk.stopped.tolist())
         self._outputs.keep(nodes, self._committed)
         self._committed.commit(nodes, self._scored)

@@ -94,7 +94,7 @@ class TreeMasks:
         return self._form is None
 
     def mask(
-        self, tree: DraftTree, depths: torch.LongTensor, committed: TargetCache
+        self, tree: DraftTree, depths: torch.LongTensor, committed: TargetCache, always: bool = False
     ) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """
         The mask of a tree, one for each kind of layer; for a lone root or a chain, plain decoding's own.
@@ -103,9 +103,10 @@ class TreeMasks:
             tree ([`DraftTree`]): N nodes wide.
             depths (`torch.LongTensor` of shape `[B, N]`): Its depths, where the target is.
             committed ([`TargetCache`]): What the tree grows on.
+            always (`bool`, *optional*, defaults to `False`): Make the mask of a lone root too.
         """
         count = depths.shape[1]
-        if count == 1 or self.chains_only:
+        if (count == 1 and not always) or self.chains_only:
             visible = committed.visible
             return None if visible is None else nn.functional.pad(visible, (0, count), value=True).long()
         seen = tree.ancestors().to(depths.device)

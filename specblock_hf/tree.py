@@ -294,6 +294,27 @@ class DraftTree:
         tree.tokens[:, 0], tree.parents[:, 0], tree.log_probs[:, 0] = roots.to(self.tokens.device), -1, 0
         return tree
 
+    def pad(self, width: int) -> DraftTree:
+        """
+        Trees of the same nodes with padding behind them.
+
+        Args:
+            width (`int`): Nodes and padding of a row, at least as many as now.
+        """
+        added = width - self.tokens.shape[1]
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, rows=nn.functional.pad(laws.rows, (0, added), value=-1))
+        return replace(
+            self,
+            tokens=nn.functional.pad(self.tokens, (0, added)),
+            parents=nn.functional.pad(self.parents, (0, added), value=-2),
+            log_probs=nn.functional.pad(self.log_probs, (0, added), value=-math.inf),
+            origin=nn.functional.pad(self.origin, (0, 0, 0, added), value=-1),
+            height=self.max_depth,
+            laws=laws,
+        )
+
     def pack(self) -> DraftTree:
         """
         Move padding behind the nodes, which keep their order, and cut off the columns that are padding in every row.

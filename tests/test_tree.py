@@ -371,3 +371,17 @@ def test_some_rows_of_a_larger_batch(batch, places, drawn):
     if drawn:
         assert spread.laws.log_probs[rows].equal(tree.laws.log_probs) and spread.laws.rows[rows].equal(kinds)
         assert spread.laws.token_ids is tree.laws.token_ids and len(spread.laws.rows) == 5
+
+
+@QUICK
+@given(batches(), st.integers(0, 3))
+def test_padding_leaves_the_nodes_alone(batch, added):
+    tree = tree_of(batch)
+    size = tree.tokens.shape[1]
+    padded = tree.pad(size + added)
+    assert torch.equal(padded.pack().parents, tree.pack().parents) and torch.equal(padded.num_nodes, tree.num_nodes)
+    assert torch.equal(padded.depths()[:, :size], tree.depths()) and not padded.depths()[:, size:].any()
+    seen = padded.ancestors()
+    assert torch.equal(seen[:, :size, :size], tree.ancestors())
+    assert torch.equal(seen[:, size:], torch.eye(size + added, dtype=torch.bool)[size:].expand(len(batch), -1, -1))
+    assert not seen[:, :size, size:].any() and (padded.cumulative_log_probs()[:, size:] == -INF).all()

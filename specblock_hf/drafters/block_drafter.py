@@ -37,11 +37,13 @@ class BlockState(DraftState):
     """
     Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one
     number for
-    a batch of one, which the host knows, a tensor `[B]` for more.
+    a batch of one, which the host knows, a tensor `[B]` for more; and, once compiled, what runs instead of the
+    network's forward.
     """
 
     cache: BlockCache | None = None
     committed: int | torch.LongTensor = 0
+    network: Callable[..., torch.Tensor] | None = None
 
     @property
     def committed_column(self) -> int | torch.LongTensor:
@@ -111,7 +113,8 @@ class BlockDrafter(NetworkDrafter):
             positions = pairs.positions[:, rows].to(self.device)
             state.calls += 1
             state.forward_rows += len(embeds) * count
-            yield self(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
+            forward = state.network or self
+            yield forward(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
 
     def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
         """The states `[B, 1, K, d]` and the position `[B, 1]` of every row's last pair."""
@@ -145,7 +148,8 @@ class BlockDrafter(NetworkDrafter):
         state.calls += 1
         state.forward_rows += len(embeds) * count
         mask = path.mask(first_width, size)
-        return self(embeds, conditions, positions.expand(-1, count), mask, state.cache)
+        forward = state.network or self
+        return forward(embeds, conditions, positions.expand(-1, count), mask, state.cache)
 
 
 __all__ = ["PREFILL_PAIRS", "BlockDrafter", "BlockState"]
