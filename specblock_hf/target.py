@@ -163,9 +163,7 @@ class Scored:
     rows: Sequence[int]
 
 
-def tap(
-    decoder: nn.Module, index: int, keep: Callable[[torch.Tensor], None]
-) -> torch.utils.hooks.RemovableHandle:
+def tap(decoder: nn.Module, index: int, keep: Callable[[torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
     """Hand a state of the decoder to `keep` in every forward; `index` is one of transformers' `hidden_states`."""
     layers = decoder_layers(decoder)
     if index == 0:

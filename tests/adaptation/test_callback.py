@@ -34,7 +34,7 @@ from specblock_hf.drafters.specblock_loss import SpecBlockObjective
 
 FIRST_BLOCK = SpecBlockObjective(num_blocks=1)
 FAST = UpdateSettings(learning_rate=3e-3, steps=1, drift_weight=0.0, objective=FIRST_BLOCK)
-STRONG = UpdateSettings(learning_rate=5e-3, steps=8, drift_weight=0.0, objective=FIRST_BLOCK)
+STRONG = UpdateSettings(learning_rate=5e-3, steps=8, warmup_steps=1, drift_weight=0.0, objective=FIRST_BLOCK)
 
 
 def eager_bandit(**constants) -> AdaptationBandit:
@@ -186,7 +186,7 @@ def test_a_poisoned_stream_is_rolled_back():
         drafter,
         every=2,
         monitor=FallMonitor(4),
-        settings=UpdateSettings(learning_rate=2e-3, steps=1, drift_weight=0.0, objective=FIRST_BLOCK),
+        settings=UpdateSettings(learning_rate=2e-3, steps=1, warmup_steps=1, drift_weight=0.0, objective=FIRST_BLOCK),
     )
     poison(callback)
     worst = start
