@@ -42,6 +42,7 @@ from specblock_hf.drafters import block_drafter, specblock
 from specblock_hf.drafters.lookup import FoundText, JoinedDrafter
 from specblock_hf.evaluation.suites import load_suite
 from specblock_hf.modeling_specblock import SpecBlockModel
+from specblock_hf.statistics import GenerationStatistics
 from specblock_hf.target import TargetModel
 from specblock_hf.target_cache import TargetCache
 from specblock_hf.target_mask import TreeMasks
@@ -117,19 +118,24 @@ def parts(target: torch.nn.Module) -> list[tuple[Any, str, str]]:
     ]
 
 
+def answer(target, drafter, ids: torch.LongTensor, max_new_tokens: int) -> GenerationStatistics:
+    """Decode one prompt greedily, for its statistics."""
+    target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        assistant_model=drafter,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+    )
+    return drafter.last_statistics
+
+
 def profile(target, drafter, prompts: list[torch.LongTensor], max_new_tokens: int) -> dict[str, Any]:
     """Decode all prompts; milliseconds of a round by phase."""
     rounds, emitted = 0, 0
     phases = dict.fromkeys(("draft", "verify", "host"), 0.0)
     for ids in prompts:
-        target.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            assistant_model=drafter,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-        )
-        figures = drafter.last_statistics
+        figures = answer(target, drafter, ids, max_new_tokens)
         rounds, emitted = rounds + figures.rounds, emitted + sum(figures.accepted) + len(figures.accepted)
         for phase in phases:
             phases[phase] += vars(figures)[f"{phase}_seconds"]
@@ -145,14 +151,8 @@ def watched_profile(target, drafter, prompts: list[torch.LongTensor], max_new_to
             stack.enter_context(watch.watching(owner, attribute, name))
         stack.enter_context(_rounds_only(watch))
         for ids in prompts:
-            target.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                assistant_model=drafter,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-            )
-            rounds += drafter.last_statistics.rounds
+            figures = answer(target, drafter, ids, max_new_tokens)
+            rounds += figures.rounds
     return {name: 1000 * seconds / rounds for name, seconds in sorted(watch.seconds.items())}
 
 
