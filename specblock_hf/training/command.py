@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in TRAINABLE),
     )
     parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
-    parser.add_argument("--views", help="keep the target's states here and compute them once: for small targets")
+    parser.add_argument(
+        "--views", help="keep the target's states here, each text's once: for small targets"
+    )
     parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--eval-examples", type=int, default=24, help="held-out answers per evaluation (%(default)s)")
     add_fields(parser, DrafterTrainingArguments, "output_dir")
@@ -91,17 +93,16 @@ def run(args: argparse.Namespace) -> None:
     train, held_out = split_examples(examples, arguments.held_out)
     drafter = _make_drafter(args, target, train, print if main else _silent).to(accelerator.device)
     objective = _objective(drafter, args.objective)
-    views = _views(args.views, "train", train, target, drafter.feature_layers, accelerator)
-    # Views are kept of all answers, so that runs on parts of them can share one folder.
-    chosen = [i for i, e in enumerate(train) if e.greedy or not args.greedy_only]
+    chosen = [example for example in train if example.greedy or not args.greedy_only]
+    views = _views(args.views, chosen, target, drafter.feature_layers, accelerator)
     evaluate = _evaluation(args, arguments, drafter, table, objective, held_out, target) if main else None
     if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
     trainer = DrafterTrainer(
         drafter,
         table,
-        [train[i] for i in chosen],
-        lambda indices: views([chosen[i] for i in indices]),
+        chosen,
+        views,
         arguments,
         evaluate,
         objective,
@@ -131,7 +132,7 @@ def finish(
     drafter.set_attn_implementation("sdpa")
     greedy = [e for e in held_out if e.greedy][: args.eval_examples]
     if greedy:
-        views = _views(args.views, "held-out", greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+        views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
         joined = JoinedDrafter(drafter, LookupDrafter(target.config))
         drafter.config.acceptance = []
         for plan in tqdm(drafter.plans_to_measure(), desc="acceptance of every plan"):
@@ -196,7 +197,6 @@ def _make_drafter(
 
 def _views(
     folder: str | None,
-    name: str,
     examples: list[Example],
     target: PreTrainedModel,
     layers: tuple[int, ...],
@@ -204,7 +204,7 @@ def _views(
 ) -> Callable[[list[int]], list[TargetView]]:
     if folder is None:
         return lambda indices: view_target(target, [examples[i] for i in indices], layers, TOP_K)
-    store = FeatureStore(Path(folder) / name, examples)
+    store = FeatureStore(folder, examples)
     if accelerator is None:
         store.build(target, layers, TOP_K)
     else:
@@ -226,7 +226,7 @@ def _evaluation(
     greedy = [e for e in held_out if e.greedy][: args.eval_examples]
     if not greedy:
         return None
-    views = _views(args.views, "held-out", greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+    views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
 
     def evaluate(trained: nn.Module) -> dict[str, Any]:
         numbers: dict[str, Any] = {}

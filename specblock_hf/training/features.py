@@ -56,8 +56,7 @@ def view_target(
     Run the target once over some conversations of similar length.
 
     Right padding needs no mask: a causal target's states never depend on what follows. Only the answer's positions go
-    through
-    the head, which for a small target costs as much as the layers.
+    through the head, which for a small target costs as much as the layers.
     """
     lengths = [len(e.input_ids) for e in examples]
     ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
@@ -82,27 +81,21 @@ def view_target(
 class FeatureStore:
     """
     Target views on disk, in shards written whole or not at all, so that an interrupted run goes on where it stopped.
+    A view is found by its text, so that a folder serves every run over some of its texts, and a run that brings more
+    adds theirs.
 
     Args:
         folder (`str` or `Path`): Where the shards lie.
-        examples (`Sequence[Example]`): The conversations, in a fixed order.
-        shard_size (`int`, *optional*, defaults to 128): Conversations per shard.
+        examples (`Sequence[Example]`): The conversations.
+        shard_size (`int`, *optional*, defaults to 128): Most conversations of a shard.
     """
 
     def __init__(self, folder: str | Path, examples: Sequence[Example], shard_size: int = 128):
         self.folder = Path(folder)
         self.examples = examples
         self.shard_size = shard_size
-        # Sorting by length inside the store makes every shard one of few lengths, so batches need little padding.
-        self.order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-        self.place = {index: divmod(rank, shard_size) for rank, index in enumerate(self.order)}
-
-    def path(self, shard: int) -> Path:
-        return self.folder / f"views-{shard:05d}.safetensors"
-
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.examples) // self.shard_size)
+        self.keys = [_key(example) for example in examples]
+        self._places: dict[str, tuple[Path, int]] = {}
 
     def build(
         self,
@@ -113,7 +106,7 @@ class FeatureStore:
         part: tuple[int, int] = (0, 1),
     ) -> None:
         """
-        Compute all missing shards, with a progress bar; views are stored in the target's dtype.
+        Compute all missing views, with a progress bar; they are stored in the target's dtype.
 
         Args:
             target ([`~transformers.PreTrainedModel`]): The target.
@@ -121,10 +114,10 @@ class FeatureStore:
             top_k (`int`, *optional*, defaults to 64): How many of its likeliest tokens are kept.
             batch_tokens (`int`, *optional*, defaults to 4096): Tokens of one forward, padding included.
             part (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
-                Number of this process and of all processes, which share the shards among them.
+                Number of this process and of all processes, which share the work among them.
 
         Raises:
-            ValueError: The folder holds views of something else.
+            ValueError: The folder holds views of another kind.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         meta = {
@@ -132,8 +125,7 @@ class FeatureStore:
             "top_k": top_k,
             "target": target.config.name_or_path,
             "dtype": str(target.dtype),
-            "examples": len(self.examples),
-            "digest": self._digest(),
+            "found_by": "text",
         }
         meta_path = self.folder / "meta.json"
         if meta_path.exists() and (found := json.loads(meta_path.read_text())) != meta:
@@ -141,35 +133,54 @@ class FeatureStore:
         number, count = part
         if number == 0:
             _write_aside(meta_path, lambda path: path.write_text(json.dumps(meta)))
-        tokens = sum(len(e.input_ids) for e in self.examples)
+        self._look()
+        # Shards of few lengths, so that batches need little padding. They are the same in every process, whatever the
+        # others have written by now.
+        first_of = {key: index for index, key in reversed(list(enumerate(self.keys)))}
+        order = sorted(first_of.values(), key=lambda index: len(self.examples[index].input_ids))
+        tokens = sum(len(self.examples[index].input_ids) for index in order)
         with tqdm(total=tokens, unit="tok", desc="target views", disable=number > 0) as bar:
-            for shard in range(number, self.num_shards, count):
-                members = self.order[shard * self.shard_size : (shard + 1) * self.shard_size]
-                if not self.path(shard).exists():
-                    self._write(shard, members, target, feature_layers, top_k, batch_tokens)
-                bar.update(sum(len(self.examples[i].input_ids) for i in members))
+            for first in range(number * self.shard_size, len(order), count * self.shard_size):
+                members = order[first : first + self.shard_size]
+                missing = [index for index in members if self.keys[index] not in self._places]
+                if missing:
+                    self._write(missing, target, feature_layers, top_k, batch_tokens)
+                bar.update(sum(len(self.examples[index].input_ids) for index in members))
 
-    def _write(self, shard, members, target, feature_layers, top_k, batch_tokens):
+    def _look(self) -> None:
+        """What the folder holds by now."""
+        for path in self.folder.glob("views-*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                keys = file.metadata()["keys"].split()
+            self._places |= {key: (path, slot) for slot, key in enumerate(keys)}
+
+    def _write(self, members, target, feature_layers, top_k, batch_tokens):
         views = []
         per_batch = max(1, batch_tokens // len(self.examples[members[-1]].input_ids))
         for first in range(0, len(members), per_batch):
-            chunk = [self.examples[i] for i in members[first : first + per_batch]]
+            chunk = [self.examples[index] for index in members[first : first + per_batch]]
             views += view_target(target, chunk, feature_layers, top_k)
         tensors = {}
         for slot, view in enumerate(views):
             tensors[f"{slot}.features"] = view.features.contiguous()
             tensors[f"{slot}.top_ids"] = view.top_ids
             tensors[f"{slot}.top_probs"] = view.top_probs
-        _write_aside(self.path(shard), lambda path: save_file(tensors, path))
-
-    def _digest(self) -> str:
-        """Views are of these very texts, not of as many others."""
-        return hashlib.sha256(json.dumps([e.input_ids for e in self.examples]).encode()).hexdigest()
+        keys = " ".join(self.keys[index] for index in members)
+        name = f"views-{hashlib.sha256(keys.encode()).hexdigest()[:16]}.safetensors"
+        _write_aside(self.folder / name, lambda path: save_file(tensors, path, metadata={"keys": keys}))
 
     def __getitem__(self, index: int) -> TargetView:
-        shard, slot = self.place[index]
-        with safe_open(self.path(shard), framework="pt") as file:
+        key = self.keys[index]
+        if key not in self._places:  # written since, maybe by another process
+            self._look()
+        path, slot = self._places[key]
+        with safe_open(path, framework="pt") as file:
             return TargetView(*(file.get_tensor(f"{slot}.{name}") for name in ("features", "top_ids", "top_probs")))
+
+
+def _key(example: Example) -> str:
+    """Views are of this very text, answered from this very place."""
+    return hashlib.sha256(json.dumps([example.answer_start, example.input_ids]).encode()).hexdigest()
 
 
 def _write_aside(path: Path, write: Callable[[Path], object]) -> None:

@@ -62,7 +62,7 @@ def test_views_from_disk(tmp_path, llama):
     texts = examples()
     store = FeatureStore(tmp_path, texts, shard_size=2)
     store.build(llama, LAYERS, TOP)
-    assert store.num_shards == 3 and len(list(tmp_path.glob("views-*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("views-*.safetensors"))) == 3
     for index, view in enumerate(view_target(llama, texts, LAYERS, TOP)):
         assert_same_view(store[index], view)
 
@@ -89,12 +89,37 @@ def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path, llama, monkeypa
     assert seen == [2, 2, 1]
 
 
-def test_views_of_something_else_are_refused(tmp_path, llama):
+def test_a_folder_serves_other_runs_and_grows(tmp_path, llama, monkeypatch):
+    texts = examples()
+    FeatureStore(tmp_path, texts[:3], shard_size=2).build(llama, LAYERS, TOP)
+    seen = []
+    monkeypatch.setattr(features, "view_target", lambda *args: seen.extend(args[1]) or view_target(*args))
+    FeatureStore(tmp_path, [texts[2], texts[0]]).build(llama, LAYERS, TOP)
+    assert not seen
+    # The same text with a longer prompt is another one, and what is given twice is looked at once.
+    longer = replace(texts[1], answer_start=texts[1].answer_start + 2)
+    more = [longer, texts[4], texts[1], texts[4]]
+    store = FeatureStore(tmp_path, more)
+    store.build(llama, LAYERS, TOP)
+    assert sorted(map(id, seen)) == sorted(map(id, (longer, texts[4])))
+    for index, view in enumerate(view_target(llama, more, LAYERS, TOP)):
+        assert_same_view(store[index], view)
+
+
+def test_processes_share_the_work(tmp_path, llama):
+    texts = examples()
+    stores = [FeatureStore(tmp_path, texts, shard_size=1) for _ in range(2)]
+    for number, store in enumerate(stores):
+        store.build(llama, LAYERS, TOP, part=(number, 2))
+        assert len(list(tmp_path.glob("views-*.safetensors"))) == (3, 5)[number]
+    for index, view in enumerate(view_target(llama, texts, LAYERS, TOP)):
+        assert_same_view(stores[0][index], view)  # the other's were written after it had looked
+
+
+def test_views_of_another_kind_are_refused(tmp_path, llama):
     texts = examples()
     FeatureStore(tmp_path, texts).build(llama, LAYERS, TOP)
-    others = [replace(texts[0], input_ids=[*texts[0].input_ids[:-1], 1 - texts[0].input_ids[-1] % 2]), *texts[1:]]
-    assert others[0].input_ids != texts[0].input_ids
-    for changed, layers, top in ((others, LAYERS, TOP), (texts, (0, 1, 4), TOP), (texts, LAYERS, TOP + 1)):
+    for layers, top in (((0, 1, 4), TOP), (LAYERS, TOP + 1)):
         with pytest.raises(ValueError, match="remove it or name another folder"):
-            FeatureStore(tmp_path, changed).build(llama, layers, top)
+            FeatureStore(tmp_path, texts).build(llama, layers, top)
     assert json.loads((tmp_path / "meta.json").read_text())["feature_layers"] == list(LAYERS)
