@@ -13,8 +13,8 @@
 # limitations under the License.
 """
 When does speculation stop paying as batches grow? Plain `generate()` and the drafter answer the same batches, padded
-on the left, at several batch sizes; the drafter's plan is calibrated for each size and may come out as no drafts at
-all.
+on the left, at several batch sizes. The drafter's plan is calibrated for each size, with a trial on as many other
+prompts of the suite (or, where it has too few, on those of `specblock demo`), and may come out as no drafts at all.
 
     python benchmarks/batches.py --dtype bfloat16
     python benchmarks/batches.py --dtype bfloat16 --plan 8 1 4 --output -
@@ -37,17 +37,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from specblock_hf import TreeDrafter, calibrate
-from specblock_hf.demo import describe_setting
+from specblock_hf import Calibration, TreeDrafter, calibrate
+from specblock_hf.demo import PROMPTS, describe_setting
 from specblock_hf.evaluation.benchmark import evenly
 from specblock_hf.evaluation.suites import load_prompts, own_prompts
 from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
+from specblock_hf.trial import Batch, answers, batches_of
 
 
 SIZES = (1, 2, 4, 8)
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "batches.json"
-
-Batch = Mapping[str, torch.LongTensor]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -69,28 +68,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def padded(prompts: Sequence[torch.LongTensor], pad: int) -> Batch:
-    """Prompts `[1, T]` as one batch, padded on the left."""
-    width = max(ids.shape[1] for ids in prompts)
-
-    def stacked(rows: Sequence[torch.LongTensor], value: int) -> torch.LongTensor:
-        return torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=value) for row in rows])
-
-    return {
-        "input_ids": stacked(prompts, pad),
-        "attention_mask": stacked([torch.ones_like(ids) for ids in prompts], 0),
-    }
-
-
-def answers(ids: torch.LongTensor, eos: Sequence[int]) -> list[list[int]]:
-    """Each row's new tokens `[B, n]` to its end, without what fills it up behind that."""
-    rows = []
-    for row in ids.tolist():
-        ends = [place for place, token in enumerate(row) if token in eos]
-        rows.append(row[: ends[0] + 1] if ends else row)
-    return rows
-
-
 def timed(target: PreTrainedModel, batch: Batch, options: Mapping[str, Any]) -> tuple[float, torch.LongTensor]:
     """Seconds of a call, and its new tokens `[B, n]`."""
     start = time.perf_counter()
@@ -103,7 +80,6 @@ def compare(
 ) -> dict[str, Any]:
     """One batch answered by both sides; medians of their seconds."""
     eos = target.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
     seconds: dict[str, list[float]] = {"plain": [], "drafted": []}
     texts: dict[str, list[list[int]]] = {}
     for repeat in range(repeats):
@@ -136,11 +112,30 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def chosen_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The texts to measure on, and as many others for trials; fewer if they are the demo's."""
+    suite = own_prompts(args.prompts) if args.prompts else load_prompts("humaneval")
+    measured = evenly(suite, args.limit)
+    others = [prompt.prompt for prompt in evenly([p for p in suite if p not in measured], args.limit)]
+    own = [prompt.prompt for prompt in measured]
+    return own, others if len(others) == len(own) else [text for _, text in PROMPTS]
+
+
+def noted(calibration: Calibration) -> dict[str, Any]:
+    """What a calibration found, ready for JSON."""
+    return {
+        "expected": calibration.speedup,
+        "spread": calibration.spread,
+        "tried": [{"plan": asdict(plan), "ratio": ratio} for plan, ratio in calibration.tried],
+        "curves": calibration.curves.to_dict(),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     target, tokenizer, drafter = load_models(args)
-    found = evenly(own_prompts(args.prompts) if args.prompts else load_prompts("humaneval"), args.limit)
-    prompts = [encode(tokenizer, prompt.prompt, target.device) for prompt in found]
+    measured, others = chosen_texts(args)
+    prompts, trials = ([encode(tokenizer, text, target.device) for text in texts] for texts in (measured, others))
     pad = target.generation_config.pad_token_id
     options = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "pad_token_id": 0 if pad is None else pad}
     report: dict[str, Any] = {
@@ -153,14 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sizes": {},
     }
     for size in args.sizes:
-        expected = None
+        notes: dict[str, Any] = {"expected": None}
         if not args.plan:
-            calibration = calibrate(target, drafter, batch_size=size)
-            expected = calibration.speedup
-        batches = [padded(prompts[first : first + size], pad or 0) for first in range(0, len(prompts), size)]
+            notes = noted(calibrate(target, drafter, batch_size=size, prompts=trials))
+        batches = batches_of(prompts, size, pad or 0)
         compare(target, drafter, batches[0], options | {"max_new_tokens": 8}, 1)  # warms up
         rows = [compare(target, drafter, batch, options, args.repeats) for batch in tqdm(batches, desc=f"{size} rows")]
-        summary = {"plan": asdict(drafter.drafting_plan), "expected": expected} | summarise(rows)
+        summary = {"plan": asdict(drafter.drafting_plan)} | notes | summarise(rows)
         report["sizes"][str(size)] = summary
         speeds = summary["tokens_per_second"]
         print(

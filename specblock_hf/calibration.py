@@ -23,7 +23,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,8 +64,8 @@ class CostCurves:
         verify (`tuple[tuple[int, float], ...]`): (nodes of each text's tree, the root counted; seconds).
         draft (`float`): Seconds of `propose` with one forward of the drafter.
         later (`tuple[tuple[int, float], ...]`):
-            (starts of each text; seconds that a further forward from so many adds). One that was not measured is
-            taken to cost as much as the first.
+            (starts of each text; seconds that a further forward from so many adds, on average over those of the
+            measured plan with most forwards). If none was measured, it is taken to cost what the first one does.
         host (`float`): Seconds of everything between the two.
         plain (`float`): Seconds of one step of plain `generate()`, which adds a token to each text.
         setting (`str`): Device, dtype, batch size and context length of the measurement.
@@ -264,29 +264,34 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)  # the global generator belongs to the user's sampling
         vocab_size = target.config.get_text_config().vocab_size
         self.ids = torch.randint(vocab_size, (batch_size, context), generator=generator).to(target.device)
-        plans = [plan for plan, _ in drafter.acceptance()]
-        self.starts = sorted({plan.max_starts or MOST_STARTS for plan in plans if plan.num_forwards > 1})
+        plans = sorted((plan.max_starts or MOST_STARTS, plan.num_forwards) for plan, _ in drafter.acceptance())
+        # Starts, and the most forwards that a plan with so many of them makes.
+        self.forwards = {starts: forwards for starts, forwards in plans if forwards > 1}
         self._seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
 
     def measure(self, repeats: int) -> None:
         """Measure until the figures agree, and warn if they never do."""
         for _ in range(ATTEMPTS):
-            self._measure_once((repeats + 1) * max(len(NODES), len(self.starts) + 1))
+            self._measure_once((repeats + 1) * max(len(NODES), len(self.forwards) + 1))
             if self.spread() <= NOISY:
                 return
         warnings.warn(
             f"the times that calibration measured differ by {self.spread():.0%} after {ATTEMPTS} attempts, as they do "
-            "while something else uses the machine, so that the chosen plan may not be the fastest; calibrate again when "
-            "it is quiet.",
+            "while something else uses the machine, so that another plan may be faster than the chosen one; calibrate "
+            "again when it is quiet.",
             stacklevel=3,
         )
 
     def curves(self) -> CostCurves:
         draft = self._quiet("draft", 0)
+        later = [
+            (starts, max(self._quiet("draft", starts) - draft, 0.0) / (forwards - 1))
+            for starts, forwards in self.forwards.items()
+        ]
         return CostCurves(
             verify=_rising([(nodes, self._quiet("verify", nodes)) for nodes in NODES]),
             draft=draft,
-            later=_rising([(starts, max(self._quiet("draft", starts) - draft, 0.0)) for starts in self.starts]),
+            later=_rising(later),
             host=self._quiet("host", 0),
             plain=self._quiet("plain", 0),
             setting=f"{self.target.device.type}, {self.target.dtype}, batch {self.batch_size}, context {self.context}",
@@ -329,7 +334,7 @@ class _Probe:
                 **settings,
             )
 
-    def _rounds(self, count: int) -> Iterator[None]:
+    def _rounds(self, count: int) -> Generator[None, None, None]:
         """So many rounds, which note the seconds of their parts."""
         kwargs = {
             "attention_mask": None,
@@ -337,7 +342,7 @@ class _Probe:
             "past_key_values": DynamicCache(config=self.target.config),
             "use_cache": True,
         }
-        layers, drafts = self.drafter.feature_layers_for(self.target), (0, *self.starts)
+        layers, drafts = self.drafter.feature_layers_for(self.target), (0, *self.forwards)
         with TargetModel(self.target, layers, self.ids, kwargs, mask_length=self.context) as scorer:
             _, pairs = next(scorer.prefill())
             walk = sample_and_walk(
@@ -348,7 +353,8 @@ class _Probe:
             state = self.drafter.begin(scorer.table, self.batch_size, self.context + 2 * count + 1)
             for number in range(count):
                 starts, nodes = drafts[number % len(drafts)], NODES[number % len(NODES)]
-                limits = Limits(self._all(DEEPEST), self._all(DEEPEST), 2 if starts else 1, starts or None)
+                most = self._all(DEEPEST)
+                limits = Limits(most, most, self.forwards.get(starts, 1), starts or None)
                 self._timed("draft", starts, self.drafter.propose, state, pairs, limits)
                 tree = self._tree(nodes)
                 scored = self._timed("verify", nodes, scorer.score, tree)

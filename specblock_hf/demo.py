@@ -187,14 +187,14 @@ def describe_setting(target: PreTrainedModel) -> str:
 
 
 def describe_calibration(calibration: Calibration) -> str:
-    """The chosen plan and what it should bring."""
-    plan = calibration.plan
+    """The chosen plan, what it should bring, and how well the measurements agree."""
+    plan, spread = calibration.plan, f"measurements spread by {calibration.spread:.0%}"
     if plan.tree_budget == 0:
-        return "calibrated: no tree pays here, so generate() runs without drafts"
+        return f"calibrated: no tree pays here, so generate() runs without drafts ({spread})"
     starts = "" if plan.num_forwards == 1 else f" from up to {plan.max_starts or 'all'} starts"
     return (
         f"calibrated: {plan.tree_budget} drafted nodes, {plan.num_forwards} drafter forward(s) a round{starts}; "
-        f"expected speedup {calibration.speedup:.2f}"
+        f"expected speedup {calibration.speedup:.2f} ({spread})"
     )
 
 

@@ -12,8 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The plan that each drafter is compared with: the best one for it alone. A cost model shortlists one plan for every
-number of drafter forwards, where drafters differ most and the model knows least, and trial answers decide.
+The plan that each drafter is compared with: the best one for it alone, which trial answers decide.
 """
 
 from __future__ import annotations
@@ -24,16 +23,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration import CostCurves, calibrate
-from ..drafter import DraftingPlan, TreeDrafter
-from .benchmark import answer, decoding_settings
-from .methods import PLAIN, Method
+from ..calibration import calibrate
+from ..drafter import DraftingPlan
+from .methods import Method
 
 
 LOOKUP_PLAN = DraftingPlan(8, 1)
 """For look-ups alone, whose acceptance depends on the text so much that no figures are kept to choose by."""
-
-TRIAL_TOKENS = 32
 
 
 def choose_plans(
@@ -84,63 +80,21 @@ def apply_plans(methods: Sequence[Method], notes: Mapping[str, Mapping[str, Any]
             method.drafter.drafting_plan = DraftingPlan(*notes[method.name]["plan"])
 
 
-def shortlist(drafter: TreeDrafter, curves: CostCurves) -> list[DraftingPlan]:
-    """The plan with the highest expected speed for every number of forwards that the drafter knows the tau of."""
-    best: dict[int, tuple[float, DraftingPlan]] = {}
-    for plan, tau in drafter.acceptance():
-        speed = curves.speedup(plan, tau)
-        if plan.num_forwards not in best or speed > best[plan.num_forwards][0]:
-            best[plan.num_forwards] = (speed, plan)
-    return [plan for _, (_, plan) in sorted(best.items())]
-
-
 def _calibrated(target: PreTrainedModel, method: Method, trials: Sequence[torch.LongTensor]) -> dict[str, Any]:
-    drafter = method.drafter
-    curves = calibrate(target, drafter, apply=False).curves
-    plans = shortlist(drafter, curves)
-    speeds = try_plans(target, method, plans, trials)
-    fastest = max(range(len(plans)), key=speeds.__getitem__)
-    # As `calibrate` does: a drafter that costs more than it brings is better left out.
-    drafter.drafting_plan = plans[fastest] if speeds[fastest] > 1 else DraftingPlan(0, 1)
+    calibration = calibrate(target, method.drafter, prompts=trials)
     # Without figures of its own a drafter's plans are few, which whoever reads the result should know.
-    measured = drafter.network.config.to_dict().get("acceptance") is not None
+    measured = method.drafter.network.config.to_dict().get("acceptance") is not None
     return {
         "from": "calibrated, measured acceptance" if measured else "calibrated, assumed acceptance",
-        "expected_speedup": max(speeds[fastest], 1.0),
-        "tried": [[_listed(plan), speed] for plan, speed in zip(plans, speeds, strict=True)],
-        "curves": curves.to_dict(),
+        "expected_speedup": calibration.speedup,
+        "tried": [[_listed(plan), speed] for plan, speed in calibration.tried],
+        "spread": calibration.spread,
+        "curves": calibration.curves.to_dict(),
     }
-
-
-def try_plans(
-    target: PreTrainedModel, method: Method, plans: Sequence[DraftingPlan], trials: Sequence[torch.LongTensor]
-) -> list[float]:
-    """
-    The speed of each plan over that of plain decoding on a few greedy answers, prompt by prompt.
-
-    Args:
-        target ([`~transformers.PreTrainedModel`]): The model.
-        method ([`Method`]): Whose drafter's plan is changed.
-        plans (sequence of [`DraftingPlan`]): What to try.
-        trials (sequence of `torch.LongTensor` of shape `[1, T]`): Prompts; the first is also answered once untimed.
-    """
-    settings = decoding_settings(0, TRIAL_TOKENS)
-    candidates: list[DraftingPlan | None] = [None, *plans]
-    tokens, seconds = [0] * len(candidates), [0.0] * len(candidates)
-    for number, prompt_ids in enumerate([trials[0], *trials]):
-        for place, plan in enumerate(candidates):
-            if plan is not None:
-                method.drafter.drafting_plan = plan
-            run = answer(target, prompt_ids, Method(PLAIN, "plain") if plan is None else method, settings, seed=0)
-            if number:
-                tokens[place] += len(run.ids)
-                seconds[place] += run.seconds
-    plain, *speeds = (made / took for made, took in zip(tokens, seconds, strict=True))
-    return [speed / plain for speed in speeds]
 
 
 def _listed(plan: DraftingPlan) -> list[int | None]:
     return [plan.tree_budget, plan.num_forwards, plan.max_starts]
 
 
-__all__ = ["apply_plans", "choose_plans", "shortlist", "try_plans"]
+__all__ = ["apply_plans", "choose_plans"]

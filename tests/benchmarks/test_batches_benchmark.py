@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import prompt_of, tiny_target
 from models_for_tests import save_models, tiny_drafter
 
-from specblock_hf import DraftingPlan
+from specblock_hf import Calibration, CostCurves, DraftingPlan, calibrate, trial
+from specblock_hf.demo import PROMPTS
+from specblock_hf.trial import padded
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "batches.py"))
@@ -52,30 +54,39 @@ def test_every_size_is_measured_with_the_given_plan(arguments, capsys):
 
 def test_a_size_is_calibrated_for_itself(arguments, monkeypatch):
     asked = []
+    curves = CostCurves(((1, 1.0), (5, 2.0)), 0.1, (), 0.1, 1.0, "")
 
-    def calibrate(target, drafter, batch_size):
-        asked.append(batch_size)
-        drafter.drafting_plan = DraftingPlan(0 if batch_size > 1 else 4, 1)
-        return type("Calibration", (), {"speedup": 1.5})
+    def given(target, drafter, batch_size, prompts):
+        asked.append((batch_size, [ids.shape[1] for ids in prompts]))
+        plan = drafter.drafting_plan = DraftingPlan(0 if batch_size > 1 else 4, 1)
+        return Calibration(curves, plan, 1.5, 0.05, ((DraftingPlan(4, 1), 1.5),))
 
-    monkeypatch.setitem(SCRIPT["main"].__globals__, "calibrate", calibrate)
-    SCRIPT["main"]([*arguments, "--sizes", "1", "2"])
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "calibrate", given)
+    SCRIPT["main"]([*arguments, "--sizes", "1", "2", "--limit", "2"])
     sizes = json.loads(Path(arguments[-1]).read_text())["sizes"]
-    assert asked == [1, 2]
+    # The first and the third of the four prompts are measured and the two others tried.
+    assert asked == [(1, [9, 12]), (2, [9, 12])]
     assert [sizes[size]["plan"]["tree_budget"] for size in "12"] == [4, 0] and sizes["2"]["tau"] == 1
+    assert sizes["1"]["expected"] == 1.5 and sizes["1"]["spread"] == 0.05 and sizes["1"]["curves"]["plain"] == 1.0
+    (tried,) = sizes["1"]["tried"]
+    assert tried["plan"]["tree_budget"] == 4 and tried["ratio"] == 1.5
+
+
+def test_a_suite_that_is_used_up_is_tried_on_the_demos_prompts(arguments, monkeypatch):
+    args = SCRIPT["parse"]([*arguments, "--sizes", "4"])
+    measured, others = SCRIPT["chosen_texts"](args)
+    assert [len(text) for text in measured] == [4, 9, 2, 12] and others == [text for _, text in PROMPTS]
+    monkeypatch.setattr(trial, "TRIAL_TOKENS", 4)
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "calibrate", partial(calibrate, context=16, repeats=1))
+    SCRIPT["main"]([*arguments, "--sizes", "4"])
+    summary = json.loads(Path(arguments[-1]).read_text())["sizes"]["4"]
+    assert summary["identical"] == 4 and [tried["plan"]["num_forwards"] for tried in summary["tried"]] == [1, 2]
 
 
 def test_unfilled_batches_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         SCRIPT["main"]([*arguments, "--sizes", "3"])
     assert "--limit 4 leaves a batch of [3] unfilled" in capsys.readouterr().err
-
-
-def test_batches_are_padded_on_the_left_and_answers_end():
-    batch = SCRIPT["padded"]([torch.tensor([[5, 6, 7]]), torch.tensor([[8]])], 9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert SCRIPT["answers"](torch.tensor([[1, 2, 3], [2, 0, 0], [1, 1, 1]]), [2]) == [[1, 2], [2], [1, 1, 1]]
 
 
 def test_the_sides_take_turns_and_medians_count(monkeypatch):
@@ -91,7 +102,7 @@ def test_the_sides_take_turns_and_medians_count(monkeypatch):
         return next(times[drafted]), output[:, batch["input_ids"].shape[1] :]
 
     monkeypatch.setitem(SCRIPT["compare"].__globals__, "timed", timed)
-    batch = SCRIPT["padded"]([prompt_of(4), prompt_of(7, 1)], 0)
+    batch = padded([prompt_of(4), prompt_of(7, 1)], 0)
     row = SCRIPT["compare"](target, drafter, batch, {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}, 3)
     assert order == [False, True, True, False, False, True]
     assert row["seconds"] == {"plain": 2.0, "drafted": 4.0} and row["identical"] == 2
