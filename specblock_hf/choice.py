@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.streamers import BaseStreamer
+
+from .tree import DraftTree
 
 
 # Processors of transformers that treat every row by itself, with what they hold row by row: the batch is called one
@@ -143,19 +146,29 @@ class TokenChoice:
         """Tokens that `max_new_tokens` still allows each row; 0 for one that has stopped."""
         return [row.remaining for row in self._rows]
 
-    def see(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
+    def see(self, tree: DraftTree, logits: torch.Tensor, rows: Sequence[int]) -> DraftTree:
         """
-        Choose from these from now on.
+        Choose from these logits from now on. This is where a round waits for the device, and where a greedy one reads
+        from it: what was drafted and what the target says to it come in one piece.
 
         Args:
-            logits (`torch.Tensor` of shape `[R, N, V]`): The target's, at every node of a tree.
+            tree ([`DraftTree`]): What the target has scored, N nodes wide.
+            logits (`torch.Tensor` of shape `[R, N, V]`): The target's, at every node.
             rows (sequence of `int`): Which rows of the batch they belong to.
+
+        Returns:
+            [`DraftTree`]: The tree with its tokens and parents on the host.
         """
         self._logits = dict(zip(rows, logits, strict=True))
         for row in self._rows:
             row.forget()
+        read = [tree.tokens, tree.parents]
         if self._argmax_only:
-            self._argmax = dict(zip(rows, logits.argmax(-1).tolist(), strict=True))
+            read.append(logits.argmax(-1).to(tree.tokens.device))
+        tokens, parents, *best = torch.cat(read).cpu().split([len(part) for part in read])
+        if best:
+            self._argmax = dict(zip(rows, best[0].tolist(), strict=True))
+        return replace(tree, tokens=tokens, parents=parents)
 
     def select(self, row: int, node: int) -> int:
         """The target's token after `node`, whose path must have been emitted; see [`Verifier`]."""

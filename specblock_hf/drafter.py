@@ -35,6 +35,7 @@ from transformers import PreTrainedConfig
 from .callbacks import DraftingCallback
 from .sampled_expansion import DraftSampling
 from .statistics import GenerationStatistics
+from .upload import on_device
 
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class Pairs:
         lengths (`torch.LongTensor` of shape `[B]`): Valid columns of each row; 0 for one that has learned nothing.
         table (`TokenTable`): The target's embedding.
         given_embeds (`torch.Tensor` of shape `[B, T, d]`, *optional*): The embeddings of a prompt that had no ids.
+        read (`list[list[int]]`, *optional*):
+            `tokens` without padding, where the host knows them; see [`~Pairs.host_tokens`].
     """
 
     tokens: torch.LongTensor
@@ -126,6 +129,7 @@ class Pairs:
     lengths: torch.LongTensor
     table: TokenTable
     given_embeds: torch.Tensor | None = None
+    read: list[list[int]] | None = None
 
     def embeds(self) -> torch.Tensor:
         """The target's embeddings `[B, T, d]` of `tokens`, made only when a drafter asks for them."""
@@ -133,18 +137,32 @@ class Pairs:
             return self.given_embeds
         return self.table.embed(self.tokens.clamp_min(0))
 
+    def host_tokens(self) -> list[list[int]]:
+        """The tokens of each row on the host, without padding; read from the device for a prompt only."""
+        if self.read is not None:
+            return self.read
+        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
+    def host_lengths(self) -> torch.LongTensor:
+        """`lengths` on the host; read from the device for a prompt only."""
+        return self.lengths.cpu() if self.read is None else torch.tensor([len(row) for row in self.read])
+
     def of_rows(self, rows: Sequence[int]) -> Pairs:
         """The pairs of these rows of the batch, without columns that are padding in all of them."""
-        rows = list(rows)
-        lengths = self.lengths[rows]
-        width = int(lengths.max())
+        width = int(self.host_lengths()[list(rows)].max())
+        index = on_device(rows, self.tokens.device)
+
+        def picked(values: torch.Tensor) -> torch.Tensor:
+            return values[index.to(values.device), :width]
+
         return replace(
             self,
-            tokens=self.tokens[rows, :width],
-            features=tuple(feature[rows, :width] for feature in self.features),
-            positions=self.positions[rows, :width],
-            lengths=lengths,
-            given_embeds=None if self.given_embeds is None else self.given_embeds[rows, :width],
+            tokens=picked(self.tokens),
+            features=tuple(picked(feature) for feature in self.features),
+            positions=picked(self.positions),
+            lengths=self.lengths[index],
+            given_embeds=None if self.given_embeds is None else picked(self.given_embeds),
+            read=None if self.read is None else [self.read[row] for row in rows],
         )
 
     @classmethod
@@ -167,15 +185,16 @@ class Pairs:
             base (`torch.LongTensor` of shape `[B]`): Position of each row's root.
             table (`TokenTable`): The target's embedding.
         """
-        nodes = walk.nodes.clamp_min(0)
-        gather = nodes.unsqueeze(-1)
-        steps = torch.arange(nodes.shape[1], device=nodes.device)
+        kept = walk.to(base.device)
+        gather = kept.nodes.clamp_min(0).unsqueeze(-1)
+        steps = torch.arange(kept.nodes.shape[1], device=base.device)
         return cls(
-            tokens=walk.tokens,
+            tokens=kept.tokens,
             features=tuple(f.gather(1, gather.to(f.device).expand(-1, -1, f.shape[-1])) for f in features),
             positions=base.unsqueeze(1) + steps,
-            lengths=walk.lengths,
+            lengths=kept.lengths,
             table=table,
+            read=[row[:length] for row, length in zip(walk.tokens.tolist(), walk.lengths.tolist(), strict=True)],
         )
 
 

@@ -142,10 +142,10 @@ def decode(
             drafter.extend(state, pairs)
         listeners.on_prompt(call, pairs)
         scored, pairs = chunk
-    choice.see(scored.logits, scored.rows)
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
-    walk = verify(tree, [True] * batch_size, choice.select, choice.stop)
+    read = choice.see(tree, scored.logits, scored.rows)
+    walk = verify(read, [True] * batch_size, choice.select, choice.stop)
     pairs = target.close_prompt(pairs, walk)
     target.commit(walk)
     statistics.emitted = int(walk.lengths.sum())
@@ -162,8 +162,8 @@ def decode(
         scored = target.score(tree)
         clock.lap("verify")
         listeners.on_verify(call, tree, scored)
-        choice.see(scored.logits, scored.rows)
-        walk = verify(tree, active, choice.select, choice.stop)
+        read = choice.see(tree, scored.logits, scored.rows)
+        walk = verify(read, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
         statistics.add_round(tree, walk, len(scored.rows))

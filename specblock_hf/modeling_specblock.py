@@ -42,6 +42,7 @@ from .configuration_specblock import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
 from .slot_layer import OpenBlock, SpecBlockLayer, backend_mask
+from .upload import on_device
 
 
 NUM_RANK_FEATURES = NUM_LISTED_LOG_PROBS + 5
@@ -89,8 +90,9 @@ class BlockCache:
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch and forget the others."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        index = on_device(rows, self.keys[0].device)
+        self.keys = [k[index] for k in self.keys]
+        self.values = [v[index] for v in self.values]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Called by the attention layer with `[B, heads, Q, head_dim]`; returns all visible keys and values."""
@@ -340,7 +342,8 @@ def rank_features(top_logits: torch.Tensor) -> torch.Tensor:
     """
     log_probs = top_logits - top_logits.logsumexp(-1, keepdim=True)
     probs = log_probs.exp()
-    gaps = top_logits[..., :1] - top_logits[..., [1, 2, 4]]
+    # Slices, because a list of places would be moved to the device in every call.
+    gaps = top_logits[..., :1] - torch.cat([top_logits[..., 1:3], top_logits[..., 4:5]], dim=-1)
     entropy = -(probs * log_probs).sum(-1, keepdim=True)
     return torch.cat([log_probs[..., :NUM_LISTED_LOG_PROBS], gaps, probs[..., :1], entropy], dim=-1)
 

@@ -125,7 +125,7 @@ class SampledVerifier:
             else:
                 verification = _RowVerification(self._target, self._coins, tree.laws, row, tokens[row], parents[row])
                 rows.append(self._emit(row, *verification.run(self._rule), tokens[row], stop))
-        return Walk.of_rows(rows, tree.tokens.device)
+        return Walk.of_rows(rows)
 
     def _emit(
         self, row: int, nodes: list[int], last: int, tokens: list[int], stop: Stop

@@ -39,6 +39,7 @@ from .prompt import PromptPairs
 from .target_cache import TargetCache, check_cache
 from .target_mask import TreeMasks, layer_types, layer_windows, likeliest_chain
 from .tree import DraftTree
+from .upload import on_device
 
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ class TargetModel:
         self._compiled = compiled
         self.table = TokenTable.of(target)
         self._rows = list(range(input_ids.shape[0]))
+        self._index: torch.LongTensor | None = None  # `_rows` on the device, once some have been retired
         self._returns_cache = returns_cache
         _check_inputs(model_kwargs, len(self._rows), returns_cache)
         self.cache = model_kwargs["past_key_values"]
@@ -364,8 +366,8 @@ class TargetModel:
         Returns:
             [`Scored`]: Logits `[R, N, V]` and features `[B, N, d]`.
         """
-        if len(self._rows) < self.base.shape[0]:
-            tree = replace(tree, tokens=tree.tokens[self._rows], parents=tree.parents[self._rows])
+        if self._index is not None:
+            tree = replace(tree, tokens=tree.tokens[self._index], parents=tree.parents[self._index])
         size = self._compiled and self._compiled.size_for(tree.tokens.shape[1])
         if size:
             return self._score_compiled(tree, size)
@@ -401,12 +403,13 @@ class TargetModel:
         Args:
             walk ([`Walk`]): What the last scored tree, or the prompt, emitted.
         """
-        self.base = self.base + walk.lengths.to(self.device)
-        nodes, tokens, lengths = walk.nodes, walk.tokens, walk.lengths
-        if len(self._rows) < self.base.shape[0]:
-            nodes, tokens, lengths = nodes[self._rows], tokens[self._rows], lengths[self._rows]
-        last = tokens.gather(1, (lengths - 1).clamp_min(0).unsqueeze(1)).to(self.device)
-        grown = lengths.to(self.device).unsqueeze(1)
+        nodes, kept = walk.nodes[self._rows], walk.to(self.device)
+        self.base = self.base + kept.lengths
+        tokens, lengths = kept.tokens, kept.lengths
+        if self._index is not None:
+            tokens, lengths = tokens[self._index], lengths[self._index]
+        last = tokens.gather(1, (lengths - 1).clamp_min(0).unsqueeze(1))
+        grown = lengths.unsqueeze(1)
         self._last = torch.where(grown > 0, last, self._last)
         self._next_position = self._next_position + grown
         if len(self._rows) > 1 and not self._returns_cache and self._compiled is None:
@@ -420,8 +423,10 @@ class TargetModel:
         if len(left) in (0, len(self._rows)):
             return nodes
         self._rows = [self._rows[place] for place in left]
-        self._last = self._last[left]
-        self._next_position = self._next_position[..., left, :]
+        self._index = on_device(self._rows, self.device)
+        index = on_device(left, self.device)
+        self._last = self._last[index]
+        self._next_position = self._next_position[..., index, :]
         self._committed.keep_rows(left)
         return nodes[left]
 
@@ -476,11 +481,15 @@ class TargetModel:
             outputs = self.target(**inputs, return_dict=True)
         features = self._taps.take()
         self._outputs.see(outputs)
-        if len(self._rows) < self.base.shape[0]:
-            place = dict(zip(self._rows, range(len(self._rows)), strict=True))
-            spread = [place.get(row, 0) for row in range(self.base.shape[0])]
-            features = tuple(feature[spread] for feature in features)
+        if self._index is not None:
+            batch = self.base.shape[0]
+            features = tuple(_spread(feature, self._index.to(feature.device), batch) for feature in features)
         return Scored(outputs.logits, features, self._rows)
+
+
+def _spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.Tensor:
+    """Some rows of a batch as a whole batch; the others mean nothing, but are numbers."""
+    return values.new_zeros(batch, *values.shape[1:]).index_copy_(0, rows, values)
 
 
 def _check_inputs(model_kwargs: dict[str, Any], batch_size: int, returns_cache: bool) -> None:

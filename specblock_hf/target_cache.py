@@ -22,6 +22,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache, cache_utils
 
 from .target_layer import RoomyLayer
+from .upload import on_device
 
 
 class TargetCache:
@@ -110,11 +111,11 @@ class TargetCache:
         width = max(self.width, *self.own)
         if min(lengths) == widest and width == self.width + widest:
             if any(row != list(range(widest)) for row in kept):
-                self._move(self.width + nodes, self.width)
+                self._move(self.width + on_device(kept, self._device), self.width)
             if self.visible is not None:
                 self.visible = nn.functional.pad(self.visible, (0, widest), value=True)
         else:
-            source = self._shifted(nodes, torch.tensor(lengths, device=nodes.device).unsqueeze(1), width)
+            source = self._shifted(on_device(kept, self._device), width)
             self._see(source)
             self._move(source.clamp_min(0), 0)
         self._cut(width, self.width + scored)
@@ -122,15 +123,17 @@ class TargetCache:
     def keep_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the batch and forget the others."""
         self.own = [self.own[row] for row in rows]
+        index = on_device(rows, self._device)
         if self.visible is not None:
-            self.visible = self.visible[rows]
+            self.visible = self.visible[index.to(self.visible.device)]
         for layer in self.cache.layers:
             if layer.keys is None:
                 continue
+            own = index.to(layer.keys.device)
             if self.static:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+                layer.keys, layer.values = layer.keys[own], layer.values[own]
             else:
-                layer.batch_select_indices(rows)
+                layer.batch_select_indices(own)
 
     def behind(self) -> list[int]:
         """1 for each row that has fewer tokens than another, 0 for the others; empty if all have as many."""
@@ -152,8 +155,9 @@ class TargetCache:
             if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
                 layer.record_past = on
 
-    def _shifted(self, nodes: torch.LongTensor, lengths: torch.LongTensor, width: int) -> torch.LongTensor:
+    def _shifted(self, nodes: torch.LongTensor, width: int) -> torch.LongTensor:
         """What moves to each column `[B, width]`: a committed column, a node behind these, or -1 for padding."""
+        lengths = (nodes >= 0).sum(1, keepdim=True)
         from_end = width - 1 - torch.arange(width, device=nodes.device)
         picked = nodes.gather(1, (lengths - 1 - from_end).clamp(0, nodes.shape[1] - 1))
         committed = (self.width - 1 - (from_end - lengths)).clamp_min(-1)
@@ -161,7 +165,6 @@ class TargetCache:
 
     def _see(self, source: torch.LongTensor) -> None:
         """Let `visible` follow the columns of `source`."""
-        source = source.to(self._device)
         visible = self.visible
         if visible is None:
             visible = torch.ones(source.shape[0], self.width, dtype=torch.bool, device=self._device)

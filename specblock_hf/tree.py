@@ -28,6 +28,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from .upload import on_device
+
 
 # An odd multiplier with well-mixed bits (2^64 divided by the golden ratio, as a signed number).
 _PATH_FACTOR = -7046029254386353131
@@ -275,7 +277,7 @@ class DraftTree:
             rows (sequence of `int`): Where in that batch each of these trees is.
             roots (`torch.LongTensor` of shape `[B]`): The last committed token of every row of that batch.
         """
-        index = torch.tensor(rows, device=self.tokens.device)
+        index = on_device(rows, self.tokens.device)
 
         def filled(own: torch.Tensor, value: float) -> torch.Tensor:
             return own.new_full((len(roots), *own.shape[1:]), value).index_copy_(0, index, own)
@@ -413,4 +415,4 @@ class DraftTree:
         return limits
 
     def _column(self, limits: Sequence[int]) -> torch.LongTensor:
-        return torch.tensor(limits, device=self.tokens.device).unsqueeze(1)
+        return on_device(limits, self.tokens.device).unsqueeze(1)

@@ -22,13 +22,14 @@ from typing import Protocol
 import torch
 
 from .tree import DraftTree
+from .upload import upload
 
 
 @dataclass
 class Walk:
     """
-    What one round emits. Emitted token j of a row was chosen by the target at node j of the row, so the two line up as
-    pairs.
+    What one round emits, on the host, where it was decided. Emitted token j of a row was chosen by the target at node
+    j of the row, so the two line up as pairs.
 
     Args:
         nodes (`torch.LongTensor` of shape `[B, E]`): Kept nodes: the root, then the accepted ones; -1 is padding.
@@ -44,25 +45,31 @@ class Walk:
     stopped: torch.BoolTensor
 
     @classmethod
-    def of_rows(cls, rows: Sequence[tuple[list[int], list[int], bool]], device: torch.device) -> Walk:
+    def of_rows(cls, rows: Sequence[tuple[list[int], list[int], bool]]) -> Walk:
         """
         Args:
             rows (sequence of `tuple`): Kept nodes, emitted tokens and whether the last one ends the row.
-            device (`torch.device`): Where the walk is to be.
         """
         lengths = [len(emitted) for _, emitted, _ in rows]
         widest = max(lengths)
 
         def padded(lists: list[list[int]]) -> torch.Tensor:
             lists = [values + [-1] * (widest - len(values)) for values in lists]
-            return torch.tensor(lists, dtype=torch.long, device=device)
+            return torch.tensor(lists, dtype=torch.long)
 
         return cls(
             nodes=padded([nodes for nodes, _, _ in rows]),
             tokens=padded([emitted for _, emitted, _ in rows]),
-            lengths=torch.tensor(lengths, device=device),
-            stopped=torch.tensor([stopped for _, _, stopped in rows], device=device),
+            lengths=torch.tensor(lengths),
+            stopped=torch.tensor([stopped for _, _, stopped in rows]),
         )
+
+    def to(self, device: torch.device) -> Walk:
+        """The walk on a device, moved in one piece, for which the host does not wait."""
+        columns = (self.nodes, self.tokens, self.lengths.unsqueeze(1), self.stopped.long().unsqueeze(1))
+        whole = upload(torch.cat(columns, dim=1), device)
+        nodes, tokens, lengths, stopped = whole.split([part.shape[1] for part in columns], dim=1)
+        return Walk(nodes, tokens, lengths.squeeze(1), stopped.squeeze(1).bool())
 
 
 Select = Callable[[int, int], int]
@@ -85,21 +92,22 @@ def sample_and_walk(tree: DraftTree, active: Sequence[bool], select: Select, sto
     average.
 
     Args:
-        tree (`DraftTree`): The draft. Where siblings repeat a token, the longest path over all copies is taken.
+        tree (`DraftTree`):
+            The draft; only its tokens and parents matter. Where siblings repeat a token, the longest path over all
+            copies is taken.
         active (sequence of `bool`): One for each row; a row that is not active emits nothing.
         select (`Select`): Draws from, or takes the argmax of, the target's law after a node.
         stop (`Stop`): Tells whether an emitted token ends the row; nothing is emitted after it.
 
     Returns:
-        [`Walk`]: On the tree's device, as wide as the longest row.
+        [`Walk`]: As wide as the longest row.
     """
-    # The one transfer from the device.
     tokens, parents = torch.stack((tree.tokens, tree.parents)).tolist()
     rows = [
         _walk_row(row, tokens[row], parents[row], select, stop) if active[row] else ([], [], False)
         for row in range(len(tokens))
     ]
-    return Walk.of_rows(rows, tree.tokens.device)
+    return Walk.of_rows(rows)
 
 
 def _walk_row(

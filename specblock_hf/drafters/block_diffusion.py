@@ -133,17 +133,12 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             max_length,
             first_position=first_position,
             cache=BlockCache(self.config, batch_size, columns, self.dtype, self.device),
-            committed=0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device=self.device),
+            committed=0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long),
         )
 
     def extend(self, state: BlockState, pairs: Pairs) -> None:
-        count, offsets = pairs.tokens.shape[1], state.committed
-        if isinstance(offsets, int):
-            state.committed = width = offsets + count
-        else:
-            width = int(offsets.max()) + count
-            state.committed = offsets + pairs.lengths.to(self.device)
-        state.cache.seek(offsets, width)
+        state.cache.seek(state.offsets, state.longest + pairs.tokens.shape[1])
+        state.advance(pairs)
         features = torch.cat([f.to(self.device, self.dtype) for f in pairs.features], dim=-1)
         self.append_context(features, pairs.positions.to(self.device), state.cache)
 
@@ -179,17 +174,12 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             `Block`: Of `depth` tokens.
         """
         rows, skipped = self._num_rows(depth), int(not self.config.predicts_from_anchor)
-        offsets = state.committed
+        first, width = state.committed_column, state.longest + rows
         steps = torch.arange(rows, device=self.device)
-        visible = None
-        if isinstance(offsets, int):
-            width, places = offsets + rows, offsets + steps.unsqueeze(0)
-        else:
-            width, places = int(offsets.max()) + rows, offsets.unsqueeze(1) + steps
+        places = first + steps.unsqueeze(0)
         columns = torch.arange(width, device=self.device).unsqueeze(0)
-        if not isinstance(offsets, int):
-            visible = (columns < offsets.unsqueeze(1) + rows).unsqueeze(1)
-        state.cache.seek(offsets, width)
+        visible = None if isinstance(first, int) else (columns < first + rows).unsqueeze(1)
+        state.cache.seek(first if isinstance(first, int) else first.squeeze(1), width)
         state.calls += 1
         state.forward_rows += len(anchors) * rows
         embeds = self.block_embeds(anchors, rows, state.table)

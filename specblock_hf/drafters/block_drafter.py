@@ -26,6 +26,7 @@ from ..drafter import DraftState, Pairs, TokenTable
 from ..expansion import Starts
 from ..modeling_specblock import BlockCache, BlockPath, committed_mask
 from ..tree import DraftTree
+from ..upload import upload
 from .network_drafter import NetworkDrafter
 
 
@@ -36,9 +37,8 @@ PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask
 class BlockState(DraftState):
     """
     Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one
-    number for
-    a batch of one, which the host knows, a tensor `[B]` for more; and, once compiled, what runs instead of the
-    network's forward.
+    number for a batch of one, for more a tensor `[B]` on the host, which thus knows the longest row without asking the
+    device; and, once compiled, what runs instead of the network's forward.
     """
 
     cache: BlockCache | None = None
@@ -46,9 +46,38 @@ class BlockState(DraftState):
     network: Callable[..., torch.Tensor] | None = None
 
     @property
+    def offsets(self) -> int | torch.LongTensor:
+        """`committed` where the cache is."""
+        if isinstance(self.committed, int):
+            return self.committed
+        return upload(self.committed, self.cache.keys[0].device)
+
+    @property
     def committed_column(self) -> int | torch.LongTensor:
-        """`committed` in a form that goes with tensors `[B, S]`."""
-        return self.committed if isinstance(self.committed, int) else self.committed.unsqueeze(1)
+        """The same in a form that goes with tensors `[B, S]`."""
+        offsets = self.offsets
+        return offsets if isinstance(offsets, int) else offsets.unsqueeze(1)
+
+    @property
+    def longest(self) -> int:
+        """Columns that the longest row has committed."""
+        return self.committed if isinstance(self.committed, int) else int(self.committed.max())
+
+    def advance(self, pairs: Pairs, columns: int = 1, first: int = 0, count: int | None = None) -> None:
+        """
+        Count pairs as committed.
+
+        Args:
+            pairs ([`Pairs`]): Some of them.
+            columns (`int`, *optional*, defaults to 1): Of each pair.
+            first (`int`, *optional*, defaults to 0): The first of them.
+            count (`int`, *optional*): How many they are, padding included. All if not given.
+        """
+        count = pairs.tokens.shape[1] if count is None else count
+        if isinstance(self.committed, int):
+            self.committed += count * columns
+        else:
+            self.committed = self.committed + (pairs.host_lengths() - first).clamp(0, count) * columns
 
     def keep_rows(self, places: Sequence[int]) -> None:
         super().keep_rows(places)
@@ -75,7 +104,7 @@ class BlockDrafter(NetworkDrafter):
         return self.config.block_size
 
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
-        committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long)
         columns = min(max_length, PREFILL_PAIRS) * self.columns_per_pair
         cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)
         return BlockState(
@@ -101,13 +130,8 @@ class BlockDrafter(NetworkDrafter):
             rows = slice(first, min(first + PREFILL_PAIRS, total))
             count = rows.stop - rows.start
             features = torch.cat([f[:, rows].to(self.device, self.dtype) for f in pairs.features], dim=-1)
-            offsets = state.committed
-            if isinstance(offsets, int):
-                width, state.committed = offsets + count * size, offsets + count * size
-            else:
-                width = int(offsets.max()) + count * size
-                lengths = pairs.lengths.to(self.device)
-                state.committed = offsets + (lengths - first).clamp(0, count) * size
+            offsets, width = state.offsets, state.longest + count * size
+            state.advance(pairs, size, first, count)
             state.cache.seek(offsets, width)
             mask = committed_mask(count, size, offsets, width, self.device)
             positions = pairs.positions[:, rows].to(self.device)

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..drafter import UNRECORDED_LAYER, Limits, Pairs, TokenTable
@@ -36,6 +37,7 @@ from ..modeling_specblock import BlockPath
 from ..static_tree import TreeShape, likely_shape
 from ..training.objective import TargetBatch
 from ..tree import DraftTree
+from ..upload import on_device
 from .block_drafter import BlockDrafter, BlockState
 from .falcon_loss import FalconObjective, falcon_loss
 
@@ -127,17 +129,16 @@ class FalconDrafter(BlockDrafter, FalconModel):
 
     def extend(self, state: FalconState, pairs: Pairs) -> None:
         (features,) = pairs.features
-        count, lengths, offsets = pairs.tokens.shape[1], pairs.lengths.to(self.device), state.committed
+        count, lengths, offsets = pairs.tokens.shape[1], pairs.lengths.to(self.device), state.offsets
         embeds = replace(pairs, table=state.table).embeds().to(self.device, self.dtype)
-        alone = isinstance(offsets, int)
+        alone = state.batch_size == 1
         states, state.memory = self.read(
-            embeds, features.to(self.device, self.dtype), state.memory, None if alone else lengths
+            embeds, features.to(self.device, self.dtype), state.memory, None if alone else pairs.host_lengths()
         )
-        width = _last_column(state) + count
-        state.cache.seek(offsets, width)
+        state.cache.seek(offsets, state.longest + count)
         state.forward_rows += len(embeds) * count
         self.append_keys(states, pairs.positions.to(self.device), state.cache)
-        state.committed = width if alone else offsets + lengths
+        state.advance(pairs)
         seen = torch.cat([state.recent, states], dim=1)
         last = lengths[:, None] + torch.arange(self.config.block_size, device=self.device)
         state.recent = seen.gather(1, last[..., None].expand(-1, -1, seen.shape[-1]))
@@ -186,9 +187,9 @@ class FalconDrafter(BlockDrafter, FalconModel):
         slots = [shape.depths[n] - 1 - size * number for n in nodes]
         rows = [starts.index(shape.ancestor(n, size * number)) for n in nodes]
         tokens, log_probs = self.best_tokens(features, len(self.config.rank_weights))
-        at = torch.tensor([rows, slots, [shape.ranks[n] for n in nodes]], device=self.device).unbind()
-        parents = torch.tensor([shape.parents[n] for n in nodes], device=self.device)
-        origin = torch.tensor([[number, slot] for slot in slots], device=self.device)
+        numbers = [rows, slots, [shape.ranks[n] for n in nodes], [shape.parents[n] for n in nodes]]
+        *at, parents = on_device(numbers, self.device).unbind()
+        origin = nn.functional.pad(at[1].unsqueeze(1), (1, 0), value=number)
         batch = len(features)
         assert nodes[0] == first  # the shape is listed level by level
         return DraftTree(
@@ -203,14 +204,14 @@ class FalconDrafter(BlockDrafter, FalconModel):
         """The last k tokens `[B, R, k]` on the way to each of R nodes."""
         size = self.config.block_size
         way = [[shape.ancestor(n, shape.depths[n] - size + 1 + slot) for slot in range(size)] for n in nodes]
-        return tree.tokens[:, torch.tensor(way, device=self.device)]
+        return tree.tokens[:, on_device(way, self.device)]
 
     def _first_rows(self, state: FalconState, positions: torch.LongTensor) -> FalconBlock:
         """The last k pairs, which see all pairs; `positions` `[B, 1]` are those of the last one."""
-        size, offsets = self.config.block_size, state.committed
-        width = _last_column(state) + size
+        size = self.config.block_size
+        width = state.longest + size
         # They are in the cache already; what this forward writes behind them nobody sees.
-        state.cache.seek(offsets, width)
+        state.cache.seek(state.offsets, width)
         visible = torch.arange(width, device=self.device).expand(1, -1) < state.committed_column
         visible = visible[:, None, None].expand(-1, -1, size, -1)
         steps = torch.arange(1 - size, 1, device=self.device)
@@ -240,7 +241,7 @@ class FalconDrafter(BlockDrafter, FalconModel):
             number (`int`): Forwards before this one, less one.
         """
         size, (batch, count) = self.config.block_size, tokens.shape[:2]
-        index = torch.tensor(rows, device=self.device)
+        index = on_device(rows, self.device)
         features = before.features[:, index]
         embeds = state.table.embed(tokens).to(self.device, self.dtype)
         hidden, cell = (part[:, :, index].flatten(1, 2) for part in before.memory)
@@ -251,7 +252,7 @@ class FalconDrafter(BlockDrafter, FalconModel):
             path = BlockPath(visible=nothing + state.committed_column)
         else:
             path = before.path.step(starts, torch.full_like(starts, size - 1), before.features.shape[1])
-        first_width = _last_column(state)
+        first_width = state.longest
         mask = path.mask(first_width, size)
         own = torch.arange(count * size, device=self.device) // size
         mask[..., -count * size :] = own[:, None] == own
@@ -277,8 +278,3 @@ class FalconDrafter(BlockDrafter, FalconModel):
     ) -> dict[str, torch.Tensor]:
         """The training objective; see [`falcon_loss`]."""
         return falcon_loss(self, batch, objective or FalconObjective(), progress, generator)
-
-
-def _last_column(state: FalconState) -> int:
-    """Committed columns of the longest row."""
-    return state.committed if isinstance(state.committed, int) else int(state.committed.max())

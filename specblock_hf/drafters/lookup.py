@@ -33,6 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..drafter import DrafterLock, DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
 from ..tree import FOUND, DraftTree
+from ..upload import on_device
 
 
 SHORTEST_MATCH = 2
@@ -154,8 +155,8 @@ class LookupDrafter(TreeDrafter):
         return LookupState(table, batch_size, max_length, first_position=first_position, rows=rows)
 
     def extend(self, state: LookupState, pairs: Pairs) -> None:
-        for text, tokens, length in zip(state.rows, pairs.tokens.tolist(), pairs.lengths.tolist(), strict=True):
-            text.append(tokens[:length])
+        for text, tokens in zip(state.rows, pairs.host_tokens(), strict=True):
+            text.append(tokens)
 
     def propose(self, state: LookupState, pairs: Pairs, limits: Limits) -> DraftTree:
         self.extend(state, pairs)
@@ -166,18 +167,16 @@ class LookupDrafter(TreeDrafter):
         width = max(len(tokens) for tokens, _, _ in rows)
         device = pairs.tokens.device
 
-        def padded(part: int, value: float, dtype: torch.dtype) -> torch.Tensor:
-            lists = [row[part] + [value] * (width - len(row[part])) for row in rows]
-            return torch.tensor(lists, dtype=dtype, device=device)
+        def padded(part: int, value: float) -> list[list[float]]:
+            return [row[part] + [value] * (width - len(row[part])) for row in rows]
 
-        tokens, parents = padded(0, 0, torch.long), padded(1, -2, torch.long)
+        tokens, parents = on_device((padded(0, 0), padded(1, -2)), device)
+        log_probs = on_device(padded(2, -math.inf), device)
         last = pairs.tokens.gather(1, (pairs.lengths - 1).clamp_min(0).unsqueeze(1))
         tokens[:, :1] = last
         origin = torch.stack([torch.full_like(tokens, FOUND), torch.zeros_like(tokens)], dim=-1)
         origin[:, 0] = -1
-        tree = DraftTree(
-            tokens, parents, padded(2, -math.inf, torch.float32), origin, height=min(self.depth, width - 1)
-        )
+        tree = DraftTree(tokens, parents, log_probs, origin, height=min(self.depth, width - 1))
         return tree.merge_duplicates().prune(limits.nodes)
 
     def _row(self, text: FoundText, depth: int) -> tuple[list[int], list[int], list[float]]:

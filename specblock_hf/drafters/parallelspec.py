@@ -93,11 +93,8 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
         embeds = torch.where(is_mask, self.mask_embeds(masks), embeds)
         conditions = torch.where(is_mask, self.mask_condition.weight, conditions)
         positions = pairs.positions.to(self.device)[:, :1] + steps
-        offsets = state.committed
-        if isinstance(offsets, int):
-            width, state.committed = offsets + len(steps), offsets + count
-        else:
-            width, state.committed = int(offsets.max()) + len(steps), offsets + lengths[:, 0]
+        offsets, width = state.offsets, state.longest + len(steps)
+        state.advance(pairs)
         state.cache.seek(offsets, width)
         state.calls += 1
         state.forward_rows += len(embeds) * count
@@ -161,5 +158,6 @@ def _split(pairs: Pairs, count: int) -> tuple[Pairs | None, Pairs]:
         positions=taken(pairs.positions),
         lengths=pairs.lengths - before,
         given_embeds=None if pairs.given_embeds is None else taken(pairs.given_embeds),
+        read=None,
     )
-    return replace(pairs, lengths=before), last
+    return replace(pairs, lengths=before, read=None), last
