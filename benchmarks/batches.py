@@ -14,7 +14,8 @@
 """
 When does speculation stop paying as batches grow? Plain `generate()` and the drafter answer the same batches, padded
 on the left, at several batch sizes. The drafter's plan is calibrated for each size, with a trial on as many other
-prompts of the suite (or, where it has too few, on those of `specblock demo`), and may come out as no drafts at all.
+prompts of the suite (or, where it has too few, also on those of `specblock demo`; without one for a batch that they do
+not fill), and may come out as no drafts at all.
 
     python benchmarks/batches.py --dtype bfloat16
     python benchmarks/batches.py --dtype bfloat16 --plan 8 1 4 --output -
@@ -113,12 +114,12 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def chosen_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The texts to measure on, and as many others for trials; fewer if they are the demo's."""
+    """The texts to measure on, and as many others for trials, if there are."""
     suite = own_prompts(args.prompts) if args.prompts else load_prompts("humaneval")
     measured = evenly(suite, args.limit)
-    others = [prompt.prompt for prompt in evenly([p for p in suite if p not in measured], args.limit)]
-    own = [prompt.prompt for prompt in measured]
-    return own, others if len(others) == len(own) else [text for _, text in PROMPTS]
+    others = evenly([prompt for prompt in suite if prompt not in measured], args.limit)
+    texts = [prompt.prompt for prompt in others] + [text for _, text in PROMPTS]
+    return [prompt.prompt for prompt in measured], texts[: args.limit]
 
 
 def noted(calibration: Calibration) -> dict[str, Any]:
@@ -150,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in args.sizes:
         notes: dict[str, Any] = {"expected": None}
         if not args.plan:
-            notes = noted(calibrate(target, drafter, batch_size=size, prompts=trials))
+            tried = trials if len(trials) >= size else None
+            notes = noted(calibrate(target, drafter, batch_size=size, prompts=tried))
         batches = batches_of(prompts, size, pad or 0)
         compare(target, drafter, batches[0], options | {"max_new_tokens": 8}, 1)  # warms up
         rows = [compare(target, drafter, batch, options, args.repeats) for batch in tqdm(batches, desc=f"{size} rows")]

@@ -75,7 +75,11 @@ def test_a_size_is_calibrated_for_itself(arguments, monkeypatch):
 def test_a_suite_that_is_used_up_is_tried_on_the_demos_prompts(arguments, monkeypatch):
     args = SCRIPT["parse"]([*arguments, "--sizes", "4"])
     measured, others = SCRIPT["chosen_texts"](args)
-    assert [len(text) for text in measured] == [4, 9, 2, 12] and others == [text for _, text in PROMPTS]
+    demo = [text for _, text in PROMPTS]
+    assert [len(text) for text in measured] == [4, 9, 2, 12] and others == demo[:4]
+    args.limit = 3
+    measured, others = SCRIPT["chosen_texts"](args)
+    assert len(measured) == 3 and others[1:] == demo[:2] and others[0] not in measured
     monkeypatch.setattr(trial, "TRIAL_TOKENS", 4)
     monkeypatch.setitem(SCRIPT["main"].__globals__, "calibrate", partial(calibrate, context=16, repeats=1))
     SCRIPT["main"]([*arguments, "--sizes", "4"])
