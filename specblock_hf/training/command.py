@@ -68,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in TRAINABLE),
     )
     parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
-    parser.add_argument(
-        "--views", help="keep the target's states here, each text's once: for small targets"
-    )
+    parser.add_argument("--views", help="keep the target's states here, each text's once: for small targets")
     parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--eval-examples", type=int, default=24, help="held-out answers per evaluation (%(default)s)")
     add_fields(parser, DrafterTrainingArguments, "output_dir")
