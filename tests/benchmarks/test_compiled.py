@@ -50,7 +50,7 @@ def test_the_compiled_sides_are_compiled_and_say_the_same(tmp_path, monkeypatch)
         "--dtype",
         "float32",
     ]
-    chosen = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "6", "--repeats", "1"]
+    chosen = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "6", "--repeats", "2"]
     SCRIPT["main"]([*models, *chosen, "--plan", "4", "1", "4", "--backend", "eager", "--output", str(output)])
     report = json.loads(output.read_text())
     assert len(report["rows"]) == 2 and list(report["speedup"]) == list(SCRIPT["SIDES"])
