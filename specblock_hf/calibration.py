@@ -264,15 +264,24 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)  # the global generator belongs to the user's sampling
         vocab_size = target.config.get_text_config().vocab_size
         self.ids = torch.randint(vocab_size, (batch_size, context), generator=generator).to(target.device)
-        plans = sorted((plan.max_starts or MOST_STARTS, plan.num_forwards) for plan, _ in drafter.acceptance())
-        # Starts, and the most forwards that a plan with so many of them makes.
-        self.forwards = {starts: forwards for starts, forwards in plans if forwards > 1}
+        alike: dict[int, list[DraftingPlan]] = {0: []}
+        for plan, _ in drafter.acceptance():
+            alike.setdefault(0 if plan.num_forwards == 1 else plan.max_starts or MOST_STARTS, []).append(plan)
+        # Plans alike in their starts (0: those of one forward) are measured as one, with most forwards of them and a
+        # usual budget: the largest would charge the small ones too much for growing a tree.
+        self.measured = {
+            starts: (
+                max((plan.num_forwards for plan in plans), default=1),
+                statistics.median_low([plan.tree_budget for plan in plans] or NODES),
+            )
+            for starts, plans in sorted(alike.items())
+        }
         self._seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
 
     def measure(self, repeats: int) -> None:
         """Measure until the figures agree, and warn if they never do."""
         for _ in range(ATTEMPTS):
-            self._measure_once((repeats + 1) * max(len(NODES), len(self.forwards) + 1))
+            self._measure_once((repeats + 1) * max(len(NODES), len(self.measured)))
             if self.spread() <= NOISY:
                 return
         warnings.warn(
@@ -286,7 +295,8 @@ class _Probe:
         draft = self._quiet("draft", 0)
         later = [
             (starts, max(self._quiet("draft", starts) - draft, 0.0) / (forwards - 1))
-            for starts, forwards in self.forwards.items()
+            for starts, (forwards, _) in self.measured.items()
+            if starts
         ]
         return CostCurves(
             verify=_rising([(nodes, self._quiet("verify", nodes)) for nodes in NODES]),
@@ -342,7 +352,7 @@ class _Probe:
             "past_key_values": DynamicCache(config=self.target.config),
             "use_cache": True,
         }
-        layers, drafts = self.drafter.feature_layers_for(self.target), (0, *self.forwards)
+        layers, drafts = self.drafter.feature_layers_for(self.target), tuple(self.measured.items())
         with TargetModel(self.target, layers, self.ids, kwargs, mask_length=self.context) as scorer:
             _, pairs = next(scorer.prefill())
             walk = sample_and_walk(
@@ -352,9 +362,8 @@ class _Probe:
             scorer.commit(walk)
             state = self.drafter.begin(scorer.table, self.batch_size, self.context + 2 * count + 1)
             for number in range(count):
-                starts, nodes = drafts[number % len(drafts)], NODES[number % len(NODES)]
-                most = self._all(DEEPEST)
-                limits = Limits(most, most, self.forwards.get(starts, 1), starts or None)
+                (starts, (forwards, budget)), nodes = drafts[number % len(drafts)], NODES[number % len(NODES)]
+                limits = Limits(self._all(budget), self._all(DEEPEST), forwards, starts or None)
                 self._timed("draft", starts, self.drafter.propose, state, pairs, limits)
                 tree = self._tree(nodes)
                 scored = self._timed("verify", nodes, scorer.score, tree)

@@ -179,7 +179,8 @@ def test_curves_of_earlier_files_are_read():
 
 
 def test_costs_are_those_of_the_plans_that_the_drafter_may_choose(priced, llama):
-    plans = [DraftingPlan(8, 1), DraftingPlan(8, 2, 4), DraftingPlan(16, 4, 4), DraftingPlan(60, 8, 10)]
+    plans = [DraftingPlan(nodes, 1) for nodes in (2, 8, 24)]
+    plans += [DraftingPlan(8, 2, 4), DraftingPlan(16, 4, 4), DraftingPlan(60, 8, 10)]
     drafter, machine = priced([(plan, 2.0) for plan in plans])
     found = measured(llama, drafter, repeats=1)
     assert found.curves.verify == tuple((nodes, 100.0 + nodes) for nodes in NODES)
@@ -187,8 +188,8 @@ def test_costs_are_those_of_the_plans_that_the_drafter_may_choose(priced, llama)
     assert found.curves.plain == 101.0 and found.curves.host == 0.0 and found.spread == 0.0
     assert machine.prompts == 2  # plain and drafted, once
     (told,) = drafter.states
-    asked = {(limits.num_forwards, limits.max_starts) for limits in told.limits}
-    assert asked == {(1, None), (4, 4), (8, 10)} and len(told.limits) == 2 * len(NODES)
+    asked = {(limits.num_forwards, limits.max_starts, limits.nodes[0]) for limits in told.limits}
+    assert asked == {(1, None, 8), (4, 4, 8), (8, 10, 60)} and len(told.limits) == 2 * len(NODES)
     # Eight forwards cost 160, which a model of rows alone would not see.
     assert found.curves.round_seconds(plans[-1]) == 161.0 + 20.0 + 7 * 20.0
 

@@ -70,16 +70,17 @@ class AdaptationBandit:
     signal is largest and above 0. The paper's constants are not public; the defaults are those that worked here.
 
     Args:
-        beta (`float`, *optional*, defaults to 0.2):
+        beta (`float`, *optional*, defaults to 0.1):
             Weight of a new reward; the first ones are averaged, until an equal weight would be below it.
         min_signal (`float`, *optional*, defaults to 0.5): Rewards of updates triggered by less are not learned from.
-        warmup (`int`, *optional*, defaults to 16): Queries that only measure the throughput.
-        cold_start (`int`, *optional*, defaults to 8): Updates over which exploration decays.
-        epsilon (`tuple[float, float]`, *optional*, defaults to `(0.5, 0.02)`):
+        warmup (`int`, *optional*, defaults to 8): Queries that only measure the throughput.
+        cold_start (`int`, *optional*, defaults to 16):
+            Updates over which exploration decays. The first updates gain most, and for all queries that follow.
+        epsilon (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.05)`):
             Chance of trying an update whatever its predicted gain, at the first update and after the cold start. The
             last one keeps values that noise made negative from staying so.
-        interval (`int`, *optional*, defaults to 8): Queries over which a throughput is measured.
-        cooldown (`int`, *optional*, defaults to 8):
+        interval (`int`, *optional*, defaults to 4): Queries over which a throughput is measured.
+        cooldown (`int`, *optional*, defaults to 4):
             Queries after an update that trigger none; an open measurement blocks them as well.
         seed (`int`, *optional*, defaults to 0): Of the exploration.
 
@@ -90,13 +91,13 @@ class AdaptationBandit:
     def __init__(
         self,
         *,
-        beta: float = 0.2,
+        beta: float = 0.1,
         min_signal: float = 0.5,
-        warmup: int = 16,
-        cold_start: int = 8,
-        epsilon: tuple[float, float] = (0.5, 0.02),
-        interval: int = 8,
-        cooldown: int = 8,
+        warmup: int = 8,
+        cold_start: int = 16,
+        epsilon: tuple[float, float] = (1.0, 0.05),
+        interval: int = 4,
+        cooldown: int = 4,
         seed: int = 0,
     ):
         if not 0 < beta <= 1 or not all(0 <= chance <= 1 for chance in epsilon):

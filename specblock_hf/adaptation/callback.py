@@ -52,14 +52,14 @@ class FallMonitor:
     Watches the accepted length over intervals of queries and tells when it keeps falling (section 3.4).
 
     Args:
-        interval (`int`): Queries of an interval.
+        interval (`int`, *optional*, defaults to 8): Queries of an interval; over fewer, tau falls by chance.
         falls (`int`, *optional*, defaults to 3): Intervals in a row that must have fallen.
         least_fall (`float`, *optional*, defaults to 0.1):
             Share of tau that must be lost over them. The paper has none, but three falls in a row happen by chance in
             one of 24 intervals.
     """
 
-    def __init__(self, interval: int, falls: int = 3, least_fall: float = 0.1):
+    def __init__(self, interval: int = 8, falls: int = 3, least_fall: float = 0.1):
         self.interval = interval
         self.falls = falls
         self.least_fall = least_fall
@@ -194,7 +194,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         self.top_k = top_k
         self.background = background
         self.device = device
-        self.monitor = monitor or FallMonitor(self.bandit.interval)
+        self.monitor = monitor or FallMonitor()
         self.clock = clock
         self.buffer = WindowBuffer(buffer_bytes)
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
