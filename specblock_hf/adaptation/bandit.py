@@ -70,13 +70,13 @@ class AdaptationBandit:
     signal is largest and above 0. The paper's constants are not public; the defaults are those that worked here.
 
     Args:
-        beta (`float`, *optional*, defaults to 0.1):
+        beta (`float`, *optional*, defaults to 0.2):
             Weight of a new reward; the first ones are averaged, until an equal weight would be below it.
         min_signal (`float`, *optional*, defaults to 0.5): Rewards of updates triggered by less are not learned from.
         warmup (`int`, *optional*, defaults to 8): Queries that only measure the throughput.
-        cold_start (`int`, *optional*, defaults to 16):
+        cold_start (`int`, *optional*, defaults to 28):
             Updates over which exploration decays. The first updates gain most, and for all queries that follow.
-        epsilon (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.05)`):
+        epsilon (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.02)`):
             Chance of trying an update whatever its predicted gain, at the first update and after the cold start. The
             last one keeps values that noise made negative from staying so.
         interval (`int`, *optional*, defaults to 4): Queries over which a throughput is measured.
@@ -91,11 +91,11 @@ class AdaptationBandit:
     def __init__(
         self,
         *,
-        beta: float = 0.1,
+        beta: float = 0.2,
         min_signal: float = 0.5,
         warmup: int = 8,
-        cold_start: int = 16,
-        epsilon: tuple[float, float] = (1.0, 0.05),
+        cold_start: int = 28,
+        epsilon: tuple[float, float] = (1.0, 0.02),
         interval: int = 4,
         cooldown: int = 4,
         seed: int = 0,
