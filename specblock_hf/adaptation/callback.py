@@ -55,8 +55,9 @@ class FallMonitor:
         interval (`int`, *optional*, defaults to 8): Queries of an interval; over fewer, tau falls by chance.
         falls (`int`, *optional*, defaults to 3): Intervals in a row that must have fallen.
         least_fall (`float`, *optional*, defaults to 0.1):
-            Share of tau that must be lost over them. The paper has none, but three falls in a row happen by chance in
-            one of 24 intervals.
+            Share of tau that must be lost over them, half of it through the weights: the good ones would lose less on
+            the newest texts. The paper has none, but three falls in a row happen by chance in one of 24 intervals, and
+            texts can be harder than those before.
     """
 
     def __init__(self, interval: int = 8, falls: int = 3, least_fall: float = 0.1):
@@ -99,7 +100,9 @@ class AdaptationEvent:
     Something that happened to the weights.
 
     Args:
-        kind (`str`): `"updated"`, `"rolled back"` or `"failed"`.
+        kind (`str`):
+            `"updated"`, `"rolled back"`, `"harder texts"` (tau fell, and would have with the good weights) or
+            `"failed"`.
         query (`int`): Queries seen when it was started.
         scope (`str`, *optional*): What an update trained.
         seconds (`float`, *optional*): How long it trained.
@@ -340,13 +343,17 @@ class OnlineAdaptationCallback(DraftingCallback):
             return
         if verdict == "fallen" and self.updates:
             self.wait()
-            self.updater.restore(self._good)
-            self.bandit.reset()
-            self.buffer.clear()
+            kept = self.updater.share_kept(self._good, self.buffer.newest(self.monitor.interval))
             self.monitor.reset()
-            self._candidate = None
-            self.events.append(AdaptationEvent("rolled back", self.queries))
-            return
+            if kept is None or kept < 1 - self.monitor.least_fall / 2:
+                self.updater.restore(self._good)
+                self.bandit.reset()
+                self.buffer.clear()
+                self._candidate = None
+                self.events.append(AdaptationEvent("rolled back", self.queries))
+                return
+            # The good weights would have fallen as well: what got worse are the texts.
+            self.events.append(AdaptationEvent("harder texts", self.queries))
         if verdict == "held" and self._candidate is not None:
             self._good = self._candidate
         # In service when the next interval begins; good if that interval holds.

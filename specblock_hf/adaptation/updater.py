@@ -36,6 +36,7 @@ from ..training.objective import TargetBatch
 from .windows import Window, WindowBuffer, collate
 
 
+PREDICTS_AT_ONCE = (SpecBlockModel, Eagle3Model)  # whose first forward is known for all places of a text together
 DRIFT_ROWS = 256  # predictions of a step on which the drift is estimated: each is a row over the draft vocabulary
 
 
@@ -105,7 +106,7 @@ class DrafterUpdater:
                 f"{type(drafter).__name__} has no weights that could learn; adapt a drafter with weights, or leave "
                 "the callback out."
             )
-        if settings.drift_weight and not isinstance(self.deployed, (SpecBlockModel, Eagle3Model)):
+        if settings.drift_weight and not isinstance(self.deployed, PREDICTS_AT_ONCE):
             raise ValueError(
                 f"the drift of a {type(self.deployed).__name__} from what it was cannot be measured; pass "
                 "settings=UpdateSettings(drift_weight=0.0)."
@@ -183,6 +184,25 @@ class DrafterUpdater:
         self._write(self.trained, weights)
         self.optimizer, self.steps_taken = self._new_optimizer(), 0
 
+    def share_kept(self, weights: Sequence[torch.Tensor], windows: Sequence[Window]) -> float | None:
+        """
+        The drafter in service against a snapshot on the same texts, so that it does not matter how hard they are.
+
+        Args:
+            weights (sequence of `torch.Tensor`): From `snapshot`.
+            windows (sequence of [`Window`]): Texts.
+
+        Returns:
+            `float`, *optional*: Tokens a round of the former over those of the latter, if each place of the texts
+            began a round that drafts a chain by one forward. `None` without texts, and for drafters other than
+            SpecBlock's and EAGLE-3's.
+        """
+        if not windows or not isinstance(self.deployed, PREDICTS_AT_ONCE):
+            return None
+        other = self._copy()
+        self._write(other, weights)
+        return self._tokens_a_round(self.deployed, windows) / self._tokens_a_round(other, windows)
+
     def state_dict(self) -> dict[str, Any]:
         """The trained copy, the optimiser and the state of all draws; no window."""
         return {
@@ -206,14 +226,7 @@ class DrafterUpdater:
         """KL(drafter before deployment || trained copy) of the first forward's predictions, a sample of them."""
         count = max(1, round(self.settings.drift_share * len(windows)))
         batch = collate(windows[:count], self.draft_ids, torch.float32)
-        slots = self.trained.config.block_size
-        places = (
-            torch.arange(batch.tokens.shape[1] - 1, device=self.device)[:, None]
-            + 2
-            + torch.arange(slots, device=self.device)
-        )
-        # [B, pairs, slots]: the place that each slot predicts was written by the target.
-        wanted = batch.scored[:, places.clamp_max(batch.tokens.shape[1] - 1)] & (places < batch.lengths[:, None, None])
+        _, wanted = self._predicted(batch)
         rows = wanted.flatten().nonzero().squeeze(1)
         chosen = rows[torch.randperm(len(rows), generator=self.generator)[:DRIFT_ROWS].to(rows.device)]
         if not len(chosen):
@@ -222,6 +235,29 @@ class DrafterUpdater:
             before = _first_logits(self.original, batch, chosen).log_softmax(-1)
         now = _first_logits(self.trained, batch, chosen).log_softmax(-1)
         return nn.functional.kl_div(now, before, reduction="batchmean", log_target=True)
+
+    def _predicted(self, batch: TargetBatch) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """The place `[pairs, slots]` that each slot predicts, and `[B, pairs, slots]`: the target wrote it."""
+        pairs = torch.arange(batch.tokens.shape[1] - 1, device=self.device)
+        places = pairs[:, None] + 2 + torch.arange(self.trained.config.block_size, device=self.device)
+        inside = places < batch.lengths[:, None, None]
+        places = places.clamp_max(batch.tokens.shape[1] - 1)
+        return places, batch.scored[:, places] & inside
+
+    @torch.no_grad()
+    def _tokens_a_round(self, drafter: Any, windows: Sequence[Window]) -> float:
+        kept = rounds = 0
+        for window in windows:
+            batch = collate([window], self.draft_ids, torch.float32)
+            places, wanted = self._predicted(batch)
+            starts = wanted[..., 0].flatten().nonzero().squeeze(1)
+            slots = places.shape[1]
+            rows = starts[:, None] * slots + torch.arange(slots, device=self.device)
+            guesses = _first_logits(drafter, batch, rows.flatten()).argmax(-1).view(-1, slots)
+            right = wanted[0, starts] & (guesses == self.draft_ids[batch.tokens[0, places[starts]]])
+            kept += int(right.cumprod(-1).sum())
+            rounds += len(starts)
+        return 1 + kept / max(rounds, 1)
 
     def _copy(self) -> Any:
         with torch.inference_mode(False), torch.no_grad():

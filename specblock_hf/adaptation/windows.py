@@ -213,6 +213,10 @@ class WindowBuffer:
             self.num_bytes -= self._windows.popleft().num_bytes
         self.fresh = min(self.fresh, len(self._windows))
 
+    def newest(self, count: int) -> list[Window]:
+        """The last windows that came in, at most so many."""
+        return list(self._windows)[-count:]
+
     def clear(self) -> None:
         """Drop everything."""
         self._windows.clear()

@@ -204,6 +204,22 @@ def test_a_poisoned_stream_is_rolled_back():
     assert mean_tau(drafter, 2) == pytest.approx(start, rel=0.03)
 
 
+def test_harder_texts_are_no_reason_to_roll_back():
+    drafter = tiny_drafter()
+    monitor = FallMonitor(2)
+    callback = adapted(drafter, every=2, settings=STRONG, monitor=monitor)
+    serve(drafter, 16, prompts=2)
+    learned, updates = weights_of(drafter), callback.updates
+    callback.every = 1000
+    see, seen = monitor.see, []
+    # Whatever the drafter does, the texts seem to yield less and less.
+    monitor.see = lambda emitted, rounds: seen.append(len(seen)) or see(1000 - 60 * len(seen), 300)
+    serve(drafter, 8, prompts=2)
+    assert [event.kind for event in callback.events if event.kind != "updated"] == ["harder texts"]
+    assert callback.updates == updates > 0 and same(weights_of(drafter), learned)
+    assert len(callback.buffer) > 8
+
+
 @pytest.mark.parametrize(
     ("taus", "verdicts"),
     [

@@ -238,3 +238,42 @@ def test_a_drafter_without_weights_is_refused():
 def test_settings_that_cannot_train_are_refused(bad):
     with pytest.raises(ValueError, match="cannot train"):
         UpdateSettings(**bad)
+
+
+def test_a_snapshot_is_compared_on_the_same_texts():
+    updater, buffer = updater_of(drift_weight=0.0, steps=8, learning_rate=5e-3), filled_buffer()
+    windows, before = buffer.newest(3), updater.snapshot()
+    assert updater.share_kept(before, windows) == 1.0
+    assert updater.share_kept(before, []) is None
+    old = chains(updater.deployed, windows)
+    for _ in range(3):
+        updater.train("full", updater.draw(buffer))
+    updater.publish()
+    kept = updater.share_kept(before, windows)
+    new = chains(updater.deployed, windows)
+    assert sum(new) > sum(old)
+    assert kept == pytest.approx((1 + sum(new) / len(new)) / (1 + sum(old) / len(old)))
+    assert same(weights_of(updater.deployed), weights_of(updater.trained))
+
+
+def chains(drafter, windows) -> list[int]:
+    """From every place of the texts that is followed by the target's own token, how many guesses in a row are right."""
+    lengths = []
+    for window in windows:
+        pairs = torch.arange(len(window))[None]
+        with torch.no_grad():
+            hidden = drafter(window.embeds[None], drafter.project_features(window.features[None]), pairs)
+        for place in range(len(window) - 1):
+            right = 0
+            if window.top_ids[place + 1, 0] < 0:
+                continue
+            for slot in range(drafter.config.block_size):
+                wanted = place + 1 + slot
+                if wanted == len(window):
+                    break
+                logits = drafter.draft_logits(hidden[0, place, slot][None])[1][0]
+                if drafter.draft_to_target[logits.argmax()] != window.tokens[wanted]:
+                    break
+                right += 1
+            lengths.append(right)
+    return lengths
