@@ -257,7 +257,7 @@ def test_a_snapshot_is_compared_on_the_same_texts():
 
 
 def chains(drafter, windows) -> list[int]:
-    """From every place of the texts that is followed by the target's own token, how many guesses in a row are right."""
+    """From every place that is followed by a token of the target, how many guesses in a row are right."""
     lengths = []
     for window in windows:
         pairs = torch.arange(len(window))[None]
