@@ -79,7 +79,7 @@ class UpdateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.head_steps) < 1 or self.batch_tokens < 1 or self.learning_rate <= 0 or self.drift_weight < 0:
+        if min(self.steps, self.head_steps, self.batch_tokens) < 1 or self.learning_rate <= 0 or self.drift_weight < 0:
             raise ValueError(
                 f"{self} cannot train; an update has at least one step of at least one token, a learning rate above 0 "
                 "and a drift weight of 0 or more."
