@@ -154,8 +154,7 @@ def parse() -> argparse.Namespace:
         help="what rewards the bandit; cpu counts every core's work and ignores other programs",
     )
     parser.add_argument("--learning-rate", type=float, default=UpdateSettings.learning_rate)
-    parser.add_argument("--steps", type=int, default=UpdateSettings.steps, help="of a full update")
-    parser.add_argument("--head-steps", type=int, default=UpdateSettings.head_steps, help="of an update of the heads")
+    parser.add_argument("--steps", type=int, default=UpdateSettings.steps, help="of an update")
     parser.add_argument(
         "--objective",
         type=json.loads,
@@ -170,10 +169,7 @@ def parse() -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.settings = UpdateSettings(
-        learning_rate=args.learning_rate,
-        steps=args.steps,
-        head_steps=args.head_steps,
-        autocast=args.dtype == "bfloat16",
+        learning_rate=args.learning_rate, steps=args.steps, autocast=args.dtype == "bfloat16"
     )
     return args
 
@@ -247,8 +243,9 @@ def report(args: argparse.Namespace, target, rows: list[dict[str, Any]]) -> None
     answered = min(len(mine) for mine in by_policy.values())
     if not answered:
         return
-    told = ("learning_rate", "steps", "head_steps", "batch_tokens", "drift_weight")
-    settings = {name: getattr(args.settings, name) for name in told}
+    settings = {
+        name: getattr(args.settings, name) for name in ("learning_rate", "steps", "batch_tokens", "drift_weight")
+    }
     result = {
         "task": TASKS[args.task],
         "drafter": Path(args.drafter).name,

@@ -360,7 +360,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         self._candidate = self.updater.snapshot() if self.updates else None
 
     def _start(self, scope: Literal["head", "full"]) -> None:
-        query, steps = self.queries, self.updater.draw(self.buffer, scope)
+        query, steps = self.queries, self.updater.draw(self.buffer)
         if self._executor is None:
             began = self.clock()
             self._update(scope, steps, query, None)

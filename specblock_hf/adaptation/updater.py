@@ -50,8 +50,7 @@ class UpdateSettings:
             Of AdamW, constant after the warm-up; at 5e-4 the first updates cost acceptance, 1.5e-3 was unstable.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW, as in training.
         max_grad_norm (`float`, *optional*, defaults to 0.5): As in training.
-        steps (`int`, *optional*, defaults to 4): Steps of a full update.
-        head_steps (`int`, *optional*, defaults to 8): Steps of an update of the heads, which cost under half as much.
+        steps (`int`, *optional*, defaults to 4): Steps of an update.
         warmup_steps (`int`, *optional*, defaults to 8):
             Over how many steps the rate rises linearly, at first and after a rollback: AdamW knows no scale yet, and
             its first steps at the full rate cost acceptance.
@@ -69,7 +68,6 @@ class UpdateSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 0.5
     steps: int = 4
-    head_steps: int = 8
     warmup_steps: int = 8
     batch_tokens: int = 1024
     drift_weight: float = 0.1
@@ -79,7 +77,7 @@ class UpdateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.head_steps, self.batch_tokens) < 1 or self.learning_rate <= 0 or self.drift_weight < 0:
+        if self.steps < 1 or self.batch_tokens < 1 or self.learning_rate <= 0 or self.drift_weight < 0:
             raise ValueError(
                 f"{self} cannot train; an update has at least one step of at least one token, a learning rate above 0 "
                 "and a drift weight of 0 or more."
@@ -126,10 +124,9 @@ class DrafterUpdater:
         self.optimizer, self.steps_taken = self._new_optimizer(), 0
         self.draft_ids = draft_ids_of(self.deployed, self.deployed.config.vocab_size).to(self.device)
 
-    def draw(self, buffer: WindowBuffer, scope: Literal["head", "full"] = "full") -> list[list[Window]]:
+    def draw(self, buffer: WindowBuffer) -> list[list[Window]]:
         """What an update will train on: the windows of every step."""
-        steps = self.settings.steps if scope == "full" else self.settings.head_steps
-        return buffer.draw(steps, self.settings.batch_tokens, self.random)
+        return buffer.draw(self.settings.steps, self.settings.batch_tokens, self.random)
 
     def train(self, scope: Literal["head", "full"], steps: Sequence[Sequence[Window]]) -> dict[str, float]:
         """
