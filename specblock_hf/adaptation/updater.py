@@ -199,9 +199,10 @@ class DrafterUpdater:
         """
         if not windows or not isinstance(self.deployed, PREDICTS_AT_ONCE):
             return None
-        other = self._copy()
-        self._write(other, weights)
-        return self._tokens_a_round(self.deployed, windows) / self._tokens_a_round(other, windows)
+        # Copies of both, because updates may have a device of their own.
+        now, then = self._copy(), self._copy()
+        self._write(then, weights)
+        return self._tokens_a_round(now, windows) / self._tokens_a_round(then, windows)
 
     def state_dict(self) -> dict[str, Any]:
         """The trained copy, the optimiser and the state of all draws; no window."""
@@ -246,6 +247,7 @@ class DrafterUpdater:
 
     @torch.no_grad()
     def _tokens_a_round(self, drafter: Any, windows: Sequence[Window]) -> float:
+        """Emitted by a round from each place of the texts that drafts a chain with one forward, on average."""
         kept = rounds = 0
         for window in windows:
             batch = collate([window], self.draft_ids, torch.float32)

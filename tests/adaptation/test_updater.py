@@ -256,6 +256,14 @@ def test_a_snapshot_is_compared_on_the_same_texts():
     assert same(weights_of(updater.deployed), weights_of(updater.trained))
 
 
+def test_the_drafter_in_service_is_not_run_for_the_comparison():
+    # It may be on another device than the windows that updates use.
+    updater, seen = updater_of(drift_weight=0.0), []
+    updater.deployed.register_forward_pre_hook(lambda module, args: seen.append(module))
+    assert updater.share_kept(updater.snapshot(), filled_buffer().newest(2)) == 1.0
+    assert len(seen) == 4 and not any(module is updater.deployed for module in seen)
+
+
 def chains(drafter, windows) -> list[int]:
     """From every place that is followed by a token of the target, how many guesses in a row are right."""
     lengths = []
