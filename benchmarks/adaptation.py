@@ -23,8 +23,8 @@ pays.
 
 Queries are written down turn by turn and a run that was interrupted goes on with the turn that it was in; what was
 learned is kept in --state. Decoding has one thread by default, so that an update finds a core of its own on a machine
-with two, as it finds room on a GPU; otherwise it takes its time from the answers. Constants were tuned with --task
-explain, on other paragraphs than those of the other tasks.
+with two, as it finds room on a GPU; otherwise it takes its time from the answers. Constants were tuned on other
+streams: with --task explain, on other paragraphs, and with `adaptation_settings.py`.
 """
 
 from __future__ import annotations
@@ -243,9 +243,8 @@ def report(args: argparse.Namespace, target, rows: list[dict[str, Any]]) -> None
     answered = min(len(mine) for mine in by_policy.values())
     if not answered:
         return
-    settings = {
-        name: getattr(args.settings, name) for name in ("learning_rate", "steps", "batch_tokens", "drift_weight")
-    }
+    names = ("learning_rate", "steps", "batch_tokens", "averaging", "drift_weight")
+    settings = {name: getattr(args.settings, name) for name in names}
     result = {
         "task": TASKS[args.task],
         "drafter": Path(args.drafter).name,

@@ -27,8 +27,10 @@ from typing import Any, Literal
 
 Action = Literal["skip", "head", "full"]
 
-ACTIONS: tuple[Literal["head", "full"], ...] = ("head", "full")
+ACTIONS: tuple[Literal["full", "head"], ...] = ("full", "head")
 """What may be updated."""
+
+SEEDS = 2  # rewards of each kind before the cold start goes on with full updates
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Decision:
             `"warm-up"`, `"cool-down"` and `"not ready"` always skip; `"explored"` was drawn, `"gain"` chosen by
             predicted gain; `"schedule"` comes from a policy without a bandit.
         signal (`float`): Sum of 1 - q over the query's rejected positions.
-        throughput (`float`, *optional*): Tokens per second of the last queries; `None` before the warm-up's end.
+        throughput (`float`, *optional*):
+            Tokens per second of the last queries without an update beside them; `None` before the warm-up's end.
         gains (`dict[str, float]`): Predicted gain of every action, relative to the throughput.
         reward (`float`, *optional*): Of the update whose measurement ended with this query.
         rewarded (`str`, *optional*): Which action that was.
@@ -73,14 +76,15 @@ class AdaptationBandit:
         beta (`float`, *optional*, defaults to 0.2):
             Weight of a new reward; the first ones are averaged, until an equal weight would be below it.
         min_signal (`float`, *optional*, defaults to 0.5): Rewards of updates triggered by less are not learned from.
-        warmup (`int`, *optional*, defaults to 8): Queries that only measure the throughput.
-        cold_start (`int`, *optional*, defaults to 28):
-            Updates over which exploration decays. The first updates gain most, and for all queries that follow.
+        warmup (`int`, *optional*, defaults to 4): Queries that only measure the throughput.
+        cold_start (`int`, *optional*, defaults to 32):
+            Updates over which exploration decays. The first ones gain most, and for all queries that follow, so after
+            two of each kind full ones are tried: on two streams, 14 of the heads between 14 full ones added nothing.
         epsilon (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.02)`):
             Chance of trying an update whatever its predicted gain, at the first update and after the cold start. The
             last one keeps values that noise made negative from staying so.
         interval (`int`, *optional*, defaults to 4): Queries over which a throughput is measured.
-        cooldown (`int`, *optional*, defaults to 4):
+        cooldown (`int`, *optional*, defaults to 3):
             Queries after an update that trigger none; an open measurement blocks them as well.
         seed (`int`, *optional*, defaults to 0): Of the exploration.
 
@@ -93,11 +97,11 @@ class AdaptationBandit:
         *,
         beta: float = 0.2,
         min_signal: float = 0.5,
-        warmup: int = 8,
-        cold_start: int = 28,
+        warmup: int = 4,
+        cold_start: int = 32,
         epsilon: tuple[float, float] = (1.0, 0.02),
         interval: int = 4,
-        cooldown: int = 4,
+        cooldown: int = 3,
         seed: int = 0,
     ):
         if not 0 < beta <= 1 or not all(0 <= chance <= 1 for chance in epsilon):
@@ -133,7 +137,7 @@ class AdaptationBandit:
         first, last = self.epsilon
         return first + (last - first) * min(self.events / max(self.cold_start, 1), 1.0)
 
-    def step(self, signal: float, tokens: int, seconds: float, ready: bool = True) -> Decision:
+    def step(self, signal: float, tokens: int, seconds: float, ready: bool = True, updating: bool = False) -> Decision:
         """
         Take in a finished query and decide about an update.
 
@@ -143,9 +147,13 @@ class AdaptationBandit:
             tokens (`int`): Emitted by the query.
             seconds (`float`): That it took, updates included.
             ready (`bool`, *optional*, defaults to `True`): There is enough to train on.
+            updating (`bool`, *optional*, defaults to `False`):
+                An update ran meanwhile. What that cost is the update's, and not the usual throughput.
         """
-        self._recent.append((tokens, seconds))
-        throughput = _throughput(self._recent) if self.queries + 1 >= self.warmup else None
+        if not updating:
+            self._recent.append((tokens, seconds))
+        warm = self.queries + 1 >= self.warmup and bool(self._recent)
+        throughput = _throughput(self._recent) if warm else None
         rewarded, reward = self._measure(tokens, seconds)
         action, reason = self._choose(signal, throughput is not None, ready)
         decision = Decision(
@@ -161,8 +169,8 @@ class AdaptationBandit:
         self.queries += 1
         if action != "skip":
             self.events += 1
-            # What blocks is counted from the next query on.
-            self._blocked = max(self.cooldown, self.interval)
+            # The query that closes the measurement may trigger the next update.
+            self._blocked = max(self.cooldown, self.interval - 1)
             self._open = {"action": action, "signal": signal, "before": throughput, "queries": 0} | _NOTHING
         return decision
 
@@ -193,11 +201,19 @@ class AdaptationBandit:
         if not ready:
             return "skip", "not ready"
         if self.random.random() < self.exploration:
-            # The least tried first, so that both values are seeded.
-            least = min(self.rewards.values())
-            return self.random.choice([name for name in ACTIONS if self.rewards[name] == least]), "explored"
+            return self._try(), "explored"
         best = max(ACTIONS, key=lambda name: self.values[name] * signal)
         return (best if self.values[best] * signal > 0 else "skip"), "gain"
+
+    def _try(self) -> Action:
+        """
+        Which update to try: in turns until both have a value to go by; then the full one, which gains more where there
+        is much to learn; and after the cold start the less tried one, whose value may be wrong.
+        """
+        fewest = min(ACTIONS, key=lambda name: self.rewards[name])
+        if self.rewards[fewest] < SEEDS or self.events >= self.cold_start:
+            return fewest
+        return "full"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that it has learned, as numbers, strings and lists."""

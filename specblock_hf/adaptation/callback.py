@@ -131,7 +131,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         bandit ([`AdaptationBandit`], *optional*): With constants of its own.
         settings ([`UpdateSettings`], *optional*): How an update trains.
         every (`int`, *optional*, defaults to 8): For `policy="always"`.
-        fresh_tokens (`int`, *optional*, defaults to 256):
+        fresh_tokens (`int`, *optional*, defaults to 192):
             Tokens of the target that must have come in since the last update, for the bandit to make another.
         buffer_bytes (`int`, *optional*, defaults to 64 MiB): Bound of what is kept to train on.
         window_tokens (`int`, *optional*, defaults to 512): Most tokens that are kept of a text, its last ones.
@@ -172,7 +172,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         bandit: AdaptationBandit | None = None,
         settings: UpdateSettings | None = None,
         every: int = 8,
-        fresh_tokens: int = 256,
+        fresh_tokens: int = 192,
         buffer_bytes: int = 64 * 2**20,
         window_tokens: int = 512,
         top_k: int = 32,
@@ -232,7 +232,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         if self.learns:
             dtype = self.updater.deployed.dtype
             recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, self.top_k)
-            call.notes[self] = (recorder, self.clock())
+            call.notes[self] = (recorder, self.clock(), self._busy())
 
     def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
         if self in call.notes:
@@ -241,7 +241,7 @@ class OnlineAdaptationCallback(DraftingCallback):
     def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
         if self not in call.notes:
             return
-        recorder, _ = call.notes[self]
+        recorder = call.notes[self][0]
         if call.statistics.rounds == 0:
             recorder.close_prompt(scored)
         else:
@@ -250,7 +250,7 @@ class OnlineAdaptationCallback(DraftingCallback):
     def on_generate_end(self, call: DraftingCall) -> None:
         if self not in call.notes:
             return
-        recorder, began = call.notes.pop(self)
+        recorder, began, updating = call.notes.pop(self)
         seconds, windows, signal = self.clock() - began, recorder.windows(), recorder.signal()
         statistics = call.statistics
         rounds = len(statistics.accepted)
@@ -259,8 +259,9 @@ class OnlineAdaptationCallback(DraftingCallback):
                 self.buffer.add(window)
             self._watch(sum(statistics.accepted) + rounds, rounds)
             # What an update in this thread took is paid by the query that follows it.
+            updating = updating or self._busy() or self._unpaid > 0
             seconds, self._unpaid = seconds + self._unpaid, 0.0
-            decision = self._decide(signal, statistics.emitted, seconds)
+            decision = self._decide(signal, statistics.emitted, seconds, updating)
             self.decisions.append(decision)
             self.queries += 1
             if decision.action != "skip":
@@ -325,13 +326,13 @@ class OnlineAdaptationCallback(DraftingCallback):
             self.queries, self.updates = state["queries"], state["updates"]
             self.monitor.reset()
 
-    def _decide(self, signal: float, tokens: int, seconds: float) -> Decision:
+    def _decide(self, signal: float, tokens: int, seconds: float, updating: bool) -> Decision:
         if self.policy == "always":
             due = (self.queries + 1) % self.every == 0 and len(self.buffer) > 0
             action: Action = "full" if due and not self._busy() else "skip"
             return Decision(self.queries, action, "schedule", signal)
         ready = len(self.buffer) > 0 and self.buffer.fresh_tokens >= self.fresh_tokens and not self._busy()
-        return self.bandit.step(signal, tokens, seconds, ready)
+        return self.bandit.step(signal, tokens, seconds, ready, updating)
 
     def _busy(self) -> bool:
         return self._pending is not None and not self._pending.done()

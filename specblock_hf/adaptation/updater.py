@@ -27,6 +27,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..drafter import TreeDrafter
 from ..modeling_eagle3 import Eagle3Model
@@ -37,7 +38,7 @@ from .windows import Window, WindowBuffer, collate
 
 
 PREDICTS_AT_ONCE = (SpecBlockModel, Eagle3Model)  # whose first forward is known for all places of a text together
-DRIFT_ROWS = 256  # predictions of a step on which the drift is estimated: each is a row over the draft vocabulary
+DRIFT_ROWS = 256  # predictions of a text on which the drift is estimated: each is a row over the draft vocabulary
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,14 @@ class UpdateSettings:
         warmup_steps (`int`, *optional*, defaults to 8):
             Over how many steps the rate rises linearly, at first and after a rollback: AdamW knows no scale yet, and
             its first steps at the full rate cost acceptance.
-        batch_tokens (`int`, *optional*, defaults to 1024): Most pairs of a step.
+        batch_tokens (`int`, *optional*, defaults to 512): Most pairs of a step.
+        averaging (`float`, *optional*, defaults to 0.95):
+            What comes into service is the moving average of the trained weights, which keeps this share of itself at
+            every step: steps are small and noisy, and what they have in common is what was learned. 0 deploys the
+            trained weights themselves and saves a copy of the drafter.
         drift_weight (`float`, *optional*, defaults to 0.1):
             Weight lambda of KL(drafter before deployment || drafter), for SpecBlock and EAGLE-3; 0 saves that copy of
-            the drafter and its time.
-        drift_share (`float`, *optional*, defaults to 0.25): Share of a step's windows on which it is estimated.
+            the drafter and its time. It is taken once an update, on one of the newest texts, for all of its steps.
         objective (*optional*): An instance of the drafter's `objective_class`; its defaults if not given.
         autocast (`bool`, *optional*, defaults to `False`): Compute in bfloat16; the trained weights stay in float32.
         seed (`int`, *optional*, defaults to 0): Of the windows that are drawn and of the objective's own draws.
@@ -69,9 +73,9 @@ class UpdateSettings:
     max_grad_norm: float = 0.5
     steps: int = 4
     warmup_steps: int = 8
-    batch_tokens: int = 1024
+    batch_tokens: int = 512
+    averaging: float = 0.95
     drift_weight: float = 0.1
-    drift_share: float = 0.25
     objective: Any = None
     autocast: bool = False
     seed: int = 0
@@ -82,12 +86,14 @@ class UpdateSettings:
                 f"{self} cannot train; an update has at least one step of at least one token, a learning rate above 0 "
                 "and a drift weight of 0 or more."
             )
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging is {self.averaging}; the share that an average keeps lies in [0, 1).")
 
 
 class DrafterUpdater:
     """
-    Two copies of a drafter: the deployed one drafts, the trained one learns, in float32. In between calls of
-    `publish` the deployed one does not change.
+    Two copies of a drafter: the deployed one drafts and does not change in between calls of `publish`; the trained one
+    learns, in float32, along with its moving average.
 
     Args:
         drafter ([`TreeDrafter`]): In service; its weights are changed in place, under its lock.
@@ -118,6 +124,8 @@ class DrafterUpdater:
             )
         self.device = torch.device(device if device is not None else self.deployed.device)
         self.trained = self._copy().float()
+        self.averaged = self._copy().float().requires_grad_(False) if settings.averaging else None
+        self._average = get_ema_multi_avg_fn(settings.averaging)
         self.original = self._copy().requires_grad_(False) if settings.drift_weight else None
         self.random = random.Random(settings.seed)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -137,14 +145,14 @@ class DrafterUpdater:
             steps (sequence of sequences of [`Window`]): From `draw`.
 
         Returns:
-            `dict[str, float]`: `loss` and `drift`, means over the steps.
+            `dict[str, float]`: `loss`, the mean over the steps, and `drift`, at the first one.
         """
         settings = self.settings
         for parameter in self.trained.parameters_of("full"):
             parameter.requires_grad_(scope == "full")
         for parameter in self.trained.parameters_of(scope):
             parameter.requires_grad_(True)
-        losses, drifts = [], []
+        losses, drift = [], torch.zeros((), device=self.device)
         with ExitStack() as stack:
             # The caller may generate without gradients or in inference mode; an update runs in neither.
             stack.enter_context(torch.inference_mode(False))
@@ -153,21 +161,25 @@ class DrafterUpdater:
             for windows in steps:
                 batch = collate(windows, self.draft_ids, torch.float32)
                 loss = self.trained.loss(batch, settings.objective, generator=self.generator)["loss"]
-                drift = self._drift(windows) if settings.drift_weight else loss.new_zeros(())
-                (loss + settings.drift_weight * drift).backward()
+                losses.append(loss.detach())
+                if settings.drift_weight and len(losses) == 1:
+                    drift = self._drift(windows[:1])
+                    loss = loss + len(steps) * settings.drift_weight * drift
+                loss.backward()
                 nn.utils.clip_grad_norm_(self.trained.parameters_of(scope), settings.max_grad_norm)
                 self.steps_taken += 1
                 for group in self.optimizer.param_groups:
                     group["lr"] = settings.learning_rate * min(1.0, self.steps_taken / max(settings.warmup_steps, 1))
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-                losses.append(loss.detach())
-                drifts.append(drift.detach())
-        return {"loss": float(torch.stack(losses).mean()), "drift": float(torch.stack(drifts).mean())}
+                if self.averaged is not None:
+                    self._average(self.averaged.parameters_of(scope), self.trained.parameters_of(scope), None)
+        return {"loss": float(torch.stack(losses).mean()), "drift": float(drift.detach())}
 
     def publish(self) -> None:
-        """Bring the trained weights into service, between two drafts."""
-        self._write(self.deployed, self.trained.parameters_of("full"))
+        """Bring what was learned into service, between two drafts."""
+        learned = self.trained if self.averaged is None else self.averaged
+        self._write(self.deployed, learned.parameters_of("full"))
 
     def snapshot(self) -> list[torch.Tensor]:
         """A copy of the weights that are in service."""
@@ -175,13 +187,15 @@ class DrafterUpdater:
 
     def restore(self, weights: Sequence[torch.Tensor]) -> None:
         """
-        Go back to a snapshot, with both copies; what the optimiser remembers is dropped.
+        Go back to a snapshot, with all copies; what the optimiser remembers is dropped.
 
         Args:
             weights (sequence of `torch.Tensor`): From `snapshot`.
         """
         self._write(self.deployed, weights)
-        self._write(self.trained, weights)
+        for learning in (self.trained, self.averaged):
+            if learning is not None:
+                self._write(learning, weights)
         self.optimizer, self.steps_taken = self._new_optimizer(), 0
 
     def share_kept(self, weights: Sequence[torch.Tensor], windows: Sequence[Window]) -> float | None:
@@ -202,12 +216,39 @@ class DrafterUpdater:
         # Copies of both, because updates may have a device of their own.
         now, then = self._copy(), self._copy()
         self._write(then, weights)
-        return self._tokens_a_round(now, windows) / self._tokens_a_round(then, windows)
+        return self.tokens_a_round(now, windows) / self.tokens_a_round(then, windows)
+
+    @torch.no_grad()
+    def tokens_a_round(self, drafter: Any, windows: Sequence[Window]) -> float:
+        """
+        What a drafter would be worth on texts, without decoding them.
+
+        Args:
+            drafter: In service or a copy; on the device of updates.
+            windows (sequence of [`Window`]): Texts.
+
+        Returns:
+            `float`: Tokens that a round emits, if each place of the texts begins one that drafts a chain by one
+            forward.
+        """
+        kept = rounds = 0
+        for window in windows:
+            batch = collate([window], self.draft_ids, torch.float32)
+            places, wanted = self._predicted(batch)
+            starts = wanted[..., 0].flatten().nonzero().squeeze(1)
+            slots = places.shape[1]
+            rows = starts[:, None] * slots + torch.arange(slots, device=self.device)
+            guesses = _first_logits(drafter, batch, rows.flatten()).argmax(-1).view(-1, slots)
+            right = wanted[0, starts] & (guesses == self.draft_ids[batch.tokens[0, places[starts]]])
+            kept += int(right.cumprod(-1).sum())
+            rounds += len(starts)
+        return 1 + kept / max(rounds, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The trained copy, the optimiser and the state of all draws; no window."""
+        """The trained copy and its average, the optimiser and the state of all draws; no window."""
         return {
             "trained": self.trained.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "steps_taken": self.steps_taken,
             "random": [list(part) if isinstance(part, tuple) else part for part in self.random.getstate()],
@@ -217,6 +258,9 @@ class DrafterUpdater:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was called, and bring those weights into service."""
         self.trained.load_state_dict(state["trained"])
+        if self.averaged is not None:
+            # A service that did not average so far has no average to go on from.
+            self.averaged.load_state_dict(state["averaged"] or state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_taken = state["steps_taken"]
         self.random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["random"]))
@@ -225,8 +269,7 @@ class DrafterUpdater:
 
     def _drift(self, windows: Sequence[Window]) -> torch.Tensor:
         """KL(drafter before deployment || trained copy) of the first forward's predictions, a sample of them."""
-        count = max(1, round(self.settings.drift_share * len(windows)))
-        batch = collate(windows[:count], self.draft_ids, torch.float32)
+        batch = collate(windows, self.draft_ids, torch.float32)
         _, wanted = self._predicted(batch)
         rows = wanted.flatten().nonzero().squeeze(1)
         chosen = rows[torch.randperm(len(rows), generator=self.generator)[:DRIFT_ROWS].to(rows.device)]
@@ -245,31 +288,16 @@ class DrafterUpdater:
         places = places.clamp_max(batch.tokens.shape[1] - 1)
         return places, batch.scored[:, places] & inside
 
-    @torch.no_grad()
-    def _tokens_a_round(self, drafter: Any, windows: Sequence[Window]) -> float:
-        """Emitted by a round from each place of the texts that drafts a chain with one forward, on average."""
-        kept = rounds = 0
-        for window in windows:
-            batch = collate([window], self.draft_ids, torch.float32)
-            places, wanted = self._predicted(batch)
-            starts = wanted[..., 0].flatten().nonzero().squeeze(1)
-            slots = places.shape[1]
-            rows = starts[:, None] * slots + torch.arange(slots, device=self.device)
-            guesses = _first_logits(drafter, batch, rows.flatten()).argmax(-1).view(-1, slots)
-            right = wanted[0, starts] & (guesses == self.draft_ids[batch.tokens[0, places[starts]]])
-            kept += int(right.cumprod(-1).sum())
-            rounds += len(starts)
-        return 1 + kept / max(rounds, 1)
-
     def _copy(self) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             # Without its listeners, one of which may be the one that adapts it.
             return deepcopy(self.deployed, {id(self.deployed.callbacks): ()}).to(self.device).eval()
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        settings = self.settings
+        settings, weights = self.settings, self.trained.parameters_of("full")
+        # A small step is mostly the optimiser's: fused, it reads the weights once.
         return torch.optim.AdamW(
-            self.trained.parameters_of("full"), lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0
+            weights, lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0, fused=True
         )
 
     def _write(self, drafter: Any, weights: Sequence[torch.Tensor]) -> None:

@@ -75,6 +75,28 @@ def test_an_update_blocks_the_next_queries():
     assert reasons == (["explored"] + ["cool-down"] * 3) * 2 + ["explored"]
 
 
+def test_the_query_that_closes_a_measurement_may_trigger_the_next_update():
+    bandit = AdaptationBandit(warmup=1, epsilon=(1.0, 1.0), interval=3, cooldown=0)
+    decisions = [bandit.step(5.0, 64, 2.0) for _ in range(7)]
+    assert [d.reason for d in decisions] == (["explored"] + ["cool-down"] * 2) * 2 + ["explored"]
+    assert [d.reward for d in decisions] == [None, None, None, 0.0] + [None, None, 0.0]
+
+
+def test_what_an_update_costs_is_not_in_the_throughput_before_the_next_one():
+    bandit = AdaptationBandit(warmup=1, epsilon=(1.0, 1.0), interval=2, cooldown=3)
+    assert bandit.step(5.0, 64, 2.0).throughput == 32.0
+    slowed = [bandit.step(5.0, 64, 4.0, updating=True) for _ in range(2)]
+    assert [d.throughput for d in slowed] == [32.0, 32.0]
+    assert slowed[-1].reward == pytest.approx(-0.5)
+    # The two since the update ended.
+    assert [bandit.step(5.0, 64, 1.0).throughput for _ in range(2)] == [pytest.approx(128 / 3), 64.0]
+
+
+def test_without_a_query_that_no_update_slowed_there_is_no_throughput():
+    bandit = AdaptationBandit(warmup=1, epsilon=(1.0, 1.0))
+    assert bandit.step(5.0, 64, 2.0, updating=True).reason == "warm-up"
+
+
 def test_not_ready_skips():
     bandit = eager(epsilon=(1.0, 1.0))
     assert bandit.step(5.0, 64, 2.0, ready=False).reason == "not ready"
@@ -125,11 +147,11 @@ def test_exploration_decays_over_the_cold_start():
     assert seen == [0.6, 0.5, 0.4, 0.3, 0.2, 0.2]
 
 
-def test_exploration_seeds_both_values():
-    bandit = eager(epsilon=(1.0, 1.0))
-    actions = [bandit.step(5.0, 64, 2.0).action for _ in range(8)]
-    tried = [action for action in actions if action != "skip"]
-    assert len(tried) == 4 and set(tried[:2]) == set(tried[2:]) == {"head", "full"}
+def test_a_cold_start_seeds_both_values_and_goes_on_with_full_updates():
+    bandit = eager(epsilon=(1.0, 1.0), cold_start=7)
+    actions = [bandit.step(5.0, 64, 2.0).action for _ in range(24)]
+    # After it, those that were tried less.
+    assert actions[::2] == ["full", "head"] * 2 + ["full"] * 3 + ["head"] * 3 + ["full", "head"]
 
 
 def test_reset_forgets_values_and_the_open_measurement():
@@ -156,7 +178,8 @@ def test_a_restored_bandit_decides_alike(queries, seed):
 
 
 @pytest.mark.parametrize(
-    "constants", [{"beta": 0.0}, {"beta": 1.1}, {"epsilon": (0.5, -0.1)}, {"interval": 0}, {"warmup": -1}]
+    "constants",
+    [{"beta": 0.0}, {"beta": 1.1}, {"epsilon": (0.5, -0.1)}, {"interval": 0}, {"warmup": -1}],
 )
 def test_constants_out_of_range_are_refused(constants):
     with pytest.raises(ValueError, match=next(iter(constants))):

@@ -34,7 +34,9 @@ from specblock_hf.drafters.specblock_loss import SpecBlockObjective
 
 FIRST_BLOCK = SpecBlockObjective(num_blocks=1)
 FAST = UpdateSettings(learning_rate=3e-3, steps=1, drift_weight=0.0, objective=FIRST_BLOCK)
-STRONG = UpdateSettings(learning_rate=5e-3, steps=8, warmup_steps=1, drift_weight=0.0, objective=FIRST_BLOCK)
+STRONG = UpdateSettings(
+    learning_rate=5e-3, steps=8, warmup_steps=1, averaging=0.5, drift_weight=0.0, objective=FIRST_BLOCK
+)
 
 
 def eager_bandit(**constants) -> AdaptationBandit:
@@ -123,9 +125,12 @@ def test_an_update_in_the_same_thread_is_paid_by_the_next_query():
     callback = adapted(
         drafter, "bandit", settings=FAST, bandit=eager_bandit(), fresh_tokens=0, clock=lambda: float(next(ticks))
     )
-    serve(drafter, 3)
-    # Each call takes one tick; the update after the second one takes another.
-    assert [seconds for _, seconds in callback.bandit._recent] == [1.0, 2.0]
+    serve(drafter, 4)
+    # Each call takes one tick; the update after the second one takes another, which is its own and not the usual.
+    before, after = (callback.decisions[index] for index in (1, 3))
+    assert before.action != "skip" and after.rewarded == before.action
+    assert after.reward == pytest.approx(2 / 3 - 1)
+    assert [seconds for _, seconds in callback.bandit._recent] == [1.0, 1.0]
 
 
 def test_a_failing_update_is_logged_once_and_ends_only_the_adaptation(caplog):

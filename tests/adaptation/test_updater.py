@@ -44,7 +44,7 @@ def filled_buffer(texts: int = 4) -> WindowBuffer:
 
 
 def updater_of(drafter=None, **settings) -> DrafterUpdater:
-    defaults = {"learning_rate": 3e-3, "steps": 2, "objective": SpecBlockObjective(num_blocks=2)}
+    defaults = {"learning_rate": 3e-3, "steps": 2, "averaging": 0.0, "objective": SpecBlockObjective(num_blocks=2)}
     return DrafterUpdater(drafter or tiny_drafter(), UpdateSettings(**(defaults | settings)))
 
 
@@ -58,6 +58,18 @@ def test_an_update_changes_only_the_trained_copy_until_it_is_published():
     assert same(weights_of(updater.deployed), weights_of(updater.trained))
 
 
+def test_what_comes_into_service_is_the_average_of_all_steps():
+    updater, buffer = updater_of(averaging=0.7, steps=1), filled_buffer()
+    expected = weights_of(updater.deployed)
+    for _ in range(3):
+        updater.train("full", updater.draw(buffer))
+        new = weights_of(updater.trained)
+        expected = [0.7 * average + 0.3 * weight for average, weight in zip(expected, new, strict=True)]
+    updater.publish()
+    for deployed, weight in zip(weights_of(updater.deployed), expected, strict=True):
+        torch.testing.assert_close(deployed, weight)
+
+
 def test_a_head_update_leaves_everything_before_the_heads_alone():
     updater, buffer = updater_of(), filled_buffer()
     before = {name: p.detach().clone() for name, p in updater.trained.named_parameters()}
@@ -67,6 +79,17 @@ def test_a_head_update_leaves_everything_before_the_heads_alone():
     updater.train("full", updater.draw(buffer))
     changed = {name for name, p in updater.trained.named_parameters() if not torch.equal(p, before[name])}
     assert changed == before.keys()
+
+
+def test_a_head_update_brings_heads_only_into_service():
+    updater, buffer = updater_of(averaging=0.7), filled_buffer()
+    updater.train("full", updater.draw(buffer))
+    updater.publish()
+    before = {name: p.detach().clone() for name, p in updater.deployed.named_parameters()}
+    updater.train("head", updater.draw(buffer))
+    updater.publish()
+    changed = {name for name, p in updater.deployed.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"lm_head.weight", "rank_head.0.weight", "rank_head.2.weight"}
 
 
 def test_updates_lower_the_loss_of_what_is_learned():
@@ -79,10 +102,11 @@ def test_updates_lower_the_loss_of_what_is_learned():
 
 def test_the_drift_starts_at_zero_and_its_weight_holds_it_down():
     def drifts(weight: float) -> list[float]:
-        updater, buffer = updater_of(drift_weight=weight, drift_share=1.0), filled_buffer()
-        return [updater.train("full", updater.draw(buffer))["drift"] for _ in range(4)]
+        # One step an update: the drift is taken in its first one.
+        updater, buffer = updater_of(drift_weight=weight, steps=1), filled_buffer()
+        return [updater.train("full", updater.draw(buffer))["drift"] for _ in range(8)]
 
-    first = updater_of(steps=1, drift_share=1.0)
+    first = updater_of(steps=1)
     assert first.train("full", first.draw(filled_buffer()))["drift"] == pytest.approx(0.0, abs=1e-6)
     free, held = drifts(1e-6)[-1], drifts(30.0)[-1]
     assert free > 0.1
@@ -90,7 +114,7 @@ def test_the_drift_starts_at_zero_and_its_weight_holds_it_down():
 
 
 def test_the_drift_is_the_divergence_from_the_drafter_before_deployment():
-    updater, buffer = updater_of(drift_share=1.0), filled_buffer(1)
+    updater, buffer = updater_of(), filled_buffer(1)
     updater.train("full", updater.draw(buffer))
     (windows,) = buffer.draw(1, 1000, updater.random)
     (window,) = windows
@@ -127,15 +151,16 @@ def test_weights_change_under_the_lock_only():
     assert held == [1]
 
 
-def test_restore_goes_back_with_both_copies():
-    updater, buffer = updater_of(), filled_buffer()
+def test_restore_goes_back_with_all_copies():
+    updater, buffer = updater_of(averaging=0.5), filled_buffer()
     good = updater.snapshot()
     for _ in range(3):
         updater.train("full", updater.draw(buffer))
         updater.publish()
     assert not same(weights_of(updater.deployed), good)
     updater.restore(good)
-    assert same(weights_of(updater.deployed), good) and same(weights_of(updater.trained), good)
+    for drafter in (updater.deployed, updater.trained, updater.averaged):
+        assert same(weights_of(drafter), good)
     assert not updater.optimizer.state
 
 
@@ -182,18 +207,31 @@ def test_an_update_works_whatever_mode_the_caller_is_in(autocast):
     assert not any(weight.is_inference() for weight in drafter.parameters())
 
 
-def test_a_restored_updater_takes_the_same_steps():
-    first, buffer = updater_of(), filled_buffer()
-    first.train("full", first.draw(buffer))
+def reloaded(state: dict) -> dict:
     file = io.BytesIO()
-    torch.save(first.state_dict(), file)
+    torch.save(state, file)
     file.seek(0)
-    second = updater_of(seed=9)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    assert same(weights_of(second.deployed), weights_of(first.trained))
+    return torch.load(file, weights_only=True)
+
+
+def test_a_restored_updater_takes_the_same_steps():
+    first, buffer = updater_of(averaging=0.7), filled_buffer()
+    first.train("full", first.draw(buffer))
+    second = updater_of(averaging=0.7, seed=9)
+    second.load_state_dict(reloaded(first.state_dict()))
+    assert same(weights_of(second.deployed), weights_of(first.averaged))
     for updater in (first, second):
         updater.train("full", updater.draw(buffer))
     assert same(weights_of(second.trained), weights_of(first.trained))
+    assert same(weights_of(second.averaged), weights_of(first.averaged))
+
+
+def test_an_average_begins_where_a_service_without_one_was():
+    first, buffer = updater_of(), filled_buffer()
+    first.train("full", first.draw(buffer))
+    second = updater_of(averaging=0.7)
+    second.load_state_dict(reloaded(first.state_dict()))
+    assert same(weights_of(second.deployed), weights_of(first.trained))
 
 
 def test_the_global_generators_are_left_alone():
@@ -225,8 +263,9 @@ def test_a_drafter_loaded_in_inference_mode_is_refused():
         updater_of(drafter)
 
 
-def test_without_drift_there_is_no_third_copy():
-    assert updater_of(drift_weight=0.0).original is None
+def test_without_drift_and_average_there_are_two_copies():
+    updater = updater_of(drift_weight=0.0)
+    assert updater.original is None and updater.averaged is None
 
 
 def test_a_drafter_without_weights_is_refused():
@@ -238,6 +277,12 @@ def test_a_drafter_without_weights_is_refused():
 def test_settings_that_cannot_train_are_refused(bad):
     with pytest.raises(ValueError, match="cannot train"):
         UpdateSettings(**bad)
+
+
+@pytest.mark.parametrize("averaging", [-0.1, 1.0])
+def test_an_average_that_never_moves_is_refused(averaging):
+    with pytest.raises(ValueError, match="the share that an average keeps lies in"):
+        UpdateSettings(averaging=averaging)
 
 
 def test_a_snapshot_is_compared_on_the_same_texts():
