@@ -79,7 +79,7 @@ class AdaptationBandit:
         warmup (`int`, *optional*, defaults to 4): Queries that only measure the throughput.
         cold_start (`int`, *optional*, defaults to 32):
             Updates over which exploration decays. The first ones gain most, and for all queries that follow, so after
-            two of each kind full ones are tried: on two streams, 14 of the heads between 14 full ones added nothing.
+            two of each kind full ones are tried: those gained more each, and as much for each second.
         epsilon (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.02)`):
             Chance of trying an update whatever its predicted gain, at the first update and after the cold start. The
             last one keeps values that noise made negative from staying so.
