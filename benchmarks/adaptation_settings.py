@@ -33,6 +33,7 @@ import random
 import sysconfig
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ def docstrings() -> list[str]:
 
 def record(args: argparse.Namespace) -> list[Window]:
     """The stream's answers as the target saw them, one window each."""
-    path = Path(args.state) / "windows.pt"
+    path = Path(args.state) / f"{args.queries}-answers-of-{args.max_new_tokens}-tokens.pt"
     if path.exists():
         return [Window(*parts) for parts in torch.load(path, weights_only=True)]
     target, tokenizer = load_target(args.target, torch.bfloat16)
@@ -151,13 +152,12 @@ def replay(way: Way, windows: list[Window], drafter_path: str) -> dict[str, Any]
     return {
         "updates": {scope: updates.count(scope) for scope in ("full", "head")},
         "tokens_a_round": round(sum(taus) / len(taus), 4),
-        "curve": [round(sum(part) / len(part), 3) for part in stretches(taus)],
+        "curve": [
+            round(sum(part) / len(part), 3)
+            for part in (taus[first : first + STRETCH] for first in range(0, len(taus), STRETCH))
+        ],
         "update_seconds": round(seconds, 1),
     }
-
-
-def stretches(taus: list[float]) -> list[list[float]]:
-    return [taus[first : first + STRETCH] for first in range(0, len(taus), STRETCH)]
 
 
 def main() -> None:
@@ -174,9 +174,19 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {"ways": {}}
+    setting = {
+        "request": REQUEST,
+        "drafter": Path(args.drafter).name,
+        "dtype": "bfloat16",
+        "queries": args.queries,
+        "max_new_tokens": args.max_new_tokens,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    report: dict[str, Any] = setting | {"ways": {}}
     if args.output.exists():
         report = json.loads(args.output.read_text())
+        if {name: report.get(name) for name in setting} != setting:
+            parser.error(f"{args.output} holds results of another setting; give another --output, or remove it.")
     windows = record(args)
     for name in tqdm(args.ways, desc="ways"):
         if name in report["ways"]:

@@ -224,7 +224,7 @@ class DrafterUpdater:
         What a drafter would be worth on texts, without decoding them.
 
         Args:
-            drafter: In service or a copy; on the device of updates.
+            drafter ([`SpecBlockModel`] or [`Eagle3Model`]): In service or a copy; on the device of updates.
             windows (sequence of [`Window`]): Texts.
 
         Returns:

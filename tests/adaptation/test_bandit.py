@@ -178,8 +178,7 @@ def test_a_restored_bandit_decides_alike(queries, seed):
 
 
 @pytest.mark.parametrize(
-    "constants",
-    [{"beta": 0.0}, {"beta": 1.1}, {"epsilon": (0.5, -0.1)}, {"interval": 0}, {"warmup": -1}],
+    "constants", [{"beta": 0.0}, {"beta": 1.1}, {"epsilon": (0.5, -0.1)}, {"interval": 0}, {"warmup": -1}]
 )
 def test_constants_out_of_range_are_refused(constants):
     with pytest.raises(ValueError, match=next(iter(constants))):

@@ -47,9 +47,18 @@ def run(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "STRETCH", 4)
     monkeypatch.setattr(benchmark, "REQUEST", "q")
 
-    def call(*ways) -> dict:
+    def call(*ways, queries=9) -> dict:
         fixed = ["--target", tmp_path / "target", "--drafter", tmp_path / "drafter", "--state", tmp_path / "state"]
-        fixed += ["--output", tmp_path / "out" / "ways.json", "--queries", 9, "--max-new-tokens", 8, "--ways", *ways]
+        fixed += [
+            "--output",
+            tmp_path / "out" / "ways.json",
+            "--queries",
+            queries,
+            "--max-new-tokens",
+            8,
+            "--ways",
+            *ways,
+        ]
         monkeypatch.setattr(sys, "argv", ["adaptation_settings.py", *map(str, fixed)])
         benchmark.main()
         return json.loads((tmp_path / "out" / "ways.json").read_text())["ways"]
@@ -80,6 +89,14 @@ def test_ways_are_replayed_on_the_same_texts_and_a_second_run_goes_on(run, bench
     assert len(before) == len(after) == 3 and len(set(before)) == 1
     # Drafted before it may be learned from: the first update comes after the fourth text.
     assert after[0] == before[0] and after[1] > before[1] and after[2] > before[2]
+
+
+def test_results_of_another_setting_are_not_mixed_in(run, benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "WAYS", {"never": benchmark.Way(most=0)})
+    run("never")
+    with pytest.raises(SystemExit):
+        run("never", queries=8)
+    assert "holds results of another setting; give another --output" in capsys.readouterr().err
 
 
 def test_the_texts_are_paragraphs_of_docstrings(benchmark):
