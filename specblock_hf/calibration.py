@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from .compat import CACHE
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .target import Scored, TargetModel
 from .tree import DraftTree
@@ -349,7 +350,7 @@ class _Probe:
         kwargs = {
             "attention_mask": None,
             "position_ids": torch.arange(self.context, device=self.target.device).expand_as(self.ids),
-            "past_key_values": DynamicCache(config=self.target.config),
+            CACHE: DynamicCache(config=self.target.config),
             "use_cache": True,
         }
         layers, drafts = self.drafter.feature_layers_for(self.target), tuple(self.measured.items())

@@ -36,6 +36,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.streamers import BaseStreamer
 
+from .compat import CACHE
 from .tree import DraftTree
 
 
@@ -229,7 +230,7 @@ class TokenChoice:
             sequences=sequences,
             scores=_steps([row.scores for row in self._rows]),
             logits=_steps([row.raw_logits for row in self._rows]),
-            past_key_values=cache,
+            **{CACHE: cache},
             **more,
         )
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from ..compat import CACHE
 from .slot_cache import SlotCache
 
 
@@ -168,9 +169,9 @@ class Answering:
             input_ids=inputs,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         ).logits
         at = torch.tensor(slots, device=device)
         self.cache.place(at, cache, mask.bool())
@@ -192,9 +193,9 @@ class Answering:
             input_ids=self.tokens[:, None],
             attention_mask=mask,
             position_ids=self.positions[:, None],
-            past_key_values=self.cache.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self.cache.cache},
         ).logits
         at = torch.tensor(busy, device=self.target.device)
         self.positions[at] += 1
