@@ -260,6 +260,7 @@ def test_several_sequences_of_a_prompt_are_a_batch(target):
                 transformers.__version__.startswith("5.17."), reason="plain decoding forgets half of the sequences"
             ),
         ),
+        "prefix_allowed_tokens_fn",
     ],
 )
 def test_sequences_of_a_prompt_share_what_is_held_for_it(llama, name):
