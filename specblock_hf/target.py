@@ -30,12 +30,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .compat import CACHE
+from .compat import CACHE, layer_types
 from .drafter import Pairs, TokenTable
 from .outputs import TokenOutputs
 from .prompt import PromptPairs
 from .target_cache import TargetCache, check_cache
-from .target_mask import TreeMasks, layer_types, layer_windows, likeliest_chain
+from .target_mask import TreeMasks, layer_windows, likeliest_chain
 from .tree import DraftTree
 from .upload import on_device
 
