@@ -270,9 +270,9 @@ class TargetModel:
     def __enter__(self) -> TargetModel:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self._taps.remove()
-        self._committed.end(self._returns_cache)
+        self._committed.end(self._returns_cache, broken_off=kind is not None)
 
     @property
     def chains_only(self) -> bool:
@@ -302,6 +302,7 @@ class TargetModel:
         for start in range(0, self._new, self._chunk_size):
             end = min(start + self._chunk_size, self._new)
             scored = self._forward(**self._prompt_inputs(start, end))
+            committed.read_prompt(committed.width - self._new + end)
             if end == self._new:
                 committed.begin_rounds()
                 self.base = self.base - 1
@@ -410,6 +411,7 @@ class TargetModel:
             self.score(DraftTree.root(self._last.squeeze(1)))
             self._committed.commit(torch.tensor(behind).unsqueeze(1).long() - 1, 1)
             self._committed.align_left()
+        self._committed.secure(self._committed.width)
 
     def _count_new(self, mask_length: int | None) -> int:
         """Prompt tokens that the cache does not hold yet; `generate()` may be given all ids or only the new ones."""
