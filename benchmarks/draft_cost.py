@@ -50,6 +50,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from specblock_hf import DraftingPlan, DraftTree, Pairs, TreeDrafter
 from specblock_hf.auto import TRAINABLE
+from specblock_hf.compat import CACHE
 from specblock_hf.generation import draft, round_limits
 from specblock_hf.target import TargetModel
 from specblock_hf.verification import Walk, sample_and_walk
@@ -167,9 +168,7 @@ class Bench:
         def seconds(tokens: int) -> float:
             if cache is not None:
                 cache.reset()
-            return seconds_of(
-                self.device, lambda: self._generate(None, tokens, **({"past_key_values": cache} if static else {}))
-            )
+            return seconds_of(self.device, lambda: self._generate(None, tokens, **({CACHE: cache} if static else {})))
 
         seconds(shorter)
         differences = [seconds(longer) - seconds(shorter) for _ in range(self.repeats)]
@@ -190,7 +189,7 @@ class Bench:
         kwargs = {
             "attention_mask": None,
             "position_ids": torch.arange(self.context, device=self.device).expand(self.batch_size, -1),
-            "past_key_values": DynamicCache(config=self.target.config),
+            CACHE: DynamicCache(config=self.target.config),
             "use_cache": True,
         }
         scorer = TargetModel(self.target, layers, self.ids, kwargs, mask_length=self.context)

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from .compat import CACHE
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .generation import draft
 from .target import Scored, TargetModel
@@ -350,7 +351,7 @@ class _Probe:
         kwargs = {
             "attention_mask": None,
             "position_ids": torch.arange(self.context, device=self.target.device).expand_as(self.ids),
-            "past_key_values": DynamicCache(config=self.target.config),
+            CACHE: DynamicCache(config=self.target.config),
             "use_cache": True,
         }
         layers, drafts = self.drafter.feature_layers_for(self.target), tuple(self.measured.items())

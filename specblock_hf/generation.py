@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
+from .compat import CACHE
 from .devices import without_cudnn_attention
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TreeDrafter
 from .sampled_verification import SampledVerifier
@@ -202,7 +203,7 @@ def generate_with_drafter(
     # All ones: `generate()` dropped the mask and noted its length.
     mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs["past_key_values"])
+    returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
     # Their cache is not the call's to give away.
     rounds = None if returns_cache else drafter.compiled_rounds
     with (

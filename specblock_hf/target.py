@@ -19,20 +19,18 @@ differences.
 from __future__ import annotations
 
 import inspect
-import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .compat import CACHE
 from .devices import without_cudnn_attention
 from .drafter import Pairs, TokenTable
 from .outputs import TokenOutputs
@@ -50,17 +48,15 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-OLDEST, NEWEST = (5, 17), (5, 23)
-
 # What `generate()` hands on to the target and this adapter handles. Anything else would be dropped or go stale inside
 # a round.
 _KNOWN_INPUTS = {
+    CACHE,
     "attention_mask",
     "inputs_embeds",
     "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
-    "past_key_values",
     "position_ids",
     "use_cache",
 }
@@ -68,30 +64,6 @@ _KNOWN_INPUTS = {
 
 # What plain decoding hands back of every token, if `output_...` asks for it.
 _TOKEN_OUTPUTS = ("hidden_states", "attentions")
-
-
-def check_transformers(version: str = transformers.__version__) -> None:
-    """
-    Refuse a transformers release that is too old, warn about one that nobody has tried.
-
-    Args:
-        version (`str`, *optional*, defaults to the installed release).
-
-    Raises:
-        ImportError: Below 5.17.
-    """
-    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if release < OLDEST:
-        raise ImportError(
-            f"specblock_hf needs transformers 5.17 or newer because it relies on that release's caches, and {version} "
-            "is installed; run pip install -U transformers."
-        )
-    if release > NEWEST:
-        warnings.warn(
-            f"specblock_hf was tested with transformers 5.17 to 5.23 and {version} is installed, whose caches may "
-            "differ; install transformers==5.23.* if a call fails.",
-            stacklevel=2,
-        )
 
 
 def check_target(target: PreTrainedModel) -> None:
@@ -114,10 +86,10 @@ def check_target(target: PreTrainedModel) -> None:
     decoder = target.get_decoder()
     taken = inspect.signature(target.forward).parameters
     config = target.config.get_text_config(decoder=True)
-    needed = {"attention_mask", "past_key_values", "position_ids"}
+    needed = {"attention_mask", CACHE, "position_ids"}
     if not needed <= taken.keys() or len(decoder_layers(decoder)) != config.num_hidden_layers:
         raise ValueError(
-            f"{name} takes no position_ids or past_key_values or does not list its layers as get_decoder().layers or "
+            f"{name} takes no position_ids or {CACHE} or does not list its layers as get_decoder().layers or "
             ".h, which a draft tree needs; drop assistant_model."
         )
     if config.model_type == "gpt_neo" or (config.model_type == "falcon" and config.alibi):
@@ -273,7 +245,7 @@ class TargetModel:
         self._index: torch.LongTensor | None = None  # `_rows` on the device, once some have been retired
         self._returns_cache = returns_cache
         _check_inputs(model_kwargs, len(self._rows), returns_cache)
-        self.cache = model_kwargs["past_key_values"]
+        self.cache = model_kwargs[CACHE]
         self._kwargs = model_kwargs
         self._ids = input_ids
         mask = model_kwargs.get("attention_mask")
@@ -378,8 +350,8 @@ class TargetModel:
             input_ids=self._node_ids(tree),
             position_ids=self._next_position + depths,
             attention_mask=self._masks.mask(tree, depths, self._committed),
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
             **self._outputs.flags,
         )
 
@@ -452,7 +424,7 @@ class TargetModel:
             new = self._ids.shape[1]
         if new < 1:
             raise ValueError(
-                f"past_key_values already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
+                f"{CACHE} already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
                 "by one token or more, or pass a longer prompt."
             )
         return new
@@ -495,7 +467,7 @@ def _spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.T
 
 
 def _check_inputs(model_kwargs: dict[str, Any], batch_size: int, returns_cache: bool) -> None:
-    check_cache(model_kwargs.get("past_key_values"), batch_size, returns_cache)
+    check_cache(model_kwargs.get(CACHE), batch_size, returns_cache)
     unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
     if unknown:
         raise ValueError(

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel, set_seed
 
 from specblock_hf import SpecBlockConfig, SpecBlockDrafter, TreeDrafter
+from specblock_hf.compat import CACHE
 
 
 LAYERS = (0, 2, 4)
@@ -130,7 +131,7 @@ def run(target: PreTrainedModel, case: dict[str, Any], make_drafter) -> tuple[li
     """The sequences of every turn of a case, and the columns of the caches that were handed back."""
     batch, options = padded_batch(case["lengths"], case["seed"]), case["options"] | {"pad_token_id": 0}
     if case["turns"] > 1:
-        options["past_key_values"] = DynamicCache(config=target.config)
+        options[CACHE] = DynamicCache(config=target.config)
     if case["source"] == "embeds":
         batch["inputs_embeds"] = target.get_input_embeddings()(batch.pop("input_ids"))
     set_seed(case["seed"])
@@ -144,7 +145,7 @@ def run(target: PreTrainedModel, case: dict[str, Any], make_drafter) -> tuple[li
         )
         sequences.append(output.sequences if case["returns"] else output)
         if case["returns"]:
-            columns.append(int(output.past_key_values.get_seq_length()))
+            columns.append(int(output[CACHE].get_seq_length()))
         ids = torch.cat((sequences[-1], prompt_of(3, seed=turn)), dim=1) if case["turns"] > 1 else sequences[-1]
         if turn + 1 < case["turns"]:
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from ..compat import CACHE
 from ..devices import without_cudnn_attention
 from .slot_cache import SlotCache
 
@@ -170,9 +171,9 @@ class Answering:
             input_ids=inputs,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         ).logits
         at = torch.tensor(slots, device=device)
         self.cache.place(at, cache, mask.bool())
@@ -195,9 +196,9 @@ class Answering:
             input_ids=self.tokens[:, None],
             attention_mask=mask,
             position_ids=self.positions[:, None],
-            past_key_values=self.cache.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self.cache.cache},
         ).logits
         at = torch.tensor(busy, device=self.target.device)
         self.positions[at] += 1
