@@ -51,11 +51,3 @@ def watched_attention() -> Iterator[list[set[str]]]:
 def only_ours(calls: list[set[str]]) -> bool:
     """There was attention, and cuDNN was left out of all of it."""
     return bool(calls) and all(backends == OURS for backends in calls)
-
-
-def recomputing(drafter):
-    """A drafter in training that runs its layers again in the backward pass, if it can."""
-    drafter.train()
-    if drafter.supports_gradient_checkpointing:
-        drafter.gradient_checkpointing_enable()
-    return drafter

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_for_tests import only_ours, recomputing, watched_attention
+from attention_for_tests import only_ours, watched_attention
 from baselines_for_tests import baseline
 from block_drafters_for_tests import block_drafter
 from conftest import VOCAB, tiny_target
@@ -130,13 +130,18 @@ def test_collate_pads_and_marks_the_answers():
 
 
 @pytest.mark.parametrize("name", ["specblock", "eagle3", "parallelspec", "falcon_drafter", "dflash"])
-def test_no_step_and_no_backward_pass_reaches_cudnn(name, tmp_path):
+def test_no_step_reaches_cudnn(name, tmp_path):
     own = {"specblock": tiny_drafter, "dflash": block_drafter}
     drafter = own[name]() if name in own else baseline(name)
-    trainer = tiny_trainer(tmp_path, drafter=recomputing(drafter))
+    trainer = tiny_trainer(tmp_path, drafter=drafter)
     with watched_attention() as seen:
         trainer.train_step(next(trainer.batches_from(0)))
     assert only_ours(seen)
+
+
+def test_transformers_knows_that_layers_cannot_be_run_again_in_the_backward_pass():
+    # Later blocks read the keys of earlier ones, and transformers runs such layers without a cache.
+    assert not tiny_drafter().supports_gradient_checkpointing
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
