@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..devices import without_cudnn_attention
 from .data import Example
 
 
@@ -49,6 +50,7 @@ class TargetView:
 
 
 @torch.no_grad()
+@without_cudnn_attention
 def view_target(
     target: PreTrainedModel, examples: Sequence[Example], feature_layers: Sequence[int], top_k: int
 ) -> list[TargetView]:

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..devices import without_cudnn_attention
 from ..drafter import TokenTable
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
@@ -195,6 +196,7 @@ class DrafterTrainer:
         """Tokens of the answers, which are the ones that the loss counts."""
         return sum(len(e.input_ids) - e.answer_start for batch in batches for e in (self.examples[i] for i in batch))
 
+    @without_cudnn_attention
     def gradients(self, batches: list[list[int]], progress: float) -> dict[str, torch.Tensor]:
         """
         Leave the mean gradient of all processes' batches in the weights; returns this process's outputs.
