@@ -51,7 +51,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from specblock_hf import DraftingPlan, DraftTree, Pairs, TreeDrafter
 from specblock_hf.auto import TRAINABLE
 from specblock_hf.compat import CACHE
-from specblock_hf.generation import round_limits
+from specblock_hf.generation import draft, round_limits
 from specblock_hf.target import TargetModel
 from specblock_hf.verification import Walk, sample_and_walk
 
@@ -233,7 +233,7 @@ class Bench:
             calls = self.repeats + 4  # and those of `measure` that are not timed
             state = drafter.begin(scorer.table, self.batch_size, self.context + PAIRS * calls)
             limits = round_limits(plan, [10**4] * self.batch_size)
-            drafter.propose(state, prompt, limits)
+            draft(drafter, state, prompt, limits)
             places = torch.arange(PAIRS, device=self.device).expand(self.batch_size, -1)
             told = [
                 Pairs(
@@ -249,7 +249,7 @@ class Bench:
             before = state.calls, state.forward_rows
 
             def call() -> None:
-                trees.append(drafter.propose(state, next(coming), limits))
+                trees.append(draft(drafter, state, next(coming), limits))
 
             cost = measure(self.device, self.repeats, call)
             return cost | {

@@ -37,9 +37,10 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, set
 
 from specblock_hf import DraftingPlan, DraftTree, Pairs, TokenTable, TreeDrafter
 from specblock_hf.compat import CACHE
+from specblock_hf.devices import without_cudnn_attention
 from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.evaluation.suites import load_suite
-from specblock_hf.generation import round_limits
+from specblock_hf.generation import draft, round_limits
 from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 
 
@@ -124,6 +125,7 @@ def name(warpers: dict[str, float]) -> str:
 
 
 @torch.no_grad()
+@without_cudnn_attention
 def kept_along(
     target: PreTrainedModel,
     drafter: TreeDrafter,
@@ -183,7 +185,7 @@ def draft_along(
             lengths=torch.tensor([root - done], device=ids.device),
             table=table,
         )
-        trees.append(drafter.propose(state, pairs, limits))
+        trees.append(draft(drafter, state, pairs, limits))
         done = root
     return trees
 

@@ -33,6 +33,7 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 
 from .compat import CACHE
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
+from .generation import draft
 from .target import Scored, TargetModel
 from .tree import DraftTree
 from .trial import try_plans
@@ -365,7 +366,7 @@ class _Probe:
             for number in range(count):
                 (starts, (forwards, budget)), nodes = drafts[number % len(drafts)], NODES[number % len(NODES)]
                 limits = Limits(self._all(budget), self._all(DEEPEST), forwards, starts or None)
-                self._timed("draft", starts, self.drafter.propose, state, pairs, limits)
+                self._timed("draft", starts, draft, self.drafter, state, pairs, limits)
                 tree = self._tree(nodes)
                 scored = self._timed("verify", nodes, scorer.score, tree)
                 turn = number // len(NODES)

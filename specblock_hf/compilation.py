@@ -34,6 +34,7 @@ from torch import nn
 from transformers import PreTrainedModel, StaticCache, cache_utils
 
 from .compat import CACHE
+from .devices import without_cudnn_attention
 from .drafter import DraftState, TreeDrafter
 from .drafters.block_drafter import BlockDrafter, BlockState
 from .drafters.eagle3 import Eagle3Drafter
@@ -327,6 +328,7 @@ def compile_rounds(
     return drafter.compiled_rounds
 
 
+@without_cudnn_attention
 def _filled_cache(target: PreTrainedModel, batch_size: int, columns: int) -> StaticCache:
     """A static cache whose memory is there already: calls use it again, whichever comes first."""
     name, cache = type(target).__name__, StaticCache(config=target.config, max_cache_len=columns)

@@ -30,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
 from .compat import CACHE
+from .devices import without_cudnn_attention
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TreeDrafter
 from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
@@ -76,6 +77,7 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
     return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
 
 
+@without_cudnn_attention
 def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
     """
     A tree for each row that may still draft and a root for the others. Those have stopped, or have one token left, or
@@ -139,7 +141,7 @@ def decode(
     chunks = target.prefill()
     scored, pairs = next(chunks)
     for chunk in chunks:
-        with drafter.lock:
+        with drafter.lock, without_cudnn_attention:
             drafter.extend(state, pairs)
         listeners.on_prompt(call, pairs)
         scored, pairs = chunk

@@ -173,7 +173,6 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
     config: SpecBlockConfig
     base_model_prefix = ""
     main_input_name = "token_embeds"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["SpecBlockLayer"]
     _supports_sdpa = True
     _supports_flash_attn = False  # later blocks need masks that FlashAttention cannot take

@@ -30,12 +30,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .compat import CACHE
+from .compat import CACHE, layer_types
+from .devices import without_cudnn_attention
 from .drafter import Pairs, TokenTable
 from .outputs import TokenOutputs
 from .prompt import PromptPairs
 from .target_cache import TargetCache, check_cache
-from .target_mask import TreeMasks, layer_types, layer_windows, likeliest_chain
+from .target_mask import TreeMasks, layer_windows, likeliest_chain
 from .tree import DraftTree
 from .upload import on_device
 
@@ -366,7 +367,8 @@ class TargetModel:
         self.calls += 1
         self.compiled_calls += 1
         mask = self._masks.mask(tree, depths, self._committed, always=True)
-        logits, features = self._compiled(self._node_ids(tree), self._next_position + depths, mask)
+        with without_cudnn_attention:
+            logits, features = self._compiled(self._node_ids(tree), self._next_position + depths, mask)
         return Scored(logits[:, :count], tuple(feature[:, :count] for feature in features), self._rows)
 
     def commit(self, walk: Walk) -> None:
@@ -451,7 +453,7 @@ class TargetModel:
 
     def _forward(self, **inputs: Any) -> Scored:
         self.calls += 1
-        with self._taps.armed():
+        with self._taps.armed(), without_cudnn_attention:
             outputs = self.target(**inputs, return_dict=True)
         features = self._taps.take()
         self._outputs.see(outputs)

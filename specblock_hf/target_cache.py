@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache, cache_utils
 
-from .compat import CACHE
+from .compat import CACHE, crop
 from .target_layer import RoomyLayer
 from .upload import on_device
 
@@ -272,12 +272,8 @@ class TargetCache:
 
     def _cut(self, width: int, total: int) -> None:
         """Drop the columns from `width` to `total`."""
-        if self.static:
-            for layer in self.cache.layers:
-                layer.cumulative_length.fill_(width)
-        else:
-            # Sliding layers return to their window here, even if nothing is dropped.
-            self.cache.crop(width - total)
+        # Sliding layers return to their window here, even if nothing is dropped.
+        crop(self.cache, total - width)
         self.width = width
 
     @property

@@ -28,6 +28,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import CACHE
+from ..devices import without_cudnn_attention
 from .slot_cache import SlotCache
 
 
@@ -160,6 +161,7 @@ class Answering:
                 yield finished
 
     @torch.inference_mode()
+    @without_cudnn_attention
     def _read(self, prompts: list[Prompt], slots: list[int]) -> None:
         """Read prompts into free slots and choose their answers' first tokens."""
         device = self.target.device
@@ -185,6 +187,7 @@ class Answering:
         self._choose(logits[:, -1], at)
 
     @torch.inference_mode()
+    @without_cudnn_attention
     def _step(self) -> None:
         """One more token for every slot; what comes to a free one is never looked at."""
         busy = [slot for slot, prompt in enumerate(self.prompts) if prompt is not None]
