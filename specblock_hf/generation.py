@@ -31,11 +31,12 @@ from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
 from .compat import CACHE
 from .devices import without_cudnn_attention
-from .drafter import DraftingPlan, DraftState, Limits, Pairs, TreeDrafter
+from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
 from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
-from .target import TargetModel, check_target
+from .target import TargetModel
 from .target_cache import is_users
+from .target_checks import check_target
 from .tree import DraftTree
 from .verification import Verifier, sample_and_walk
 
@@ -58,7 +59,9 @@ def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, dev
     return vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
 
 
-def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None = None) -> Limits:
+def round_limits(
+    plan: DraftingPlan, remaining: Sequence[int], room: int | None = None, depth: int | None = None
+) -> Limits:
     """
     How large a round's tree may be.
 
@@ -67,11 +70,12 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
         remaining (sequence of `int`):
             Tokens that each row may still emit; the last of them is always the target's own.
         room (`int`, *optional*): Nodes that the target's cache has room for, the root counted.
+        depth (`int`, *optional*): Most levels below the root that the target can verify.
 
     Returns:
         [`Limits`]: No drafts for a row that has one token left.
     """
-    depths = tuple(max(tokens - 1, 0) for tokens in remaining)
+    depths = tuple(max(tokens - 1, 0) if depth is None else min(max(tokens - 1, 0), depth) for tokens in remaining)
     most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
     nodes = tuple(most if depth else 0 for depth in depths)
     return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
@@ -158,7 +162,10 @@ def decode(
 
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
-        limits = round_limits(plan, choice.remaining, target.room())
+        limits = round_limits(plan, choice.remaining, target.room(), target.depth())
+        if target.pauses():
+            with drafter.lock:
+                drafter.extend(state, pairs)
         tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
         listeners.on_draft(call, tree)
         clock.lap("draft")
@@ -200,8 +207,10 @@ def generate_with_drafter(
     Raises:
         ValueError: As [`TokenChoice`] and [`TargetModel`] do.
     """
-    # All ones: `generate()` dropped the mask and noted its length.
-    mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
+    # As it comes out of plain decoding, which appends to it.
+    input_ids = input_ids.long()
+    # All ones: `generate()` dropped the mask and noted its length, unless it knows of no mask.
+    mask_length = vars(generation_config).get("_mask_length") if model_kwargs.get("attention_mask") is None else None
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
     # Their cache is not the call's to give away.
@@ -219,6 +228,7 @@ def generate_with_drafter(
             compiled and compiled.target,
         ) as scorer,
     ):
+        scorer.check_length(max(choice.remaining))
         plan = drafting_plan(drafter, generation_config, scorer.device)
         # A chain is cut out by likelihood, by which a drawn tree must not be cut.
         if not generation_config.do_sample or scorer.chains_only:
@@ -254,14 +264,17 @@ def check_request(
         raise ValueError(
             f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
         )
-    plan = drafting_plan(drafter, generation_config, target.device)
+    plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
     if generation_config.do_sample and plan.draft_sampling != "topk" and not drafter.can_sample:
         raise ValueError(
             f"{drafter.label} drafts the likeliest tokens only and the drafting plan asks for drawn ones; leave out "
             f"draft_sampling={plan.draft_sampling!r}."
         )
     if generation_config.use_cache is False:
-        raise ValueError("draft trees are verified against the target's cache; leave out use_cache=False.")
+        raise ValueError(
+            "draft trees are verified against the target's cache, which this call or the target's configuration turns "
+            "off; pass use_cache=True."
+        )
     if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError(
             f"cache_implementation={generation_config.cache_implementation!r} keeps rows that a draft tree cannot "
