@@ -30,13 +30,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .compat import CACHE
+from .compat import CACHE, layer_types
 from .devices import without_cudnn_attention
 from .drafter import Pairs, TokenTable
 from .outputs import TokenOutputs
 from .prompt import PromptPairs
 from .target_cache import TargetCache, check_cache
-from .target_mask import TreeMasks, layer_types, layer_windows, likeliest_chain
+from .target_mask import TreeMasks, layer_windows, likeliest_chain
 from .tree import DraftTree
 from .upload import on_device
 
@@ -89,7 +89,7 @@ def check_target(target: PreTrainedModel) -> None:
     needed = {"attention_mask", CACHE, "position_ids"}
     if not needed <= taken.keys() or len(decoder_layers(decoder)) != config.num_hidden_layers:
         raise ValueError(
-            f"{name} takes no position_ids or {CACHE} or does not list its layers as get_decoder().layers or "
+            f"{name} takes no position_ids or no cache or does not list its layers as get_decoder().layers or "
             ".h, which a draft tree needs; drop assistant_model."
         )
     if config.model_type == "gpt_neo" or (config.model_type == "falcon" and config.alibi):
@@ -271,9 +271,9 @@ class TargetModel:
     def __enter__(self) -> TargetModel:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self._taps.remove()
-        self._committed.end(self._returns_cache)
+        self._committed.end(self._returns_cache, broken_off=kind is not None)
 
     @property
     def chains_only(self) -> bool:
@@ -303,6 +303,7 @@ class TargetModel:
         for start in range(0, self._new, self._chunk_size):
             end = min(start + self._chunk_size, self._new)
             scored = self._forward(**self._prompt_inputs(start, end))
+            committed.read_prompt(committed.width - self._new + end)
             if end == self._new:
                 committed.begin_rounds()
                 self.base = self.base - 1
@@ -412,6 +413,7 @@ class TargetModel:
             self.score(DraftTree.root(self._last.squeeze(1)))
             self._committed.commit(torch.tensor(behind).unsqueeze(1).long() - 1, 1)
             self._committed.align_left()
+        self._committed.secure(self._committed.width)
 
     def _count_new(self, mask_length: int | None) -> int:
         """Prompt tokens that the cache does not hold yet; `generate()` may be given all ids or only the new ones."""
@@ -424,7 +426,7 @@ class TargetModel:
             new = self._ids.shape[1]
         if new < 1:
             raise ValueError(
-                f"{CACHE} already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
+                f"the cache already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
                 "by one token or more, or pass a longer prompt."
             )
         return new

@@ -20,7 +20,6 @@ from itertools import product
 
 import pytest
 import torch
-import transformers
 from batches_for_tests import garbage, oracles, padded_batch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
@@ -36,7 +35,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from specblock_hf import SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.compat import CACHE
+from specblock_hf.compat import CACHE, OLDEST, RELEASE
 
 
 LENGTHS = (7, 3, 12, 1)
@@ -256,9 +255,7 @@ def test_several_sequences_of_a_prompt_are_a_batch(target):
         "encoder_no_repeat_ngram_size",
         pytest.param(
             "encoder_repetition_penalty",
-            marks=pytest.mark.skipif(
-                transformers.__version__.startswith("5.17."), reason="plain decoding forgets half of the sequences"
-            ),
+            marks=pytest.mark.skipif(RELEASE == OLDEST, reason="plain decoding forgets half of the sequences"),
         ),
         "prefix_allowed_tokens_fn",
     ],
