@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache, cache_utils
 
-from .compat import CACHE, crop
+from .compat import crop
 from .target_layer import RoomyLayer
 from .upload import on_device
 
@@ -30,8 +30,8 @@ from .upload import on_device
 @dataclass
 class _SafePoint:
     """
-    What a cache can go back to: so many columns. Layers that see all hold them as long as they hold more; of those that
-    slide, which drop columns, here are the keys, the values and the number of columns so far.
+    What a cache can go back to: so many columns. Layers that see all hold them as long as they hold more; of those
+    that slide, which drop columns, here are the keys, the values and the number of columns so far.
     """
 
     width: int
@@ -301,7 +301,7 @@ def check_cache(cache: Any, batch_size: int, returns_cache: bool) -> None:
     # A subclass may store its rows differently, so this is about the exact classes.
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise ValueError(
-            f"{CACHE} is {type(cache).__name__}, whose rows a draft tree cannot rearrange; pass a "
+            f"the cache is a {type(cache).__name__} whose rows a draft tree cannot rearrange; pass a "
             "DynamicCache or a StaticCache that is not offloaded, or none."
         )
     if type(cache) is StaticCache and any(type(layer) is not cache_utils.StaticLayer for layer in cache.layers):
@@ -312,5 +312,5 @@ def check_cache(cache: Any, batch_size: int, returns_cache: bool) -> None:
     if type(cache) is StaticCache and batch_size > 1 and returns_cache:
         raise ValueError(
             "the rows of a batch end at different rounds and a StaticCache has no room to keep those that have ended; "
-            f"leave out return_dict_in_generate and {CACHE}, or pass a DynamicCache."
+            "leave out return_dict_in_generate and the cache, or pass a DynamicCache."
         )

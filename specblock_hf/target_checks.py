@@ -59,7 +59,7 @@ def check_target(target: PreTrainedModel) -> None:
     needed = {"attention_mask", CACHE, "position_ids"}
     if not needed <= _taken(target) or len(decoder_layers(decoder)) != config.num_hidden_layers:
         raise ValueError(
-            f"{name} takes no position_ids or {CACHE} or does not list its layers as get_decoder().layers or "
+            f"{name} takes no position_ids or no cache or does not list its layers as get_decoder().layers or "
             ".h, which a draft tree needs; drop assistant_model."
         )
     if config.model_type == "gpt_neo" or (config.model_type == "falcon" and config.alibi):

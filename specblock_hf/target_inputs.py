@@ -160,8 +160,8 @@ class TargetInputs:
         new = width - self.cached if all_given else width
         if new < 1:
             raise ValueError(
-                f"{CACHE} already holds {self.cached} tokens, which leaves nothing of the prompt to read; crop it by "
-                "one token or more, or pass a longer prompt."
+                f"the cache already holds {self.cached} tokens, which leaves nothing of the prompt to read; crop it "
+                "by one token or more, or pass a longer prompt."
             )
         return new
 

@@ -217,7 +217,9 @@ def test_attention_that_takes_no_mask_verifies_the_likeliest_path(table, kind, c
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_lora(table, wrapped):
+def test_lora(table, wrapped, monkeypatch):
+    # transformers 5.24 asks for a peft that is not out yet, and calls the newest one as it did before.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(CONFIGS["llama"]()).eval()
     without = plainly(target, {})
@@ -398,7 +400,7 @@ def test_a_chat_of_three_turns_keeps_its_cache(table, kind):
 
     for lengths in (ONE, SEVERAL):
         assert torch.equal(chat(garbage, lengths), chat(lambda rows: None, lengths))
-    table[IN_OUT]["`past_key_values` passed in and handed back"] = (
+    table[IN_OUT]["a cache (`cache`, before 5.24 `past_key_values`) passed in and handed back"] = (
         EXACT,
         EXACT,
         "test_a_chat_of_three_turns_keeps_its_cache",
@@ -417,7 +419,7 @@ def test_a_static_cache_of_ones_own(table):
 
     assert torch.equal(run(garbage(1)), run())
     sentence = refusal(target, padded_batch(SEVERAL), lambda: {CACHE: StaticCache(target.config, max_cache_len=40)})
-    table[IN_OUT]["`past_key_values=StaticCache(...)`"] = (EXACT, sentence, "test_a_static_cache_of_ones_own")
+    table[IN_OUT]["`cache=StaticCache(...)`"] = (EXACT, sentence, "test_a_static_cache_of_ones_own")
 
 
 def test_token_healing(table):

@@ -26,8 +26,8 @@ from transformers import DynamicCache
 from specblock_hf import Walk
 from specblock_hf.compat import CACHE
 from specblock_hf.target import TargetModel
-from specblock_hf.target_features import FeatureTaps
 from specblock_hf.target_cache import TargetCache
+from specblock_hf.target_features import FeatureTaps
 
 
 LAYERS = (0, 1, 2, 4)
@@ -352,8 +352,8 @@ def test_the_hooks_listen_only_while_armed(llama):
     ("kwargs", "sentence"),
     [
         ({CACHE: "static"}, r"^the rows of a batch end .* leave out .* or pass a DynamicCache\.$"),
-        ({CACHE: "offloaded"}, CACHE + r" is DynamicCache, .* that is not offloaded, or none\.$"),
-        ({CACHE: "full"}, CACHE + r" already holds 6 tokens, .* crop it by one token or more"),
+        ({CACHE: "offloaded"}, r"^the cache is a DynamicCache whose .* that is not offloaded, or none\.$"),
+        ({CACHE: "full"}, r"^the cache already holds 6 tokens, .* crop it by one token or more"),
         (
             {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])},
             r"^attention_mask hides the last token .* on the left",

@@ -118,9 +118,7 @@ def check_continued(
     options["max_new_tokens"] = 8
     plain = target.generate(ids, **options)
     assert torch.equal(target.generate(ids, **{CACHE: deepcopy(cache)}, **options), plain)
-    assert torch.equal(
-        target.generate(ids, **{CACHE: cache}, assistant_model=garbage(len(ids)), **options), plain
-    )
+    assert torch.equal(target.generate(ids, **{CACHE: cache}, assistant_model=garbage(len(ids)), **options), plain)
 
 
 def break_off(target: PreTrainedModel, cache: DynamicCache | StaticCache, drafter, **options) -> None:
