@@ -298,13 +298,14 @@ def install() -> None:
     """
     Let `generate(assistant_model=drafter)` run [`TreeDrafter`]s, by wrapping two methods of
     [`~transformers.GenerationMixin`]. Everything else passes through untouched. Importing the package does this;
-    calling it again does nothing.
+    calling it again does nothing. A package that is imported afresh has drafters of a class of its own, for which it
+    wraps what it finds; those made before keep what was wrapped for them.
     """
     for name, wrap in (("_validate_generation_mode", _wrap_validate), ("_assisted_decoding", _wrap_assisted_decoding)):
         method = getattr(GenerationMixin, name)
         if not _leads_to_ours(method):
-            wrapper = wrap(method)
-            wrapper._specblock_hook = wrapper
+            wrapper = wrap(method, TreeDrafter)
+            wrapper._specblock_hook = (wrapper, TreeDrafter)
             setattr(GenerationMixin, name, wrapper)
 
 
@@ -321,24 +322,31 @@ def uninstall() -> None:
     """
     for name in ("_validate_generation_mode", "_assisted_decoding"):
         method = getattr(GenerationMixin, name)
-        if _is_ours(method):
-            setattr(GenerationMixin, name, method.__wrapped__)
+        while _drafters_of(method) is not None:
+            method = method.__wrapped__
+        setattr(GenerationMixin, name, method)
+
+
+def _drafters_of(method: Any) -> type | None:
+    """The drafters that a method was wrapped for, by this package or by one that was imported before it."""
+    hook, drafters = method.__dict__.get("_specblock_hook", (None, None))
+    # Compared with itself, because `functools.wraps` copies the mark onto wrappers around ours.
+    return drafters if hook is method else None
 
 
 def _is_ours(method: Any) -> bool:
-    # Compared with itself, because `functools.wraps` copies the mark onto wrappers around ours.
-    return method.__dict__.get("_specblock_hook") is method
+    return _drafters_of(method) is TreeDrafter
 
 
 def _leads_to_ours(method: Any) -> bool:
     return _is_ours(unwrap(method, stop=_is_ours))
 
 
-def _wrap_validate(original: Any) -> Any:
+def _wrap_validate(original: Any, drafters: type) -> Any:
     @wraps(original)
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         drafter = generation_mode_kwargs.get("assistant_model")
-        if isinstance(drafter, TreeDrafter):
+        if isinstance(drafter, drafters):
             check_request(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
             # Several sequences of a prompt are a batch like any other, which transformers' own assistants cannot take.
             generation_config = copy(generation_config)
@@ -348,10 +356,10 @@ def _wrap_validate(original: Any) -> Any:
     return _validate_generation_mode
 
 
-def _wrap_assisted_decoding(original: Any) -> Any:
+def _wrap_assisted_decoding(original: Any, drafters: type) -> Any:
     @wraps(original)
     def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, TreeDrafter):
+        if not isinstance(assistant_model, drafters):
             return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
         for ignored in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(ignored, None)
