@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -91,9 +92,10 @@ class TokenTable:
             `torch.Tensor` of shape `[*ids.shape, d]` in the target's dtype, on its device.
         """
         ids = ids.to(self.device)
-        if raw:
+        if not raw:
+            return self.embedding(ids)
+        with align_module_device(self.embedding):
             return nn.functional.embedding(ids, self.embedding.weight)
-        return self.embedding(ids)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The target's logits `[..., vocab_size]` of final hidden states `[..., d]`."""
@@ -101,6 +103,9 @@ class TokenTable:
 
     @property
     def device(self) -> torch.device:
+        """Where embeddings come from, wherever accelerate keeps their weights between forwards."""
+        if has_offloaded_params(self.embedding):
+            return torch.device(self.embedding._hf_hook.execution_device)
         return self.embedding.weight.device
 
 
