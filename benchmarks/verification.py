@@ -36,9 +36,11 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, set_seed
 
 from specblock_hf import DraftingPlan, DraftTree, Pairs, TokenTable, TreeDrafter
+from specblock_hf.compat import CACHE
+from specblock_hf.devices import without_cudnn_attention
 from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.evaluation.suites import load_suite
-from specblock_hf.generation import round_limits
+from specblock_hf.generation import draft, round_limits
 from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 
 
@@ -123,6 +125,7 @@ def name(warpers: dict[str, float]) -> str:
 
 
 @torch.no_grad()
+@without_cudnn_attention
 def kept_along(
     target: PreTrainedModel,
     drafter: TreeDrafter,
@@ -136,7 +139,7 @@ def kept_along(
     roots = list(range(start, ids.shape[1] - 1, args.every))
     cache = DynamicCache(config=target.config)
     # The cache ends with the last root: what is later, no tree may see.
-    states = target(ids[:, : roots[-1] + 1], past_key_values=cache, output_hidden_states=True).hidden_states
+    states = target(ids[:, : roots[-1] + 1], **{CACHE: cache}, output_hidden_states=True).hidden_states
     features = tuple(states[layer] for layer in drafter.feature_layers_for(target))
     kept = {}
     for budget in args.budget:
@@ -182,7 +185,7 @@ def draft_along(
             lengths=torch.tensor([root - done], device=ids.device),
             table=table,
         )
-        trees.append(drafter.propose(state, pairs, limits))
+        trees.append(draft(drafter, state, pairs, limits))
         done = root
     return trees
 
@@ -203,7 +206,7 @@ def score(
         torch.cat([tree.tokens for tree in trees], dim=1),
         position_ids=torch.cat([tree.depths() + root for tree, root in zip(trees, roots, strict=True)], dim=1),
         attention_mask=mask[None, None],
-        past_key_values=cache,
+        **{CACHE: cache},
     ).logits[0]
     cache.crop(-sum(sizes))
     return list(logits.split(sizes))

@@ -13,7 +13,7 @@
 # limitations under the License.
 """SpecBlock (https://huggingface.co/papers/2605.07243) in transformers: `target.generate(assistant_model=drafter)`."""
 
-from .target import check_transformers
+from .compat import check_transformers
 
 
 check_transformers()

@@ -31,7 +31,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from .compat import CACHE
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
+from .generation import draft
 from .target import Scored, TargetModel
 from .tree import DraftTree
 from .trial import try_plans
@@ -349,7 +351,7 @@ class _Probe:
         kwargs = {
             "attention_mask": None,
             "position_ids": torch.arange(self.context, device=self.target.device).expand_as(self.ids),
-            "past_key_values": DynamicCache(config=self.target.config),
+            CACHE: DynamicCache(config=self.target.config),
             "use_cache": True,
         }
         layers, drafts = self.drafter.feature_layers_for(self.target), tuple(self.measured.items())
@@ -364,7 +366,7 @@ class _Probe:
             for number in range(count):
                 (starts, (forwards, budget)), nodes = drafts[number % len(drafts)], NODES[number % len(NODES)]
                 limits = Limits(self._all(budget), self._all(DEEPEST), forwards, starts or None)
-                self._timed("draft", starts, self.drafter.propose, state, pairs, limits)
+                self._timed("draft", starts, draft, self.drafter, state, pairs, limits)
                 tree = self._tree(nodes)
                 scored = self._timed("verify", nodes, scorer.score, tree)
                 turn = number // len(NODES)

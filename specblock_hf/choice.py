@@ -36,6 +36,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.streamers import BaseStreamer
 
+from .compat import CACHE
 from .tree import DraftTree
 
 
@@ -229,7 +230,7 @@ class TokenChoice:
             sequences=sequences,
             scores=_steps([row.scores for row in self._rows]),
             logits=_steps([row.raw_logits for row in self._rows]),
-            past_key_values=cache,
+            **{CACHE: cache},
             **more,
         )
 
@@ -394,8 +395,9 @@ def _processor_of_row(processor: Any, row: int, batch_size: int) -> LogitsProces
     # A copy: those that remember do so in attributes of their own, which they replace and do not change.
     own, held = copy(processor), _ROW_WISE[type(processor)]
     if type(own) is logits_process.PrefixConstrainedLogitsProcessor:
-        allowed = own._prefix_allowed_tokens_fn
-        own._prefix_allowed_tokens_fn = lambda _, ids: allowed(row, ids)
+        # Asked by what counts as one prompt to it: since 5.24 all sequences of a prompt, before each of them.
+        allowed, prompt = own._prefix_allowed_tokens_fn, row // own._num_beams
+        own._prefix_allowed_tokens_fn, own._num_beams = lambda _, ids: allowed(prompt, ids), 1
     elif type(own) is logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor:
         # It decodes a text of its own next to each row's, with a cache of its own.
         context = dict(own.unconditional_context)

@@ -33,6 +33,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, StaticCache, cache_utils
 
+from .compat import CACHE
+from .devices import without_cudnn_attention
 from .drafter import DraftState, TreeDrafter
 from .drafters.block_drafter import BlockDrafter, BlockState
 from .drafters.eagle3 import Eagle3Drafter
@@ -89,9 +91,9 @@ class CompiledTarget:
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
+                **{CACHE: cache},
             )
             features = tuple(states[index] for index in layers)
             states.clear()
@@ -267,7 +269,7 @@ class CompiledRounds:
             return
         try:
             self.target.cache.reset()
-            model_kwargs["past_key_values"] = self.target.cache
+            model_kwargs[CACHE] = self.target.cache
             yield self
         finally:
             self._free.release()
@@ -326,6 +328,7 @@ def compile_rounds(
     return drafter.compiled_rounds
 
 
+@without_cudnn_attention
 def _filled_cache(target: PreTrainedModel, batch_size: int, columns: int) -> StaticCache:
     """A static cache whose memory is there already: calls use it again, whichever comes first."""
     name, cache = type(target).__name__, StaticCache(config=target.config, max_cache_len=columns)
@@ -339,7 +342,7 @@ def _filled_cache(target: PreTrainedModel, batch_size: int, columns: int) -> Sta
             f"the attention of this {name} takes no mask of a tree, which its forward would be compiled for; call "
             'target.set_attn_implementation("sdpa") before.'
         )
-    target(input_ids=torch.zeros(batch_size, 1, dtype=torch.long, device=target.device), past_key_values=cache)
+    target(input_ids=torch.zeros(batch_size, 1, dtype=torch.long, device=target.device), **{CACHE: cache})
     return cache
 
 

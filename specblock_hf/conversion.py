@@ -36,6 +36,8 @@ from .configuration_medusa import MedusaConfig
 from .configuration_parallelspec import ParallelSpecConfig
 from .configuration_specblock import SpecBlockConfig
 from .drafter import UNRECORDED_LAYER, default_feature_layers
+from .hub import WEIGHTS
+from .saving import save_folder_whole
 
 
 Tensors = dict[str, torch.Tensor]
@@ -306,12 +308,19 @@ def write_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout: Layou
         tensors = {
             theirs + key.removeprefix(ours) if key.startswith(ours) else key: value for key, value in tensors.items()
         }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if layout == Layout.SPECBLOCK:
-        torch.save({key: tensors[key] for key in ("d2t", "t2d")}, folder / "vocab_mapping.pt")
+    mapping = {key: tensors[key] for key in ("d2t", "t2d")} if layout == Layout.SPECBLOCK else None
+    write_folder(folder, written, tensors, mapping)
+
+
+def write_folder(
+    folder: str | Path, config: Mapping[str, Any], tensors: Tensors, mapping: Tensors | None = None
+) -> None:
+    """Write `config.json`, the weights and maybe `vocab_mapping.pt`: all of them, or nothing."""
+    with save_folder_whole(folder, obsolete=WEIGHTS) as written:
+        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
+        if mapping is not None:
+            torch.save(mapping, written / "vocab_mapping.pt")
 
 
 def _check_writable(config: SpecBlockConfig | Eagle3Config, layout: Layout) -> None:
@@ -383,4 +392,5 @@ __all__ = [
     "rope_parameters_of",
     "target_fields",
     "write_checkpoint",
+    "write_folder",
 ]

@@ -19,17 +19,15 @@ tensors are ours.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .configuration_block_diffusion import BlockDiffusionConfig, spread_feature_layers
-from .conversion import Layout, Tensors, rope_parameters_of, target_fields
+from .conversion import Layout, Tensors, rope_parameters_of, target_fields, write_folder
 from .drafter import UNRECORDED_LAYER
 
 
@@ -198,11 +196,8 @@ def write_block_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout:
     if UNRECORDED_LAYER in config.feature_layers:
         raise ValueError(f"The layout {layout.value} lists the states that a drafter reads; record feature_layers.")
     tensors = {key: value.contiguous() for key, value in drafter.state_dict().items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     written = _written_config(config, layout) | {"dtype": str(drafter.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_folder(folder, written, tensors)
 
 
 def _written_config(config: BlockDiffusionConfig, layout: Layout) -> dict[str, Any]:

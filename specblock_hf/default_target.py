@@ -37,6 +37,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .saving import save_folder_whole
+
 
 logger = logging.get_logger(__name__)
 
@@ -162,7 +164,7 @@ def cached_folder(root: Path, key: str, build: Callable[[Path], None], size: int
                 if folder.exists():
                     logger.warning(f"The cached model in {folder} is damaged ({damage}); building it again.")
                     shutil.rmtree(folder)
-                _build(root / f"{key}.partial", folder, build, size)
+                _build(folder, build, size)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"Could not write the model into the cache {root} ({error}); make that folder writable with "
@@ -171,11 +173,8 @@ def cached_folder(root: Path, key: str, build: Callable[[Path], None], size: int
     return folder
 
 
-def _build(partial: Path, folder: Path, build: Callable[[Path], None], size: int) -> None:
-    """Build in `partial`, which a killed process may have left behind, and publish it as `folder` by one rename."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+def _build(folder: Path, build: Callable[[Path], None], size: int) -> None:
+    with save_folder_whole(folder) as partial:
         free = shutil.disk_usage(partial).free
         if free < size:
             raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free")
@@ -184,10 +183,6 @@ def _build(partial: Path, folder: Path, build: Callable[[Path], None], size: int
             path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())
         }
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def manifest_damage(folder: Path) -> str | None:

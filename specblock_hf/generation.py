@@ -29,6 +29,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
+from .compat import CACHE
+from .devices import without_cudnn_attention
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TreeDrafter
 from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
@@ -75,6 +77,7 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
     return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
 
 
+@without_cudnn_attention
 def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
     """
     A tree for each row that may still draft and a root for the others. Those have stopped, or have one token left, or
@@ -138,7 +141,7 @@ def decode(
     chunks = target.prefill()
     scored, pairs = next(chunks)
     for chunk in chunks:
-        with drafter.lock:
+        with drafter.lock, without_cudnn_attention:
             drafter.extend(state, pairs)
         listeners.on_prompt(call, pairs)
         scored, pairs = chunk
@@ -200,7 +203,7 @@ def generate_with_drafter(
     # All ones: `generate()` dropped the mask and noted its length.
     mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs["past_key_values"])
+    returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
     # Their cache is not the call's to give away.
     rounds = None if returns_cache else drafter.compiled_rounds
     with (

@@ -18,14 +18,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -53,11 +49,15 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .provenance import provenance
+from .saving import save_folder_whole
+
 
 LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 TEMPLATES = Path(__file__).parent / "templates"
 CARD, PROVENANCE, CUSTOM_GENERATE = "README.md", "provenance.json", "custom_generate/generate.py"
-PACKAGES = ("specblock_hf", "transformers", "torch", "huggingface_hub", "safetensors")
+WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+"""Patterns of the files that weights are written to, one of which would be read in place of the others."""
 
 
 @dataclass(frozen=True)
@@ -293,22 +293,6 @@ def model_card(config: PreTrainedConfig, name: str, facts: CardFacts, parameters
     )
 
 
-def provenance() -> dict[str, Any]:
-    """Which versions, which commit of this package (if it runs from a checkout) and which command wrote a folder."""
-    root = Path(__file__).parents[1]
-    commit = None
-    if (root / ".git").exists():
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = head.stdout.strip() or None
-    return {
-        "versions": {package: version(package) for package in PACKAGES},
-        "commit": commit,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
 def publish(
     folder: str | os.PathLike,
     repo_id: str,
@@ -373,7 +357,8 @@ class HubModel(PreTrainedModel):
     ) -> None:
         """
         As [`~transformers.PreTrainedModel.save_pretrained`], with a model card and `provenance.json`. A card that lies
-        in the folder already is kept unless `facts` are given.
+        in the folder already is kept unless `facts` are given, and so is every other file that holds no weights. What
+        fails in the middle leaves the folder as it was.
 
         Args:
             facts (`CardFacts`, *optional*): What the card says beside the configuration.
@@ -381,12 +366,15 @@ class HubModel(PreTrainedModel):
         folder = Path(save_directory)
         names = ("repo_id", "private", "revision", "create_pr", "commit_message")
         upload = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         repo_id = upload.pop("repo_id", folder.name)
-        if is_main_process:
-            (folder / PROVENANCE).write_text(json.dumps(provenance(), indent=2) + "\n", encoding="utf-8")
+        if not is_main_process:  # its part of a collective operation; it writes nothing
+            super().save_pretrained(save_directory, False, *args, **kwargs)
+            return
+        with save_folder_whole(folder, obsolete=WEIGHTS) as written:
+            super().save_pretrained(written, True, *args, **kwargs)
+            (written / PROVENANCE).write_text(json.dumps(provenance(), indent=2) + "\n", encoding="utf-8")
             if facts is not None or not (folder / CARD).exists():
-                self.model_card(repo_id, facts).save(folder / CARD)
+                self.model_card(repo_id, facts).save(written / CARD)
         if push_to_hub:
             publish(folder, repo_id, token=kwargs.get("token"), **upload)
 

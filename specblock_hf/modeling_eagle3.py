@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from .compat import CACHE
 from .configuration_eagle3 import Eagle3Config
 from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
@@ -76,7 +77,7 @@ class Eagle3Layer(nn.Module):
                 hidden_states=inputs,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=cache,
+                **{CACHE: cache},
             )
         hidden = (normed if self.norm_before_residual else conditions) + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, rotate_half
 
+from .compat import CACHE
 from .configuration_falcon import FalconDrafterConfig
 from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
@@ -151,5 +152,5 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
             states,
             attention_mask=attention_mask,
             position_embeddings=self.rotary_emb(states, position_ids),
-            past_key_values=cache,
+            **{CACHE: cache},
         )

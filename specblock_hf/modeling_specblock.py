@@ -38,6 +38,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from .compat import CACHE
 from .configuration_specblock import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .draft_head import DraftHead
 from .loading import StrictPreTrainedModel
@@ -172,7 +173,6 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
     config: SpecBlockConfig
     base_model_prefix = ""
     main_input_name = "token_embeds"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["SpecBlockLayer"]
     _supports_sdpa = True
     _supports_flash_attn = False  # later blocks need masks that FlashAttention cannot take
@@ -236,7 +236,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
             token_embeds, conditions, position_ids, attention_mask, cache
         )
         hidden = self.layers[-1](
-            hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache
+            hidden, attention_mask=mask, position_embeddings=position_embeddings, **{CACHE: cache}
         )
         return hidden.view(*token_embeds.shape[:2], self.config.block_size, -1)
 
@@ -302,7 +302,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
                     hidden,
                     attention_mask=attention_mask,
                     position_embeddings=position_embeddings,
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
         return hidden, position_embeddings, attention_mask
 

@@ -19,25 +19,24 @@ differences.
 from __future__ import annotations
 
 import inspect
-import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .compat import CACHE, layer_types
+from .devices import without_cudnn_attention
 from .drafter import Pairs, TokenTable
 from .outputs import TokenOutputs
 from .prompt import PromptPairs
 from .target_cache import TargetCache, check_cache
-from .target_mask import TreeMasks, layer_types, layer_windows, likeliest_chain
+from .target_mask import TreeMasks, layer_windows, likeliest_chain
 from .tree import DraftTree
 from .upload import on_device
 
@@ -49,17 +48,15 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-OLDEST, NEWEST = (5, 17), (5, 23)
-
 # What `generate()` hands on to the target and this adapter handles. Anything else would be dropped or go stale inside
 # a round.
 _KNOWN_INPUTS = {
+    CACHE,
     "attention_mask",
     "inputs_embeds",
     "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
-    "past_key_values",
     "position_ids",
     "use_cache",
 }
@@ -67,30 +64,6 @@ _KNOWN_INPUTS = {
 
 # What plain decoding hands back of every token, if `output_...` asks for it.
 _TOKEN_OUTPUTS = ("hidden_states", "attentions")
-
-
-def check_transformers(version: str = transformers.__version__) -> None:
-    """
-    Refuse a transformers release that is too old, warn about one that nobody has tried.
-
-    Args:
-        version (`str`, *optional*, defaults to the installed release).
-
-    Raises:
-        ImportError: Below 5.17.
-    """
-    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if release < OLDEST:
-        raise ImportError(
-            f"specblock_hf needs transformers 5.17 or newer because it relies on that release's caches, and {version} "
-            "is installed; run pip install -U transformers."
-        )
-    if release > NEWEST:
-        warnings.warn(
-            f"specblock_hf was tested with transformers 5.17 to 5.23 and {version} is installed, whose caches may "
-            "differ; install transformers==5.23.* if a call fails.",
-            stacklevel=2,
-        )
 
 
 def check_target(target: PreTrainedModel) -> None:
@@ -113,10 +86,10 @@ def check_target(target: PreTrainedModel) -> None:
     decoder = target.get_decoder()
     taken = inspect.signature(target.forward).parameters
     config = target.config.get_text_config(decoder=True)
-    needed = {"attention_mask", "past_key_values", "position_ids"}
+    needed = {"attention_mask", CACHE, "position_ids"}
     if not needed <= taken.keys() or len(decoder_layers(decoder)) != config.num_hidden_layers:
         raise ValueError(
-            f"{name} takes no position_ids or past_key_values or does not list its layers as get_decoder().layers or "
+            f"{name} takes no position_ids or no cache or does not list its layers as get_decoder().layers or "
             ".h, which a draft tree needs; drop assistant_model."
         )
     if config.model_type == "gpt_neo" or (config.model_type == "falcon" and config.alibi):
@@ -272,7 +245,7 @@ class TargetModel:
         self._index: torch.LongTensor | None = None  # `_rows` on the device, once some have been retired
         self._returns_cache = returns_cache
         _check_inputs(model_kwargs, len(self._rows), returns_cache)
-        self.cache = model_kwargs["past_key_values"]
+        self.cache = model_kwargs[CACHE]
         self._kwargs = model_kwargs
         self._ids = input_ids
         mask = model_kwargs.get("attention_mask")
@@ -298,9 +271,9 @@ class TargetModel:
     def __enter__(self) -> TargetModel:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self._taps.remove()
-        self._committed.end(self._returns_cache)
+        self._committed.end(self._returns_cache, broken_off=kind is not None)
 
     @property
     def chains_only(self) -> bool:
@@ -330,6 +303,7 @@ class TargetModel:
         for start in range(0, self._new, self._chunk_size):
             end = min(start + self._chunk_size, self._new)
             scored = self._forward(**self._prompt_inputs(start, end))
+            committed.read_prompt(committed.width - self._new + end)
             if end == self._new:
                 committed.begin_rounds()
                 self.base = self.base - 1
@@ -377,8 +351,8 @@ class TargetModel:
             input_ids=self._node_ids(tree),
             position_ids=self._next_position + depths,
             attention_mask=self._masks.mask(tree, depths, self._committed),
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
             **self._outputs.flags,
         )
 
@@ -393,7 +367,8 @@ class TargetModel:
         self.calls += 1
         self.compiled_calls += 1
         mask = self._masks.mask(tree, depths, self._committed, always=True)
-        logits, features = self._compiled(self._node_ids(tree), self._next_position + depths, mask)
+        with without_cudnn_attention:
+            logits, features = self._compiled(self._node_ids(tree), self._next_position + depths, mask)
         return Scored(logits[:, :count], tuple(feature[:, :count] for feature in features), self._rows)
 
     def commit(self, walk: Walk) -> None:
@@ -438,6 +413,7 @@ class TargetModel:
             self.score(DraftTree.root(self._last.squeeze(1)))
             self._committed.commit(torch.tensor(behind).unsqueeze(1).long() - 1, 1)
             self._committed.align_left()
+        self._committed.secure(self._committed.width)
 
     def _count_new(self, mask_length: int | None) -> int:
         """Prompt tokens that the cache does not hold yet; `generate()` may be given all ids or only the new ones."""
@@ -450,7 +426,7 @@ class TargetModel:
             new = self._ids.shape[1]
         if new < 1:
             raise ValueError(
-                f"past_key_values already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
+                f"the cache already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
                 "by one token or more, or pass a longer prompt."
             )
         return new
@@ -477,7 +453,7 @@ class TargetModel:
 
     def _forward(self, **inputs: Any) -> Scored:
         self.calls += 1
-        with self._taps.armed():
+        with self._taps.armed(), without_cudnn_attention:
             outputs = self.target(**inputs, return_dict=True)
         features = self._taps.take()
         self._outputs.see(outputs)
@@ -493,7 +469,7 @@ def _spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.T
 
 
 def _check_inputs(model_kwargs: dict[str, Any], batch_size: int, returns_cache: bool) -> None:
-    check_cache(model_kwargs.get("past_key_values"), batch_size, returns_cache)
+    check_cache(model_kwargs.get(CACHE), batch_size, returns_cache)
     unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
     if unknown:
         raise ValueError(

@@ -15,14 +15,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache, cache_utils
 
+from .compat import crop
 from .target_layer import RoomyLayer
 from .upload import on_device
+
+
+@dataclass
+class _SafePoint:
+    """
+    What a cache can go back to: so many columns. Layers that see all hold them as long as they hold more; of those that
+    slide, which drop columns, here are the keys, the values and the number of columns so far.
+    """
+
+    width: int
+    sliding: dict[int, tuple[torch.Tensor | None, torch.Tensor | None, int]]
 
 
 class TargetCache:
@@ -49,6 +62,8 @@ class TargetCache:
         self.visible = visible
         self.static = isinstance(cache, StaticCache)
         self.own = [width] * batch_size
+        self._safe: _SafePoint | None = None
+        self._shifting = False
 
     def room(self) -> int | None:
         """Free columns of a static cache; `None` for one that grows."""
@@ -65,6 +80,39 @@ class TargetCache:
     def begin_prompt(self) -> None:
         """Before the target reads the prompt: sliding layers need not keep what they slide over."""
         self._record_past(False)
+        self.secure(int(self.cache.get_seq_length()))
+
+    def read_prompt(self, columns: int) -> None:
+        """
+        The target has read the prompt up to this column.
+
+        Raises:
+            ValueError: It added others than these, or not to this cache.
+        """
+        filled = [layer for layer in self.cache.layers if layer.keys is not None]
+        # A static layer has to be asked on its device.
+        held = {int(layer.get_seq_length()) for layer in filled[: 1 if self.static else None]}
+        if held != {columns}:
+            raise ValueError(
+                f"the target's cache holds {' or '.join(map(str, sorted(held))) or 'no'} columns after {columns} "
+                "tokens of the prompt, behind which a draft tree would have to stand: the target adds tokens of its "
+                "own, or goes on with another cache; drop assistant_model."
+            )
+        self.secure(columns)
+
+    def secure(self, width: int) -> None:
+        """
+        What a call that is broken off from now on leaves of a user's cache: its first `width` columns. They hold
+        committed tokens only, so that whoever goes on with all tokens that were emitted, or with fewer, is right. The
+        rows of a batch are at different tokens, of which nobody has been shown any: they go back to their prompts.
+        """
+        if is_users(self.cache):
+            sliding = {
+                index: (layer.keys, layer.values, layer.cumulative_length)
+                for index, layer in enumerate(self.cache.layers)
+                if isinstance(layer, cache_utils.DynamicSlidingWindowLayer)
+            }
+            self._safe = _SafePoint(width, sliding)
 
     def begin_rounds(self) -> None:
         """
@@ -77,23 +125,48 @@ class TargetCache:
         for index, layer in enumerate(layers):
             if type(layer) is cache_utils.DynamicLayer and layer.is_initialized:
                 layers[index] = RoomyLayer(layer)
+                layer.keys = layer.values = None
         self.width -= 1
         self.own = [columns - 1 for columns in self.own]
         if self.visible is not None:
             self.visible = self.visible[:, :-1]
 
-    def end(self, kept: bool) -> None:
+    def end(self, kept: bool, broken_off: bool) -> None:
         """
         Give the cache its own layers back.
 
         Args:
             kept (`bool`): Somebody goes on with it.
+            broken_off (`bool`):
+                An exception ended the call, wherever it was; the cache goes back to what [`~TargetCache.secure`] said.
         """
         self._record_past(False)
         layers = self.cache.layers
         for index, layer in enumerate(layers):
             if type(layer) is RoomyLayer:
-                layers[index] = layer.original(kept)
+                layers[index] = layer.original(kept and not broken_off)
+        if broken_off and self._safe is not None:
+            self._go_back(self._safe)
+
+    def _go_back(self, safe: _SafePoint) -> None:
+        # Rows that were being shifted are nowhere in particular; of nothing, all is read again.
+        width = 0 if self._shifting else safe.width
+        shifts = [self.width - own for own in self.own] if len(self.own) > 1 else [0]
+        source = torch.tensor(shifts).unsqueeze(1) + torch.arange(width)
+        for index, layer in enumerate(self.cache.layers):
+            if self.static:
+                layer.cumulative_length.fill_(width)
+            elif width == 0:
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+                if layer.is_sliding:
+                    layer.cumulative_length = 0
+            elif index in safe.sliding:
+                layer.keys, layer.values, layer.cumulative_length = safe.sliding[index]
+            elif layer.keys is not None:
+                columns = source[:, None, :, None].to(layer.keys.device)
+                layer.keys = layer.keys.take_along_dim(columns, dim=2)
+                layer.values = layer.values.take_along_dim(columns, dim=2)
 
     def commit(self, nodes: torch.LongTensor, scored: int) -> None:
         """
@@ -104,6 +177,7 @@ class TargetCache:
             scored (`int`): Nodes that the last forward appended.
         """
         kept = nodes.tolist()
+        self._shifting = len(kept) > 1
         lengths = [sum(node >= 0 for node in row) for row in kept]
         widest = max(lengths)
         self.own = [own + length for own, length in zip(self.own, lengths, strict=True)]
@@ -119,6 +193,9 @@ class TargetCache:
             self._see(source)
             self._move(source.clamp_min(0), 0)
         self._cut(width, self.width + scored)
+        self._shifting = False
+        if len(kept) == 1:
+            self.secure(width)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the batch and forget the others."""
@@ -144,7 +221,10 @@ class TargetCache:
         """Lay every row's columns out as plain decoding does, token j in column j."""
         own = torch.tensor(self.own).unsqueeze(1)
         source = self.width - own + torch.arange(self.width)
+        self._shifting = True
         self._move(source.clamp_max(self.width - 1), 0)
+        self.own = [self.width] * len(self.own)
+        self._shifting = False
 
     def _record_past(self, on: bool) -> None:
         """
@@ -192,12 +272,8 @@ class TargetCache:
 
     def _cut(self, width: int, total: int) -> None:
         """Drop the columns from `width` to `total`."""
-        if self.static:
-            for layer in self.cache.layers:
-                layer.cumulative_length.fill_(width)
-        else:
-            # Sliding layers return to their window here, even if nothing is dropped.
-            self.cache.crop(width - total)
+        # Sliding layers return to their window here, even if nothing is dropped.
+        crop(self.cache, total - width)
         self.width = width
 
     @property
@@ -225,7 +301,7 @@ def check_cache(cache: Any, batch_size: int, returns_cache: bool) -> None:
     # A subclass may store its rows differently, so this is about the exact classes.
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise ValueError(
-            f"past_key_values is {type(cache).__name__}, whose rows a draft tree cannot rearrange; pass a "
+            f"the cache is a {type(cache).__name__} whose rows a draft tree cannot rearrange; pass a "
             "DynamicCache or a StaticCache that is not offloaded, or none."
         )
     if type(cache) is StaticCache and any(type(layer) is not cache_utils.StaticLayer for layer in cache.layers):
@@ -236,5 +312,5 @@ def check_cache(cache: Any, batch_size: int, returns_cache: bool) -> None:
     if type(cache) is StaticCache and batch_size > 1 and returns_cache:
         raise ValueError(
             "the rows of a batch end at different rounds and a StaticCache has no room to keep those that have ended; "
-            "leave out return_dict_in_generate and past_key_values, or pass a DynamicCache."
+            "leave out return_dict_in_generate and the cache, or pass a DynamicCache."
         )

@@ -42,7 +42,6 @@ class RoomyLayer(DynamicLayer):
         # What was full to the last column grows at the first update.
         self.keys = self._all_keys = layer.keys
         self.values = self._all_values = layer.values
-        layer.keys = layer.values = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

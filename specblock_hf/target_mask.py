@@ -20,8 +20,9 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, cache_utils
+from transformers import PreTrainedModel
 
+from .compat import layer_types
 from .target_cache import TargetCache
 from .tree import DraftTree
 
@@ -33,14 +34,6 @@ _FORMS: dict[str, Literal["boolean", "additive"]] = {
     "eager": "additive",
     "flex_attention": "additive",
 }
-
-
-def layer_types(target: PreTrainedModel) -> list[str]:
-    """
-    One of transformers' layer types for each layer that owns a part of the cache; "dummy" where 5.23 lists those that
-    do not.
-    """
-    return cache_utils.get_layer_types_and_kwargs(target.config.get_text_config(decoder=True))[0]
 
 
 def likeliest_chain(tree: DraftTree) -> DraftTree:
@@ -63,7 +56,7 @@ def likeliest_chain(tree: DraftTree) -> DraftTree:
 def layer_windows(target: PreTrainedModel) -> list[int | None]:
     """The sliding window of every layer of the decoder, `None` for one that sees all."""
     config, types = target.config.get_text_config(decoder=True), layer_types(target)
-    if "dummy" in types or len(types) < config.num_hidden_layers:
+    if "dummy" in types:
         types = config.layer_types  # those that borrow another layer's part of the cache are in it as well
     return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
 

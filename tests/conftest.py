@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers.utils import generic
 
 
 VOCAB = 32
@@ -98,3 +99,13 @@ def few_threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated(monkeypatch):
+    """transformers logs, once in a process and not as a warning, that an output was read by an old name."""
+
+    def refuse(message: str, *args: object) -> None:
+        assert "deprecated" not in message, message
+
+    monkeypatch.setattr(generic.logger, "warning_once", refuse, raising=False)

@@ -181,7 +181,7 @@ ROWS = [
 
 
 NOTES = [
-    "- With a continued `past_key_values` the drafter's context begins with the tokens that this call reads: the",
+    "- With a continued cache the drafter's context begins with the tokens that this call reads: the",
     "  states of earlier ones are not in the cache. That may cost accepted tokens, never text. Pass the whole",
     "  conversation without a cache where acceptance matters more than the prefill.",
     "- `output_hidden_states` and `output_attentions` keep a copy for every emitted token, as plain decoding",
@@ -194,7 +194,7 @@ NOTES = [
     "  layers, and in a batch whose rows accept different lengths.",
     "- A row of a batch that has stopped costs neither the drafter nor the target anything; one that may emit one",
     "  more token costs the drafter nothing. Only where the cache is handed back (`return_dict_in_generate`, a",
-    "  `past_key_values` of one's own) the target goes on computing rows that have stopped, which stay in it.",
+    "  cache of one's own) the target goes on computing rows that have stopped, which stay in it.",
     "- A drafter may lie on another device than its target (`tests/drafters/test_devices.py`): that nothing is",
     "  computed across devices is checked with fake tensors, and the text only where there is a GPU.",
 ]

@@ -20,7 +20,6 @@ from itertools import product
 
 import pytest
 import torch
-import transformers
 from batches_for_tests import garbage, oracles, padded_batch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
@@ -36,6 +35,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.compat import CACHE, OLDEST, RELEASE
 
 
 LENGTHS = (7, 3, 12, 1)
@@ -167,7 +167,7 @@ def test_the_cache_is_handed_back_as_plain_decoding_leaves_it(target, eos):
             emitted_tokens(first.sequences, eos)
         ).unsqueeze(1)
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, written.shape[1] - PROMPT), value=1) * written
-        for ours, theirs in zip(first.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        for ours, theirs in zip(first[CACHE].layers, plain[CACHE].layers, strict=True):
             seen = mask[:, None, :-1, None][:, :, -theirs.keys.shape[2] :]
             torch.testing.assert_close(ours.keys * seen, theirs.keys * seen, rtol=0, atol=5e-4)
             torch.testing.assert_close(ours.values * seen, theirs.values * seen, rtol=0, atol=5e-4)
@@ -177,7 +177,7 @@ def test_the_cache_is_handed_back_as_plain_decoding_leaves_it(target, eos):
             target.generate(
                 ids,
                 attention_mask=mask,
-                past_key_values=first.past_key_values,
+                **{CACHE: first[CACHE]},
                 max_new_tokens=12,
                 do_sample=False,
                 assistant_model=None if drafter is None else garbage(4),
@@ -255,10 +255,9 @@ def test_several_sequences_of_a_prompt_are_a_batch(target):
         "encoder_no_repeat_ngram_size",
         pytest.param(
             "encoder_repetition_penalty",
-            marks=pytest.mark.skipif(
-                transformers.__version__.startswith("5.17."), reason="plain decoding forgets half of the sequences"
-            ),
+            marks=pytest.mark.skipif(RELEASE == OLDEST, reason="plain decoding forgets half of the sequences"),
         ),
+        "prefix_allowed_tokens_fn",
     ],
 )
 def test_sequences_of_a_prompt_share_what_is_held_for_it(llama, name):
@@ -327,7 +326,7 @@ def test_a_cache_of_the_user_is_filled_for_every_row(llama):
     batch = padded_batch(LENGTHS)
     cache = DynamicCache(config=llama.config)
     plain = llama.generate(**batch, **GREEDY, eos_token_id=5)
-    output = llama.generate(**batch, **GREEDY, eos_token_id=5, past_key_values=cache, assistant_model=garbage(4))
+    output = llama.generate(**batch, **GREEDY, eos_token_id=5, **{CACHE: cache}, assistant_model=garbage(4))
     assert torch.equal(output, plain)
     assert cache.layers[0].keys.shape[0] == 4 and cache.get_seq_length() == plain.shape[1] - 1
 

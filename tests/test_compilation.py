@@ -37,6 +37,7 @@ from specblock_hf import (
     LookupDrafter,
     compile_rounds,
 )
+from specblock_hf.compat import CACHE
 from specblock_hf.compilation import ROWS
 
 
@@ -188,7 +189,7 @@ def test_calls_that_do_not_fit_run_uncompiled(llama, graphs):
         inputs | {"max_new_tokens": 20},
         batch | {"max_new_tokens": 10},
         inputs | {"max_new_tokens": 10, "return_dict_in_generate": True},
-        inputs | {"max_new_tokens": 10, "past_key_values": DynamicCache(config=llama.config)},
+        inputs | {"max_new_tokens": 10, CACHE: DynamicCache(config=llama.config)},
     ):
         llama.generate(**options, **GREEDY, assistant_model=drafter)
         assert drafter.last_statistics.rounds and not drafter.last_statistics.compiled_rounds

@@ -42,6 +42,7 @@ from transformers.generation.streamers import BaseStreamer
 import specblock_hf
 from specblock_hf import GenerationStatistics
 from specblock_hf.choice import _decided_on_host
+from specblock_hf.compat import CACHE
 from specblock_hf.drafter import DraftingPlan
 from specblock_hf.generation import round_limits
 
@@ -276,7 +277,7 @@ def test_nothing_is_recorded_that_was_not_asked_for(llama):
         prompt_of(7), max_new_tokens=9, assistant_model=oracle(llama), return_dict_in_generate=True, **GREEDY
     )
     assert output.scores is None and output.logits is None
-    assert output.past_key_values.get_seq_length() == 7 + 9 - 1
+    assert output[CACHE].get_seq_length() == 7 + 9 - 1
 
 
 def test_two_threads_share_a_target_and_a_drafter():

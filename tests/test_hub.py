@@ -436,7 +436,7 @@ def test_provenance(folders):
     assert found.keys() == {"versions", "commit", "command"}
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert found["versions"].keys() == {"specblock_hf", "transformers", "torch", "huggingface_hub", "safetensors"}
-    assert "/" not in found["command"].split()[0]
+    assert found["command"] is None  # whatever started this is no subcommand of ours, and nobody else's business
 
 
 # The commands and the way in without a hook.

@@ -15,8 +15,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from conftest import ATTENTIONS, KINDS, VOCAB, prompt_of, tiny_target
@@ -26,7 +24,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from specblock_hf import Walk
-from specblock_hf.target import FeatureTaps, TargetModel, check_transformers
+from specblock_hf.compat import CACHE
+from specblock_hf.target import FeatureTaps, TargetModel
 from specblock_hf.target_cache import TargetCache
 
 
@@ -44,7 +43,7 @@ def scorer_for(
     model_kwargs = {
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
-        "past_key_values": DynamicCache(config=target.config),
+        CACHE: DynamicCache(config=target.config),
         "use_cache": True,
         "logits_to_keep": 1,
     }
@@ -256,7 +255,7 @@ def test_a_cache_is_continued_and_left_as_plain_decoding_leaves_it(target, chunk
 
     def two_turns(assistant_model=None):
         cache = DynamicCache(config=target.config)
-        options = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 13, "return_dict_in_generate": True}
+        options = {CACHE: cache, "do_sample": False, "max_new_tokens": 13, "return_dict_in_generate": True}
         one = target.generate(first, assistant_model=assistant_model, **options)
         ids = torch.cat((one.sequences, second), dim=1)
         return target.generate(
@@ -274,9 +273,9 @@ def test_a_cache_is_continued_and_left_as_plain_decoding_leaves_it(target, chunk
         known = len(told.tokens())
         assert told.positions() == list(range(23, 23 + known))
         assert told.tokens() == text[24 : 24 + known]
-        cache = output.past_key_values
+        cache = output[CACHE]
         assert cache.get_seq_length() == len(text) - 1
-        for layer, expected in zip(cache.layers, plain.past_key_values.layers, strict=True):
+        for layer, expected in zip(cache.layers, plain[CACHE].layers, strict=True):
             torch.testing.assert_close(layer.keys, expected.keys, rtol=0, atol=5e-4)
             torch.testing.assert_close(layer.values, expected.values, rtol=0, atol=5e-4)
             assert not (layer.is_sliding and layer.record_past)
@@ -288,12 +287,12 @@ def test_only_new_tokens_may_be_passed_with_a_cache(llama):
     for drafter in (None, GarbageDrafter(VOCAB)):
         cache = DynamicCache(config=llama.config)
         with torch.no_grad():
-            llama(prompt, past_key_values=cache)
+            llama(prompt, **{CACHE: cache})
         outputs.append(
             llama.generate(
                 tail,
                 attention_mask=torch.ones(1, 13, dtype=torch.long),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=12,
                 do_sample=False,
                 assistant_model=drafter,
@@ -348,23 +347,12 @@ def test_the_hooks_listen_only_while_armed(llama):
         taps.take()
 
 
-def test_transformers_out_of_range_is_refused_or_warned_about():
-    with pytest.raises(ImportError, match=r"needs transformers 5\.17 or newer .* 5\.16\.2 is installed"):
-        check_transformers("5.16.2")
-    with pytest.warns(UserWarning, match=r"5\.24\.0\.dev0 is installed"):
-        check_transformers("5.24.0.dev0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for version in ("5.17.0", "5.20.1", "5.23.4"):
-            check_transformers(version)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
-        ({"past_key_values": "static"}, r"^the rows of a batch end .* leave out .* or pass a DynamicCache\.$"),
-        ({"past_key_values": "offloaded"}, r"^past_key_values is DynamicCache, .* that is not offloaded, or none\.$"),
-        ({"past_key_values": "full"}, r"^past_key_values already holds 6 tokens, .* crop it by one token or more"),
+        ({CACHE: "static"}, r"^the rows of a batch end .* leave out .* or pass a DynamicCache\.$"),
+        ({CACHE: "offloaded"}, r"^the cache is a DynamicCache whose .* that is not offloaded, or none\.$"),
+        ({CACHE: "full"}, r"^the cache already holds 6 tokens, .* crop it by one token or more"),
         (
             {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])},
             r"^attention_mask hides the last token .* on the left",
@@ -375,17 +363,17 @@ def test_unsupported_inputs_end_in_one_sentence(llama, kwargs, sentence):
     from transformers import StaticCache
 
     inputs = {"input_ids": prompt_of(6)} | kwargs
-    if kwargs.get("past_key_values") == "static":
+    if kwargs.get(CACHE) == "static":
         inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
-        inputs["past_key_values"] = StaticCache(config=llama.config, max_cache_len=20)
-    elif kwargs.get("past_key_values") == "offloaded":
+        inputs[CACHE] = StaticCache(config=llama.config, max_cache_len=20)
+    elif kwargs.get(CACHE) == "offloaded":
         cache = DynamicCache(config=llama.config)
         cache.offloading = True
-        inputs["past_key_values"] = cache
-    elif kwargs.get("past_key_values") == "full":
-        inputs["past_key_values"] = cache = DynamicCache(config=llama.config)
+        inputs[CACHE] = cache
+    elif kwargs.get(CACHE) == "full":
+        inputs[CACHE] = cache = DynamicCache(config=llama.config)
         with torch.no_grad():
-            llama(inputs["input_ids"], past_key_values=cache)
+            llama(inputs["input_ids"], **{CACHE: cache})
     with pytest.raises(ValueError, match=sentence):
         llama.generate(**inputs, max_new_tokens=4, assistant_model=GarbageDrafter(VOCAB))
 

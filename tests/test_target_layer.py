@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from specblock_hf import target_layer
+from specblock_hf.compat import CACHE
 from specblock_hf.target_layer import STEP, RoomyLayer
 
 
@@ -90,12 +91,12 @@ def test_a_cache_that_is_handed_back_has_stock_layers_without_spare_room(llama, 
             **batch,
             max_new_tokens=12,
             do_sample=False,
-            past_key_values=cache,
+            **{CACHE: cache},
             return_dict_in_generate=True,
             assistant_model=garbage(len(batch["input_ids"])),
         )
-        assert not passed_in or output.past_key_values is cache
-        for layer in output.past_key_values.layers:
+        assert not passed_in or output[CACHE] is cache
+        for layer in output[CACHE].layers:
             assert type(layer) is DynamicLayer and layer.keys.is_contiguous()
             assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
 
@@ -105,5 +106,5 @@ def test_a_cache_has_its_layers_back_after_a_call_that_failed():
     drafter = GarbageDrafter(VOCAB)
     drafter.draft = lambda state, limits: (_ for _ in ()).throw(NotImplementedError)
     with pytest.raises(NotImplementedError):
-        target.generate(prompt_of(6), max_new_tokens=8, past_key_values=cache, assistant_model=drafter)
+        target.generate(prompt_of(6), max_new_tokens=8, **{CACHE: cache}, assistant_model=drafter)
     assert all(type(layer) is DynamicLayer for layer in cache.layers) and cache.get_seq_length() == 6

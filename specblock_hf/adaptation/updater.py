@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..devices import without_cudnn_attention
 from ..drafter import TreeDrafter
 from ..modeling_eagle3 import Eagle3Model
 from ..modeling_specblock import SpecBlockModel
@@ -136,6 +137,7 @@ class DrafterUpdater:
         """What an update will train on: the windows of every step."""
         return buffer.draw(self.settings.steps, self.settings.batch_tokens, self.random)
 
+    @without_cudnn_attention
     def train(self, scope: Literal["head", "full"], steps: Sequence[Sequence[Window]]) -> dict[str, float]:
         """
         Train the second copy for one update; the first one is not touched.
@@ -219,6 +221,7 @@ class DrafterUpdater:
         return self.tokens_a_round(now, windows) / self.tokens_a_round(then, windows)
 
     @torch.no_grad()
+    @without_cudnn_attention
     def tokens_a_round(self, drafter: Any, windows: Sequence[Window]) -> float:
         """
         What a drafter would be worth on texts, without decoding them.

@@ -32,13 +32,14 @@ from transformers import PreTrainedModel
 
 from ..demo import PROMPTS
 from ..drafter import DraftingPlan
-from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly, write_whole
+from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly
 from ..evaluation.methods import TREES, Method, MethodLoader
 from ..evaluation.plans import apply_plans, choose_plans
 from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
 from ..evaluation.suites import load_prompts, own_prompts
 from ..evaluation.summary import summarise
+from ..saving import save_text_whole
 from ..terminal import DEFAULT_DRAFTER, encode, load_target
 
 
@@ -114,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
     )
     summary = summarise(setting, rows)
     text = markdown(summary)
-    write_whole(folder.folder / "results.json", json.dumps(summary, indent=1) + "\n")
-    write_whole(folder.folder / "results.md", text)
+    save_text_whole(folder.folder / "results.json", json.dumps(summary, indent=1) + "\n")
+    save_text_whole(folder.folder / "results.md", text)
     pictures = draw_benchmark(summary, folder.folder) if args.plots else []
     print(text)
     print(f"written: {', '.join(map(str, [folder.folder / 'results.md', folder.folder / 'results.json', *pictures]))}")

@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard
 from ..auto import AutoDrafter
 from ..conversion import Layout, layout_of
 from ..hub import CardFacts, DrafterFiles, publish
+from ..provenance import published
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             license=args.license,
             language=tuple(args.language),
             datasets=tuple(args.dataset),
-            training=_read(args.training),
+            training=_published(_read(args.training)),
             results=_read(args.results),
         )
         card = drafter.model_card(args.repo, facts)
@@ -70,6 +71,13 @@ def run(args: argparse.Namespace) -> None:
         commit_message=args.message,
     )
     print(commit.pr_url or commit.commit_url)
+
+
+def _published(training: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Hyperparameters as a card may show them: of paths the last component."""
+    if training is None:
+        return None
+    return {name: published(value) if isinstance(value, str) else value for name, value in training.items()}
 
 
 def _read(path: str | None) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..callbacks import DraftingCall, DraftingCallback
 from ..drafter import TreeDrafter
+from ..saving import save_text_whole
 from ..statistics import GenerationStatistics
 from ..training.data import render_prompt
 from ..tree import DraftTree
@@ -322,7 +323,7 @@ class ResultFolder:
             return setting
         setting = {"conditions": dict(conditions), "plans": dict(plan())}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._setting, json.dumps(setting, indent=1) + "\n")
+        save_text_whole(self._setting, json.dumps(setting, indent=1) + "\n")
         return setting
 
     def rows(self, units: Sequence[Unit], num_methods: int) -> list[Row]:
@@ -338,7 +339,7 @@ class ResultFolder:
         found = Counter(_key(row) for row in rows)
         done = {unit.key for unit in units if found[unit.key] == len(unit.turns) * num_methods}
         complete = [row for row in rows if _key(row) in done]
-        write_whole(self.answers, "".join(json.dumps(row) + "\n" for row in complete))
+        save_text_whole(self.answers, "".join(json.dumps(row) + "\n" for row in complete))
         return complete
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -347,13 +348,6 @@ class ResultFolder:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def evenly(prompts: Sequence[EvaluationPrompt], limit: int | None) -> list[EvaluationPrompt]:

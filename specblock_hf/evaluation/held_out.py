@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..devices import without_cudnn_attention
 from ..drafter import TokenTable
 from ..training.batches import batches_of_epoch, collate, draft_ids_of
 from ..training.data import Example
@@ -29,6 +30,7 @@ from ..training.report import describe_counts
 
 
 @torch.no_grad()
+@without_cudnn_attention
 def held_out_rates(
     drafter: PreTrainedModel,
     table: TokenTable,

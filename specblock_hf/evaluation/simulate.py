@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
-from ..generation import round_limits
+from ..generation import draft, round_limits
 from ..training.data import Example
 from ..training.features import TargetView
 from ..verification import Select, sample_and_walk
@@ -110,8 +110,7 @@ def _walk_text(
     # As in `generate()`, no tree is deeper than what may still be emitted, the last of which is the target's own.
     while end + 2 < len(text):
         limits = round_limits(plan, [len(text) - end - 1])
-        with drafter.lock:
-            tree = drafter.propose(state, pairs_between(done, end), limits).worth(plan.min_probability)
+        tree = draft(drafter, state, pairs_between(done, end), limits).worth(plan.min_probability)
         walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from ..compat import CACHE
+from ..devices import without_cudnn_attention
 from .slot_cache import SlotCache
 
 
@@ -159,6 +161,7 @@ class Answering:
                 yield finished
 
     @torch.inference_mode()
+    @without_cudnn_attention
     def _read(self, prompts: list[Prompt], slots: list[int]) -> None:
         """Read prompts into free slots and choose their answers' first tokens."""
         device = self.target.device
@@ -168,9 +171,9 @@ class Answering:
             input_ids=inputs,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         ).logits
         at = torch.tensor(slots, device=device)
         self.cache.place(at, cache, mask.bool())
@@ -184,6 +187,7 @@ class Answering:
         self._choose(logits[:, -1], at)
 
     @torch.inference_mode()
+    @without_cudnn_attention
     def _step(self) -> None:
         """One more token for every slot; what comes to a free one is never looked at."""
         busy = [slot for slot, prompt in enumerate(self.prompts) if prompt is not None]
@@ -192,9 +196,9 @@ class Answering:
             input_ids=self.tokens[:, None],
             attention_mask=mask,
             position_ids=self.positions[:, None],
-            past_key_values=self.cache.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self.cache.cache},
         ).logits
         at = torch.tensor(busy, device=self.target.device)
         self.positions[at] += 1

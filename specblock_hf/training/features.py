@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..devices import without_cudnn_attention
+from ..saving import save_file_whole, save_text_whole
 from .data import Example
 
 
@@ -49,6 +50,7 @@ class TargetView:
 
 
 @torch.no_grad()
+@without_cudnn_attention
 def view_target(
     target: PreTrainedModel, examples: Sequence[Example], feature_layers: Sequence[int], top_k: int
 ) -> list[TargetView]:
@@ -132,7 +134,7 @@ class FeatureStore:
             raise ValueError(f"{self.folder} holds views of {found}, not of {meta}; remove it or name another folder.")
         number, count = part
         if number == 0:
-            _write_aside(meta_path, lambda path: path.write_text(json.dumps(meta)))
+            save_text_whole(meta_path, json.dumps(meta))
         self._look()
         # Shards of few lengths, so that batches need little padding. They are the same in every process, whatever the
         # others have written by now.
@@ -167,7 +169,7 @@ class FeatureStore:
             tensors[f"{slot}.top_probs"] = view.top_probs
         keys = " ".join(self.keys[index] for index in members)
         name = f"views-{hashlib.sha256(keys.encode()).hexdigest()[:16]}.safetensors"
-        _write_aside(self.folder / name, lambda path: save_file(tensors, path, metadata={"keys": keys}))
+        save_file_whole(self.folder / name, lambda path: save_file(tensors, path, metadata={"keys": keys}))
 
     def __getitem__(self, index: int) -> TargetView:
         key = self.keys[index]
@@ -181,10 +183,3 @@ class FeatureStore:
 def _key(example: Example) -> str:
     """Views are of this very text, answered from this very place."""
     return hashlib.sha256(json.dumps([example.answer_start, example.input_ids]).encode()).hexdigest()
-
-
-def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    write(partial)
-    os.replace(partial, path)

@@ -22,17 +22,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
-import huggingface_hub
 from huggingface_hub import AsyncInferenceClient, ChatCompletionOutput, InferenceTimeoutError
 from huggingface_hub.errors import HfHubHTTPError
-from packaging.version import Version
 from transformers import PreTrainedTokenizerBase
 
+from ..compat import HTTP
 from .answering import Prompt
 
 
 # What the client lets through when there is no connection comes from the package that it is built on.
-_HTTP = import_module("httpx2" if Version(huggingface_hub.__version__) >= Version("2.0") else "httpx")
+_HTTP = import_module(HTTP)
 
 
 ENGINES: dict[str, dict] = {

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 
+from ..compat import layer_types
+
 
 SPARE_COLUMNS = 64  # steps between two shifts of everything to the left
 ATTENTIONS = {"full_attention", "sliding_attention", "dummy"}  # the last have no part of the cache of their own
@@ -71,7 +73,7 @@ class SlotCache:
     """
 
     def __init__(self, target: PreTrainedModel, slots: int, longest: int):
-        types = cache_utils.get_layer_types_and_kwargs(target.config.get_text_config(decoder=True))[0]
+        types = layer_types(target)
         if others := sorted(set(types) - ATTENTIONS):
             raise ValueError(
                 f"{type(target).__name__} has layers of {', '.join(others)}, whose state cannot be "

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,9 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..devices import without_cudnn_attention
 from ..drafter import TokenTable
+from ..saving import save_folder_whole, save_text_whole
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .clock import StepClock
@@ -195,6 +196,7 @@ class DrafterTrainer:
         """Tokens of the answers, which are the ones that the loss counts."""
         return sum(len(e.input_ids) - e.answer_start for batch in batches for e in (self.examples[i] for i in batch))
 
+    @without_cudnn_attention
     def gradients(self, batches: list[list[int]], progress: float) -> dict[str, torch.Tensor]:
         """
         Leave the mean gradient of all processes' batches in the weights; returns this process's outputs.
@@ -274,18 +276,15 @@ class DrafterTrainer:
             self.drafter.save_pretrained(folder, state_dict=weights)
 
     def save(self) -> None:
-        """A checkpoint, written aside and moved into place, so that a kill at any moment leaves a whole one behind."""
+        """A checkpoint, whole or not at all, so that a kill at any moment leaves one behind."""
         weights, optimizer = self.state_dicts()
         if self.accelerator.is_main_process:
-            final = self.folder / f"checkpoint-{self.step}"
-            partial = self.folder / "checkpoint.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self.save_drafter(partial, weights)
             state = {"optimizer": optimizer, "step": self.step, "tokens_seen": self.tokens_seen}
-            torch.save(state | {"batches_a_step": self.batches_a_step}, partial / "trainer.pt")
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(partial, final)
+            state["batches_a_step"] = self.batches_a_step
+            final, aside = self.folder / f"checkpoint-{self.step}", self.folder / "checkpoint.partial"
+            with save_folder_whole(final, partial=aside) as partial:
+                self.save_drafter(partial, weights)
+                torch.save(state, partial / "trainer.pt")
             for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -304,12 +303,11 @@ class DrafterTrainer:
         if found:
             self.load(found[-1])
         self.accelerator.wait_for_everyone()
-        log, partial = self.folder / "log.jsonl", self.folder / "log.partial"
+        log = self.folder / "log.jsonl"
         if log.exists() and self.accelerator.is_main_process:
             # A kill may have cut the last line off; the steps behind the checkpoint are about to be taken again.
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
-            os.replace(partial, log)
+            save_text_whole(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / "trainer.pt", weights_only=True)

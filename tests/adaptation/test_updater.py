@@ -19,6 +19,7 @@ import io
 
 import pytest
 import torch
+from attention_for_tests import only_ours, watched_attention
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, WatchedLock
 from serving_for_tests import GREEDY, same, weights_of
@@ -56,6 +57,16 @@ def test_an_update_changes_only_the_trained_copy_until_it_is_published():
     assert not any(torch.equal(a, b) for a, b in zip(weights_of(updater.trained), before, strict=True))
     updater.publish()
     assert same(weights_of(updater.deployed), weights_of(updater.trained))
+
+
+def test_no_update_reaches_cudnn():
+    buffer, updater = filled_buffer(), updater_of(drift_weight=0.1)
+    steps, before = updater.draw(buffer), updater.snapshot()
+    with watched_attention() as trained:
+        updater.train("full", steps)
+    with watched_attention() as judged:
+        updater.share_kept(before, steps[0])
+    assert only_ours(trained) and only_ours(judged)
 
 
 def test_what_comes_into_service_is_the_average_of_all_steps():

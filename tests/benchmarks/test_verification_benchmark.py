@@ -26,6 +26,8 @@ from test_sampled_generation import drafter_for
 from test_verification import tree_of
 from transformers import DynamicCache
 
+from specblock_hf.compat import CACHE
+
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "verification.py"
 
@@ -45,7 +47,7 @@ def test_trees_at_several_places_are_scored_as_texts_of_their_own(verification):
     for tree, root in zip(trees, roots, strict=True):
         tree.tokens[0, 0] = ids[0, root]
     cache = DynamicCache(config=target.config)
-    target(ids, past_key_values=cache)
+    target(ids, **{CACHE: cache})
     scored = verification.score(target, cache, trees, roots)
     paths = [[[], [1], [1, 2], [3]], [[], [4]], [[], [5], [6], [6, 7]]]
     for logits, spelled, root in zip(scored, paths, roots, strict=True):

@@ -24,6 +24,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_for_tests import only_ours, watched_attention
+from baselines_for_tests import baseline
+from block_drafters_for_tests import block_drafter
 from conftest import VOCAB, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,9 +57,11 @@ def arguments(folder, **overrides) -> DrafterTrainingArguments:
     return DrafterTrainingArguments(output_dir=str(folder), **(fields | overrides))
 
 
-def tiny_trainer(folder, rows: int = 8, evaluate=None, seed: int = 1, objective=None, accelerator=None, **overrides):
+def tiny_trainer(
+    folder, rows: int = 8, evaluate=None, seed: int = 1, objective=None, accelerator=None, drafter=None, **overrides
+):
     target = tiny_target("llama")
-    drafter, table = tiny_drafter(seed), TokenTable.of(target)
+    drafter, table = drafter or tiny_drafter(seed), TokenTable.of(target)
     examples = [example_of(tokens, 3) for tokens in Told(rows, 18).tokens.tolist()]
     views = view_target(target, examples, drafter.feature_layers, 5)
     args = arguments(folder, **overrides)
@@ -122,6 +127,21 @@ def test_collate_pads_and_marks_the_answers():
         assert torch.equal(batch.top_probs[row, start : len(examples[row].input_ids)], view.top_probs)
     assert (batch.top_ids[~batch.scored] == -1).all()
     assert (batch.top_ids[batch.scored] == -1).any() and (batch.top_ids[batch.scored] >= 0).any()
+
+
+@pytest.mark.parametrize("name", ["specblock", "eagle3", "parallelspec", "falcon_drafter", "dflash"])
+def test_no_step_reaches_cudnn(name, tmp_path):
+    own = {"specblock": tiny_drafter, "dflash": block_drafter}
+    drafter = own[name]() if name in own else baseline(name)
+    trainer = tiny_trainer(tmp_path, drafter=drafter)
+    with watched_attention() as seen:
+        trainer.train_step(next(trainer.batches_from(0)))
+    assert only_ours(seen)
+
+
+def test_transformers_knows_that_layers_cannot_be_run_again_in_the_backward_pass():
+    # Later blocks read the keys of earlier ones, and transformers runs such layers without a cache.
+    assert not tiny_drafter().supports_gradient_checkpointing
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):

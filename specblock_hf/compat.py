@@ -1,0 +1,107 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What differs between the supported releases of transformers and of what it pulls. Nothing else in the package asks for
+a version, and every entry says when it can go.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import TYPE_CHECKING
+
+# As modules, and nothing of this package: an old release must get as far as the check.
+import huggingface_hub
+import transformers
+
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+OLDEST, NEWEST = (5, 17), (5, 24)
+"""Releases that every change is tested with."""
+
+RELEASE = _release(transformers.__version__)
+"""The release that is installed."""
+
+
+def check_transformers(version: str = transformers.__version__) -> None:
+    """
+    Refuse a transformers release that is too old, warn about one that nobody has tried.
+
+    Args:
+        version (`str`, *optional*, defaults to the installed release).
+
+    Raises:
+        ImportError: Below 5.17.
+    """
+    if _release(version) < OLDEST:
+        raise ImportError(
+            f"specblock_hf needs transformers 5.17 or newer because it relies on that release's caches, and {version} "
+            "is installed; run pip install -U transformers."
+        )
+    if _release(version) > NEWEST:
+        warnings.warn(
+            f"specblock_hf was tested with transformers 5.17 to 5.24 and {version} is installed, whose caches may "
+            "differ; install transformers==5.24.* if a call fails.",
+            stacklevel=2,
+        )
+
+
+CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
+"""
+What a cache is called in forwards, in `model_kwargs` and in outputs. 5.24 renamed it and warns of the old name.
+Can go once 5.24 is the oldest.
+"""
+
+HTTP = "httpx2" if _release(huggingface_hub.__version__) >= (2, 0) else "httpx"
+"""
+The package that huggingface_hub's client is built on, whose errors it lets through. Can go once the oldest release
+asks for huggingface_hub 2.0.
+"""
+
+
+def crop(cache: Cache, columns: int) -> None:
+    """
+    Drop the last columns of a cache. Once 5.24 is the oldest this is `cache.crop(-columns)`, which static caches lack
+    before.
+
+    Args:
+        cache ([`~transformers.DynamicCache`] or [`~transformers.StaticCache`]): All its layers hold as much.
+        columns (`int`): May be 0, with which layers that slide return to their window.
+    """
+    if isinstance(cache, transformers.StaticCache):
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(columns)
+    else:
+        cache.crop(-columns)
+
+
+def layer_types(target: PreTrainedModel) -> list[str]:
+    """
+    One of transformers' layer types for each layer of the decoder, "dummy" for one without a part of the cache. Before
+    5.23 transformers leaves those out; once that is the oldest, this is its own list.
+    """
+    config = target.config.get_text_config(decoder=True)
+    types = transformers.cache_utils.get_layer_types_and_kwargs(config)[0]
+    return types + ["dummy"] * (config.num_hidden_layers - len(types))
+
+
+__all__ = ["CACHE", "HTTP", "NEWEST", "OLDEST", "RELEASE", "check_transformers", "crop", "layer_types"]

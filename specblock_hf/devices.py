@@ -1,0 +1,59 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What forwards may use of a device."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ContextDecorator
+from typing import Any
+
+from torch.backends import cuda
+
+
+class _WithoutCudnnAttention(ContextDecorator):
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._left_out = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                others = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
+                self._left_out = cuda.cudnn_sdp_enabled() and any(enabled() for enabled in others)
+                if self._left_out:
+                    cuda.enable_cudnn_sdp(False)
+            self._inside += 1
+
+    def __exit__(self, *exc_info: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._left_out:
+                cuda.enable_cudnn_sdp(True)
+
+
+without_cudnn_attention = _WithoutCudnnAttention()
+"""
+A context, or a decorator, for every forward over shapes that change from round to round or from batch to batch. For
+masked attention torch prefers cuDNN on Hopper, which plans each new shape: 14 ms a layer forward and 42 backward on an
+H100. What else the user has allowed stays allowed, and nothing changes for a user who has allowed cuDNN alone. The
+backward pass takes the backend of its forward.
+
+torch keeps this setting for the whole process, so that it is taken back when the last of several threads has left.
+`torch.nn.attention.sdpa_kernel` would restore what it found, which may be what another thread has set for a moment.
+"""
+
+
+__all__ = ["without_cudnn_attention"]
