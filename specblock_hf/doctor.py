@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import GenerationMixin
+from transformers import PreTrainedModel
 
 from .calibration import calibrate
 from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
+from .drafter import TreeDrafter
+from .generation import is_installed
 from .statistics import GenerationStatistics
 from .terminal import add_model_arguments, ask, encode, load_models
 
@@ -40,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """
     target, tokenizer, drafter = load_models(args)
     print(describe_setting(target))
-    print(f"hook in generate(): {'installed' if hook_installed() else 'missing; call specblock_hf.install()'}")
-    print(f"compatible: yes ({drafter.label} reads hidden states {list(drafter.feature_layers)})")
+    print(f"hook in generate(): {'installed' if is_installed() else 'missing; call specblock_hf.install()'}")
+    print(f"compatible: yes ({describe_reading(target, drafter)})")
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
     if not args.plan:
@@ -56,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
     return int(speedup <= 1)
 
 
-def hook_installed() -> bool:
-    """Whether `generate()` knows tree drafters in this process."""
-    methods = (GenerationMixin._validate_generation_mode, GenerationMixin._assisted_decoding)
-    return all("_specblock_hook" in vars(method) for method in methods)
+def describe_reading(target: PreTrainedModel, drafter: TreeDrafter) -> str:
+    """What a drafter reads of this target, those layers too that its checkpoint does not record."""
+    layers, depth = drafter.network.feature_layers_for(target), target.config.get_text_config().num_hidden_layers
+    names = {0: "the embedding", depth: "the final norm"}
+    states = [names.get(layer, f"layer {layer}") for layer in layers]
+    return f"{drafter.label} reads what leaves {', '.join(states) or 'no layer'} of the target's {depth} layers"
 
 
 def diagnose(step: float, figures: GenerationStatistics, speedup: float) -> list[str]:

@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import wraps
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,13 @@ if TYPE_CHECKING:
 
 # Sources of drafts that `generate()` has itself, and its lossy verification. Together with a drafter they would be
 # ignored.
-_RIVAL_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "assistant_ensemble_weight")
+RIVAL_OPTIONS = (
+    "assistant_early_exit",
+    "assistant_ensemble_weight",
+    "prompt_lookup_num_tokens",
+    "speculation_type",
+    "use_mtp",
+)
 
 
 def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, device: torch.device) -> DraftingPlan:
@@ -249,7 +256,7 @@ def check_request(
             f"{mode.value.replace('_', ' ')}; set num_beams=1 and leave out penalty_alpha, dola_layers and "
             "constraints, or drop assistant_model."
         )
-    rivals = [option for option in _RIVAL_OPTIONS if getattr(generation_config, option)]
+    rivals = [option for option in RIVAL_OPTIONS if getattr(generation_config, option)]
     if rivals:
         raise ValueError(
             f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
@@ -282,10 +289,16 @@ def install() -> None:
     """
     for name, wrap in (("_validate_generation_mode", _wrap_validate), ("_assisted_decoding", _wrap_assisted_decoding)):
         method = getattr(GenerationMixin, name)
-        if not _is_ours(method):
+        if not _leads_to_ours(method):
             wrapper = wrap(method)
             wrapper._specblock_hook = wrapper
             setattr(GenerationMixin, name, wrapper)
+
+
+def is_installed() -> bool:
+    """Whether `generate()` runs [`TreeDrafter`]s, others' wrappers around ours included."""
+    methods = (GenerationMixin._validate_generation_mode, GenerationMixin._assisted_decoding)
+    return all(map(_leads_to_ours, methods))
 
 
 def uninstall() -> None:
@@ -302,6 +315,10 @@ def uninstall() -> None:
 def _is_ours(method: Any) -> bool:
     # Compared with itself, because `functools.wraps` copies the mark onto wrappers around ours.
     return method.__dict__.get("_specblock_hook") is method
+
+
+def _leads_to_ours(method: Any) -> bool:
+    return _is_ours(unwrap(method, stop=_is_ours))
 
 
 def _wrap_validate(original: Any) -> Any:

@@ -47,6 +47,7 @@ from verdicts_for_tests import (
 )
 
 from specblock_hf import DraftingPlan, TreeDrafter
+from specblock_hf.compat import CACHE
 from specblock_hf.custom_generate import generate_without_hook
 
 
@@ -187,7 +188,9 @@ class Conversation:
 
     def _inputs(self, cache: Any) -> dict[str, Any]:
         given = {name: value.clone() for name, value in self.batch.items()}
-        return given if cache is None else given | {"past_key_values": cache}
+        # The name before 5.24, too, which later releases go on knowing.
+        name = CACHE if self.case.seed % 8 else "past_key_values"
+        return given if cache is None else given | {name: cache}
 
     def _options(self) -> dict[str, Any]:
         case = self.case
@@ -372,4 +375,4 @@ def _marks(target: nn.Module) -> tuple:
 def _cache_of(output: Any) -> Any:
     if output is None:
         return None
-    return output["cache"] if "cache" in output else output["past_key_values"]
+    return output[CACHE]

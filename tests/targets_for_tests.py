@@ -53,7 +53,7 @@ ROPES: dict[str, dict[str, Any]] = {
 ROPE_FAMILIES = ("llama", "qwen3", "phi3")  # the last takes longrope only
 TIGHT_FAMILIES = ("gpt2", "opt", "gptj")
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
-EAGER_FAMILIES = ("gptj", "gpt_oss", "bloom", "mamba")
+EAGER_FAMILIES = ("gemma2", "gptj", "gpt_oss", "bloom", "mamba")
 
 _NAMELESS = {name: SIZES[name] for name in ("initializer_range", "bos_token_id", "eos_token_id")}
 _GPT = _NAMELESS | {"n_embd": 32, "n_head": 4}

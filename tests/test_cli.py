@@ -16,8 +16,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import string
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,11 +28,22 @@ from conftest import VOCAB, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specblock_hf import GenerationStatistics, SpecBlockConfig, cli, demo, terminal, uninstall
-from specblock_hf.doctor import diagnose, hook_installed
+from specblock_hf import (
+    Eagle3Config,
+    Eagle3Drafter,
+    GenerationStatistics,
+    JoinedDrafter,
+    LookupDrafter,
+    MedusaConfig,
+    MedusaDrafter,
+    SpecBlockConfig,
+    cli,
+    demo,
+    terminal,
+)
+from specblock_hf.doctor import describe_reading, diagnose
 from specblock_hf.drafters.specblock import SpecBlockDrafter
 from specblock_hf.evaluation.divergence import Divergence
-from specblock_hf.generation import install
 from specblock_hf.terminal import Answer
 
 
@@ -100,6 +113,27 @@ def test_an_interrupt_is_quiet(commands, capsys):
     commands(run)
     assert cli.main(["work"]) == 130
     assert capsys.readouterr().err == ""
+
+
+ROOT = Path(__file__).parents[1]
+RUN_AS_MODULES = {
+    module
+    for text in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*")]
+    for module in re.findall(r"-m (specblock_hf[\w.]*)", text.read_text())
+}
+
+
+def test_the_fsdp_example_names_its_own_command():
+    command = (ROOT / "examples" / "fsdp.yaml").read_text().splitlines()[0]
+    assert re.match(r"# accelerate launch --config_file examples/fsdp\.yaml .* -m specblock_hf train ", command)
+
+
+@pytest.mark.parametrize("module", sorted(RUN_AS_MODULES))
+def test_a_module_that_a_documented_command_runs_does_something(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launched", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(module, run_name="__main__")
+    assert exit.value.code == 0 and "regenerate" in capsys.readouterr().out
 
 
 ALPHABET = f"_?{string.ascii_lowercase}0123"
@@ -213,7 +247,8 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     output = capsys.readouterr().out
     assert f"torch {torch.__version__}" in output
     assert "hook in generate(): installed\n" in output
-    assert "compatible: yes (SpecBlockDrafter + LookupDrafter reads hidden states [2, 2, 1])\n" in output
+    reads = "SpecBlockDrafter + LookupDrafter reads what leaves layer 2, layer 2, layer 1 of the target's 4 layers"
+    assert f"compatible: yes ({reads})\n" in output
     assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
 
@@ -239,14 +274,19 @@ def test_diagnosis():
     assert "give a larger --max-new-tokens" in diagnose(0.025, GenerationStatistics(), 1.0)[0]
 
 
-def test_the_hook_is_seen():
-    assert hook_installed()
-    uninstall()
-    try:
-        assert not hook_installed()
-    finally:
-        install()
-    assert hook_installed()
+def test_doctor_names_the_layers_that_a_checkpoint_does_not_record():
+    target = tiny_target("llama")
+    medusa = MedusaDrafter(MedusaConfig.for_target(target.config, feature_layers=[-1]))
+    assert describe_reading(target, JoinedDrafter(medusa, LookupDrafter(target.config))) == (
+        "MedusaDrafter + LookupDrafter reads what leaves the final norm of the target's 4 layers"
+    )
+    eagle = Eagle3Drafter(Eagle3Config.for_target(target.config, feature_layers=[-1, -1, -1]))
+    assert describe_reading(target, eagle) == (
+        "Eagle3Drafter reads what leaves layer 2, layer 2, layer 1 of the target's 4 layers"
+    )
+    assert describe_reading(target, LookupDrafter(target.config)) == (
+        "LookupDrafter reads what leaves no layer of the target's 4 layers"
+    )
 
 
 def test_a_missing_drafter_ends_in_one_sentence(models_on_disk, monkeypatch, tmp_path, capsys):

@@ -44,7 +44,7 @@ from specblock_hf import GenerationStatistics
 from specblock_hf.choice import _decided_on_host
 from specblock_hf.compat import CACHE
 from specblock_hf.drafter import DraftingPlan
-from specblock_hf.generation import round_limits
+from specblock_hf.generation import is_installed, round_limits
 
 
 GREEDY = {"do_sample": False}
@@ -410,12 +410,14 @@ def test_uninstall_gives_back_the_very_methods():
     originals = [method.__wrapped__ for method in ours]
     specblock_hf.install()
     assert [getattr(GenerationMixin, name) for name in HOOKED] == ours  # twice is once
+    assert is_installed()
     try:
         specblock_hf.uninstall()
         specblock_hf.uninstall()
         assert [getattr(GenerationMixin, name) for name in HOOKED] == originals
         assert all(method.__module__ == "transformers.generation.utils" for method in originals)
         assert not any(hasattr(method, "__wrapped__") for method in originals)
+        assert not is_installed()
         specblock_hf.install()
         assert [getattr(GenerationMixin, name).__wrapped__ for name in HOOKED] == originals
     finally:
@@ -432,9 +434,10 @@ def test_a_wrapper_around_ours_stays(monkeypatch):
     monkeypatch.setattr(GenerationMixin, "_assisted_decoding", theirs)
     try:
         specblock_hf.uninstall()
-        assert GenerationMixin._assisted_decoding is theirs
+        assert GenerationMixin._assisted_decoding is theirs and not is_installed()  # one of the two is gone
     finally:
         specblock_hf.install()
+    assert GenerationMixin._assisted_decoding is theirs and is_installed()
     target = tiny_target("llama")
     output = target.generate(prompt_of(7), max_new_tokens=10, assistant_model=oracle(target), **GREEDY)
     assert output[0].tolist() == plain_text(target, 10)
