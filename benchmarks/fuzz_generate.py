@@ -41,7 +41,7 @@ from tqdm import tqdm
 SAVED_EVERY = 100  # calls, so that a run that was cut short has something to say
 CHUNK = 10  # calls that a worker is given at a time
 MEMORY = 12 * 2**30  # bytes that a worker may ask for: what wants more has lost its bound
-KEPT_FAULTS = 50
+KEPT_FAULTS, KEPT_SEEDS = 200, 10
 SLOWEST = 10
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -65,7 +65,7 @@ class Record:
         draws (`Counter`): Calls by what was drawn.
         refusals (`Counter`): Calls by the sentence that refused them.
         plain_raises (`Counter`): Calls by what plain decoding raised.
-        faults (`list[dict]`): The first ones, with their seeds.
+        faults (`dict[str, list[int]]`): What was wrong, with the first seeds of each.
         slowest (`list[dict]`): Seconds and seeds.
     """
 
@@ -77,7 +77,7 @@ class Record:
     draws: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
     plain_raises: Counter[str] = field(default_factory=Counter)
-    faults: list[dict[str, Any]] = field(default_factory=list)
+    faults: dict[str, list[int]] = field(default_factory=dict)
     slowest: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -95,7 +95,8 @@ class Record:
         elif outcome == "plain raises":
             self.plain_raises[detail] += 1
         elif outcome in FAULTS and len(self.faults) < KEPT_FAULTS:
-            self.faults.append({"seed": seed, "outcome": outcome, "detail": detail})
+            seeds = self.faults.setdefault(f"{outcome}: {detail}", [])
+            seeds += [seed] * (len(seeds) < KEPT_SEEDS)
         self.slowest.append({"seed": seed, "seconds": round(seconds, 2)})
         self.slowest = sorted(self.slowest, key=lambda call: -call["seconds"])[:SLOWEST]
 
