@@ -12,6 +12,10 @@ BENCH_OUTPUT ?= runs/bench
 # Files of tests beside each other, one thread each: tiny models lose more than they gain from several.
 PYTEST := -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
+# What a release of transformers is likeliest to break, some minutes in all.
+LATEST_TESTS := $(addprefix tests/, test_private_apis.py test_compat.py test_generation.py test_target.py test_target_layer.py \
+	test_batches.py test_generate_matrix.py test_custom_generate.py test_loading.py drafters training/test_answering.py)
+
 .PHONY: help setup setup-compat setup-latest demo bench train-smoke test test-compat test-latest lint
 
 help:

@@ -33,6 +33,7 @@ from .choice import TokenChoice
 from .compat import CACHE
 from .devices import without_cudnn_attention
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from .proposal import propose, scored_nodes
 from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
 from .target import TargetModel
@@ -91,8 +92,8 @@ def round_limits(
 @without_cudnn_attention
 def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
     """
-    A tree for each row that may still draft and a root for the others. Those have stopped, or have one token left, or
-    never were to draft, and will not again: the drafter does not hear of them any more.
+    A tree within its limits for each row that may still draft, and a root for the others. Those have stopped, or have
+    one token left, or never were to draft, and will not again: the drafter does not hear of them any more.
 
     Args:
         drafter ([`TreeDrafter`]): Held by its lock while it drafts.
@@ -102,15 +103,13 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
     """
     rows = [row for row, nodes in enumerate(limits.nodes) if nodes]
     if rows and len(rows) == len(limits.nodes):
-        with drafter.lock:
-            return drafter.propose(state, pairs, limits)
-    roots = pairs.tokens.gather(1, (pairs.lengths - 1).clamp_min(0).unsqueeze(1)).clamp_min(0).squeeze(1)
+        return propose(drafter, state, pairs, limits)
+    roots = pairs.last_tokens()
     if not rows:
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    with drafter.lock:
-        return drafter.propose(state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
+    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
 
 
 def decode(
@@ -179,7 +178,7 @@ def decode(
         scored = target.score(tree)
         clock.lap("verify")
         listeners.on_verify(call, tree, scored)
-        read = choice.see(tree, scored.logits, scored.rows)
+        read = scored_nodes(choice.see(tree, scored.logits, scored.rows))
         walk = verify(read, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The adapter around a stock transformers model: the only place that knows transformers' caches, masks and version
-differences.
+The adapter around a stock transformers model: with the other `target*.py` the only place that knows transformers'
+caches and masks.
 """
 
 from __future__ import annotations

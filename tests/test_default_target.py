@@ -211,3 +211,18 @@ def test_the_real_target_answers_in_fp32():
     )
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.real
+def test_a_tokenizer_that_an_older_release_has_converted_knows_the_end_of_a_turn(monkeypatch):
+    read = default_target.AutoTokenizer.from_pretrained
+
+    def misread(folder):
+        tokenizer = read(folder)
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", None
+        return tokenizer
+
+    monkeypatch.setattr(default_target.AutoTokenizer, "from_pretrained", misread)
+    _, tokenizer = load_default_target()
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 2
+    assert tokenizer.decode([1, 28, 2], skip_special_tokens=True) == ","
