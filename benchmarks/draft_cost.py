@@ -53,7 +53,7 @@ from specblock_hf.auto import TRAINABLE
 from specblock_hf.compat import CACHE
 from specblock_hf.generation import draft, round_limits
 from specblock_hf.target import TargetModel
-from specblock_hf.verification import Walk, sample_and_walk
+from specblock_hf.trees.verification import Walk, sample_and_walk
 
 
 VERIFIED = (1, 8, 16, 32, 64, 96)  # nodes, the root counted

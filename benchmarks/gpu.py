@@ -170,7 +170,7 @@ def tests(args: argparse.Namespace) -> list[Task]:
     answers = ["benchmarks/identity.py", "--device", args.device, "--output", str(args.output / "identity.json")]
     answers += ["--limit", *limits, *args.models, *(["--drafter", str(args.drafter)] if args.drafter else [])]
     workers = ["-n", "8"] if find_spec("xdist") else []
-    whole = ["tests/test_tree.py"] if args.tiny else [*workers, "tests", "-m", "not real"]
+    whole = ["tests/trees/test_tree.py"] if args.tiny else [*workers, "tests", "-m", "not real"]
     return [
         Task("generate() on the device", [*pytest, "tests/test_generation_devices.py"], summary),
         Task("identity", answers, identity),

@@ -47,7 +47,7 @@ from specblock_hf.target import TargetModel
 from specblock_hf.target_cache import TargetCache
 from specblock_hf.target_mask import TreeMasks
 from specblock_hf.terminal import add_model_arguments, encode, load_models
-from specblock_hf.tree import DraftTree
+from specblock_hf.trees.tree import DraftTree
 
 
 class Stopwatch:

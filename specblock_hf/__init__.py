@@ -41,8 +41,8 @@ from .drafters.parallelspec import ParallelSpecDrafter  # noqa: E402
 from .drafters.specblock import SpecBlockDrafter  # noqa: E402
 from .generation import install, uninstall  # noqa: E402
 from .statistics import GenerationStatistics  # noqa: E402
-from .tree import DraftTree  # noqa: E402
-from .verification import Walk, sample_and_walk  # noqa: E402
+from .trees.tree import DraftTree  # noqa: E402
+from .trees.verification import Walk, sample_and_walk  # noqa: E402
 
 
 install()

@@ -35,9 +35,9 @@ from .compat import CACHE
 from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .generation import draft
 from .target import Scored, TargetModel
-from .tree import DraftTree
+from .trees.tree import DraftTree
+from .trees.verification import sample_and_walk
 from .trial import try_plans
-from .verification import sample_and_walk
 
 
 NODES = (1, 4, 8, 12, 16, 24, 32, 48, 64)

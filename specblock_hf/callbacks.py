@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .drafter import Pairs, TokenTable, TreeDrafter
     from .statistics import GenerationStatistics
     from .target import Scored
-    from .tree import DraftTree
-    from .verification import Walk
+    from .trees.tree import DraftTree
+    from .trees.verification import Walk
 
 
 logger = logging.getLogger(__name__)

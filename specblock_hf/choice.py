@@ -37,7 +37,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.streamers import BaseStreamer
 
 from .compat import CACHE
-from .tree import DraftTree
+from .trees.tree import DraftTree
 
 
 # Processors of transformers that treat every row by itself, with what they hold row by row: the batch is called one

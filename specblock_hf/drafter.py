@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .training.objective import TargetBatch
-    from .tree import DraftTree
-    from .verification import Walk
+    from .trees.tree import DraftTree
+    from .trees.verification import Walk
 
 
 BUDGET, CPU_BUDGET = 60, 12

@@ -34,13 +34,13 @@ from .compat import CACHE
 from .devices import without_cudnn_attention
 from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
 from .proposal import propose, scored_nodes
-from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
 from .target import TargetModel
 from .target_cache import is_users
 from .target_checks import check_target
-from .tree import DraftTree
-from .verification import Verifier, sample_and_walk
+from .trees.rejection_sampling import SampledVerifier
+from .trees.tree import DraftTree
+from .trees.verification import Verifier, sample_and_walk
 
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ import torch
 
 from .drafter import DraftState, Pairs, TreeDrafter
 from .plan import Limits
-from .tree import DraftLaws, DraftTree
+from .trees.tree import DraftLaws, DraftTree
 
 
 def propose(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:

@@ -35,13 +35,13 @@ from .target_checks import check_length, rope_limits
 from .target_features import FeatureTaps
 from .target_inputs import TargetInputs
 from .target_mask import TreeMasks, layer_windows, likeliest_chain
-from .tree import DraftTree
+from .trees.tree import DraftTree
 from .upload import on_device
 
 
 if TYPE_CHECKING:
     from .compilation import CompiledTarget
-    from .verification import Walk
+    from .trees.verification import Walk
 
 
 # What plain decoding hands back of every token, if `output_...` asks for it.

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from .compat import layer_types
 from .target_cache import TargetCache
-from .tree import DraftTree
+from .trees.tree import DraftTree
 
 
 # What each attention backend does with a mask of four dimensions. All others, such as FlashAttention's kernels or a

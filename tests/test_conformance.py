@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from specblock_hf.auto import AutoDrafter
 from specblock_hf.drafter import Pairs, TokenTable
-from specblock_hf.expansion import Starts
 from specblock_hf.modeling_specblock import BlockPath, GraphCache
+from specblock_hf.trees.expansion import Starts
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from specblock_hf import AutoDrafter, BlockDiffusionDrafter, DraftingPlan, Limits, Pairs, TokenTable
 from specblock_hf.drafters.block_diffusion import Block
-from specblock_hf.expansion import Children
+from specblock_hf.trees.expansion import Children
 
 
 FOLDER = Path(__file__).parent / "fixtures" / "conformance" / "block_drafters"

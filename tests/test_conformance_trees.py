@@ -22,9 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specblock_hf.expansion import BlockOutputs, Branching, Starts, rank_guided
-from specblock_hf.tree import DraftTree
-from specblock_hf.verification import sample_and_walk
+from specblock_hf.trees.expansion import BlockOutputs, Branching, Starts, rank_guided
+from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.verification import sample_and_walk
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "conformance"

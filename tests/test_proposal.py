@@ -40,7 +40,7 @@ from specblock_hf import (
     TokenTable,
 )
 from specblock_hf.proposal import scored_nodes, within
-from specblock_hf.tree import DraftLaws
+from specblock_hf.trees.tree import DraftLaws
 
 
 GREEDY = {"do_sample": False}

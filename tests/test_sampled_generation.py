@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter
-from test_sampled_verification import assert_drawn_from
+from test_rejection_sampling import assert_drawn_from
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

@@ -23,7 +23,7 @@ import torch
 from drafters_for_tests import Told, ToldDrafter
 
 from specblock_hf import DraftTree, Limits
-from specblock_hf.tree import DraftLaws
+from specblock_hf.trees.tree import DraftLaws
 
 
 class ThirdPartyDrafter(ToldDrafter):

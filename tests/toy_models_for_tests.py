@@ -23,8 +23,8 @@ from math import perm, prod
 
 import torch
 
-from specblock_hf.sampled_expansion import Draw, SampledGrowth, Shape
-from specblock_hf.tree import DraftTree
+from specblock_hf.trees.sampling import Draw, SampledGrowth, Shape
+from specblock_hf.trees.tree import DraftTree
 
 
 Tokens = tuple[int, ...]

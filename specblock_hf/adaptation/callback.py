@@ -32,8 +32,8 @@ import torch
 from ..callbacks import DraftingCall, DraftingCallback
 from ..drafter import Pairs, TreeDrafter
 from ..target import Scored
-from ..tree import DraftTree
-from ..verification import Walk
+from ..trees.tree import DraftTree
+from ..trees.verification import Walk
 from .bandit import Action, AdaptationBandit, Decision
 from .updater import DrafterUpdater, UpdateSettings
 from .windows import CallRecorder, Window, WindowBuffer

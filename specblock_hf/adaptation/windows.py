@@ -25,8 +25,8 @@ import torch
 from ..drafter import Pairs
 from ..target import Scored
 from ..training.objective import TargetBatch
-from ..tree import DraftTree
-from ..verification import Walk
+from ..trees.tree import DraftTree
+from ..trees.verification import Walk
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..drafter import DraftingPlan, TreeDrafter
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
 from ..evaluation.trace import TracedRound, trace_round, trace_there
 from ..terminal import encode, load_target
-from ..tree_picture import TreePanel, check_format, save_trees
+from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of
 
 

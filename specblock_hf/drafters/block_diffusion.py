@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 
 from ..configuration_block_diffusion import spread_feature_layers
 from ..drafter import UNRECORDED_LAYER, DraftingPlan, Limits, Pairs, TokenTable
-from ..expansion import BlockOutputs, Children, Starts, best_first
 from ..modeling_block_diffusion import BlockDiffusionModel
 from ..modeling_specblock import BlockCache
-from ..sampled_expansion import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ..training.objective import TargetBatch
-from ..tree import DraftTree
+from ..trees.expansion import BlockOutputs, Children, Starts, best_first
+from ..trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
+from ..trees.tree import DraftTree
 from .block_diffusion_loss import BlockDiffusionObjective, block_diffusion_loss
 from .block_drafter import BlockState
 from .network_drafter import NetworkDrafter

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..drafter import DraftState, Pairs, TokenTable
-from ..expansion import Starts
 from ..modeling_specblock import BlockCache, BlockPath, committed_mask
-from ..tree import DraftTree
+from ..trees.expansion import Starts
+from ..trees.tree import DraftTree
 from ..upload import upload
 from .network_drafter import NetworkDrafter
 

@@ -26,11 +26,11 @@ from __future__ import annotations
 import torch
 
 from ..drafter import DraftingPlan, Limits, Pairs, TokenTable
-from ..expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
 from ..modeling_eagle3 import Eagle3Model
 from ..modeling_specblock import BlockPath
 from ..training.objective import TargetBatch
-from ..tree import DraftTree
+from ..trees.expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
+from ..trees.tree import DraftTree
 from .block_drafter import BlockDrafter, BlockState
 from .eagle3_loss import Eagle3Objective, eagle3_loss
 

@@ -34,9 +34,9 @@ from transformers import PreTrainedModel
 from ..drafter import UNRECORDED_LAYER, Limits, Pairs, TokenTable
 from ..modeling_falcon import FalconModel, Memory
 from ..modeling_specblock import BlockPath
-from ..static_tree import TreeShape, likely_shape
 from ..training.objective import TargetBatch
-from ..tree import DraftTree
+from ..trees.static_shape import TreeShape, likely_shape
+from ..trees.tree import DraftTree
 from ..upload import on_device
 from .block_drafter import BlockDrafter, BlockState
 from .falcon_loss import FalconObjective, falcon_loss

@@ -37,7 +37,7 @@ from ..callbacks import DraftingCallback
 from ..drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
 from ..proposal import propose
 from ..training.objective import TargetBatch
-from ..tree import FOUND, DraftTree
+from ..trees.tree import FOUND, DraftTree
 from ..upload import on_device
 
 

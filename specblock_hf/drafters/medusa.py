@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from ..drafter import UNRECORDED_LAYER, DraftState, Limits, Pairs, TokenTable
 from ..modeling_medusa import MedusaModel
 from ..training.objective import TargetBatch
-from ..tree import DraftTree
+from ..trees.tree import DraftTree
 from .network_drafter import NetworkDrafter
 from .slot_loss import guesses, score_slots, weighted_loss
 

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..drafter import CPU_BUDGET, DraftingPlan, Limits, Pairs, TreeDrafter
-from ..expansion import BlockOutputs, Starts, best_first
-from ..tree import DraftTree
+from ..trees.expansion import BlockOutputs, Starts, best_first
+from ..trees.tree import DraftTree
 
 
 def refuse_other_target(config: Any, target: PreTrainedModel) -> None:

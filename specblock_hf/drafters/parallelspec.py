@@ -33,7 +33,7 @@ from ..modeling_parallelspec import ParallelSpecModel
 from ..modeling_specblock import committed_mask
 from ..path_attention import PathCache
 from ..training.objective import TargetBatch
-from ..tree import DraftTree
+from ..trees.tree import DraftTree
 from .block_drafter import PREFILL_PAIRS, BlockDrafter, BlockState
 from .slot_loss import guesses, score_slots, weighted_loss
 

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from ..drafter import DraftingPlan, Limits, Pairs
-from ..expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
 from ..modeling_specblock import BlockPath, SpecBlockModel
-from ..sampled_expansion import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ..training.objective import TargetBatch
-from ..tree import DraftTree
+from ..trees.expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
+from ..trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
+from ..trees.tree import DraftTree
 from .block_drafter import BlockDrafter, BlockState
 from .specblock_loss import SpecBlockObjective, specblock_loss
 from .specblock_release import release_loss

@@ -38,7 +38,7 @@ from ..drafter import TreeDrafter
 from ..saving import save_text_whole
 from ..statistics import GenerationStatistics
 from ..training.data import render_prompt
-from ..tree import DraftTree
+from ..trees.tree import DraftTree
 from .divergence import first_difference, plain_margins
 from .methods import PLAIN, Method
 from .suites import EvaluationPrompt

@@ -21,8 +21,8 @@ from typing import Literal
 
 import torch
 
-from ..sampled_verification import SampledVerifier, TargetLaws
-from ..tree import DraftTree
+from ..trees.rejection_sampling import SampledVerifier, TargetLaws
+from ..trees.tree import DraftTree
 
 
 @dataclass(frozen=True)

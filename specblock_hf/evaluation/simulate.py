@@ -24,7 +24,7 @@ from ..drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
 from ..generation import draft, round_limits
 from ..training.data import Example
 from ..training.features import TargetView
-from ..verification import Select, sample_and_walk
+from ..trees.verification import Select, sample_and_walk
 
 
 @dataclass

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from ..callbacks import DraftingCall, DraftingCallback
 from ..drafter import Pairs, TreeDrafter
 from ..target import Scored
-from ..tree import DraftTree
-from ..verification import Walk
+from ..trees.tree import DraftTree
+from ..trees.verification import Walk
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from specblock_hf import AutoDrafter, DraftingPlan, Limits
 from specblock_hf.auto import DRAFTERS
 from specblock_hf.drafters.block_drafter import PREFILL_PAIRS
 from specblock_hf.training.attention import NAME as CHUNKED
-from specblock_hf.tree import DraftTree
+from specblock_hf.trees.tree import DraftTree
 
 
 NEW = ("medusa", "parallelspec", "falcon_drafter")

@@ -29,8 +29,8 @@ from specblock_hf import AutoDrafter, Limits, Pairs, TokenTable
 from specblock_hf.configuration_eagle3 import Eagle3Config
 from specblock_hf.drafters.eagle3 import Eagle3Drafter
 from specblock_hf.modeling_specblock import BlockCache
-from specblock_hf.tree import DraftTree
-from specblock_hf.verification import sample_and_walk
+from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.verification import sample_and_walk
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "eagle3"

@@ -22,8 +22,8 @@ from training_for_tests import DRAFT_VOCAB, Told
 from specblock_hf import Limits
 from specblock_hf.drafters import falcon_loss as objective
 from specblock_hf.drafters.falcon_loss import FalconObjective, block_states, blocks_of
-from specblock_hf.static_tree import likely_shape
 from specblock_hf.training.attention import NAME as CHUNKED
+from specblock_hf.trees.static_shape import likely_shape
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)

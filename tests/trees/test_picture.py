@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from models_for_tests import tiny_tokenizer
 
 from specblock_hf import DraftTree
-from specblock_hf.tree import FOUND
-from specblock_hf.tree_picture import (
+from specblock_hf.trees.picture import (
     COLOURS,
     FOUND_COLOUR,
     KEPT_COLOUR,
@@ -34,6 +33,7 @@ from specblock_hf.tree_picture import (
     place_nodes,
     save_trees,
 )
+from specblock_hf.trees.tree import FOUND
 
 
 pytest.importorskip("matplotlib")

@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.expansion import (
+from specblock_hf.trees.expansion import (
     BlockOutputs,
     Branching,
     Starts,
@@ -30,7 +30,7 @@ from specblock_hf.expansion import (
     limit_starts_as_released,
     rank_guided,
 )
-from specblock_hf.tree import DraftTree
+from specblock_hf.trees.tree import DraftTree
 
 
 QUICK = settings(max_examples=60, deadline=None)

@@ -21,8 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.expansion import BlockOutputs, Starts, best_first, limit_starts
-from specblock_hf.tree import DraftTree
+from specblock_hf.trees.expansion import BlockOutputs, Starts, best_first, limit_starts
+from specblock_hf.trees.tree import DraftTree
 
 
 SLOTS, WIDTH = 3, 3

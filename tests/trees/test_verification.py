@@ -25,9 +25,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
-from specblock_hf.tree import DraftTree
-from specblock_hf.verification import Verifier, sample_and_walk
+from specblock_hf.trees.expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
+from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.verification import Verifier, sample_and_walk
 
 
 Tokens = tuple[int, ...]

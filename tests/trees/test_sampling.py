@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from toy_models_for_tests import ToyModel, all_trees, distinct
 
 from specblock_hf.drafter import Limits
-from specblock_hf.sampled_expansion import (
+from specblock_hf.target_mask import likeliest_chain
+from specblock_hf.trees.sampling import (
     SampledGrowth,
     Shape,
     gumbel_draw,
@@ -31,8 +32,7 @@ from specblock_hf.sampled_expansion import (
     shape_for,
     tree_shape,
 )
-from specblock_hf.target_mask import likeliest_chain
-from specblock_hf.tree import DraftTree
+from specblock_hf.trees.tree import DraftTree
 
 
 QUICK = settings(max_examples=100, deadline=None)

@@ -19,7 +19,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specblock_hf.static_tree import TreeShape, likely_shape
+from specblock_hf.trees.static_shape import TreeShape, likely_shape
 
 
 WEIGHTS = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4).map(lambda ws: sorted(ws, reverse=True))

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.tree import DraftLaws, DraftTree
+from specblock_hf.trees.tree import DraftLaws, DraftTree
 
 
 QUICK = settings(max_examples=60, deadline=None)

@@ -21,8 +21,8 @@ from typing import Protocol
 
 import torch
 
+from ..upload import upload
 from .tree import DraftTree
-from .upload import upload
 
 
 @dataclass
