@@ -31,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from specblock_hf import AutoDrafter, DraftingPlan, JoinedDrafter, LookupDrafter
-from specblock_hf.drafter import TokenTable
+from specblock_hf.drafting.drafter import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.evaluation.suites import SUITES, load_suite
 from specblock_hf.terminal import DEFAULT_DRAFTER, encode, load_target

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from specblock_hf import DraftingPlan, DraftTree, Limits, Pairs, SpecBlockDrafter, TreeDrafter
 from specblock_hf.auto import TRAINABLE
-from specblock_hf.drafter import DraftState
+from specblock_hf.drafting.drafter import DraftState
 
 
 LLAMA3_ROPE = {

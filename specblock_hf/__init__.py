@@ -31,7 +31,6 @@ from .configuration_falcon import FalconDrafterConfig  # noqa: E402
 from .configuration_medusa import MedusaConfig  # noqa: E402
 from .configuration_parallelspec import ParallelSpecConfig  # noqa: E402
 from .configuration_specblock import SpecBlockConfig  # noqa: E402
-from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
 from .drafters.block_diffusion import BlockDiffusionDrafter  # noqa: E402
 from .drafters.eagle3 import Eagle3Drafter  # noqa: E402
 from .drafters.falcon import FalconDrafter  # noqa: E402
@@ -39,8 +38,9 @@ from .drafters.lookup import JoinedDrafter, LookupDrafter  # noqa: E402
 from .drafters.medusa import MedusaDrafter  # noqa: E402
 from .drafters.parallelspec import ParallelSpecDrafter  # noqa: E402
 from .drafters.specblock import SpecBlockDrafter  # noqa: E402
+from .drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
+from .drafting.statistics import GenerationStatistics  # noqa: E402
 from .generation import install, uninstall  # noqa: E402
-from .statistics import GenerationStatistics  # noqa: E402
 from .trees.tree import DraftTree  # noqa: E402
 from .trees.verification import Walk, sample_and_walk  # noqa: E402
 

@@ -32,7 +32,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .compat import CACHE
-from .drafter import DraftingPlan, Limits, Pairs, TreeDrafter
+from .drafting.drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .generation import draft
 from .target import Scored, TargetModel
 from .trees.tree import DraftTree

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 
 if TYPE_CHECKING:
-    from .drafter import Pairs, TokenTable, TreeDrafter
-    from .statistics import GenerationStatistics
+    from .drafting.drafter import Pairs, TokenTable, TreeDrafter
+    from .drafting.statistics import GenerationStatistics
     from .target import Scored
     from .trees.tree import DraftTree
     from .trees.verification import Walk

@@ -34,11 +34,11 @@ from transformers import PreTrainedModel, StaticCache, cache_utils
 
 from .compat import CACHE
 from .devices import without_cudnn_attention
-from .drafter import DraftState, TreeDrafter
 from .drafters.block_drafter import BlockDrafter, BlockState
 from .drafters.eagle3 import Eagle3Drafter
 from .drafters.lookup import JoinedState
 from .drafters.specblock import SpecBlockDrafter
+from .drafting.drafter import DraftState, TreeDrafter
 from .modeling_specblock import BlockCache
 from .target_checks import check_target
 from .target_features import decoder_layers, tap

@@ -18,7 +18,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig, Qwen3Config
 
 from .configuration_drafter import fields_for_target
-from .drafter import UNRECORDED_LAYER
+from .drafting.drafter import UNRECORDED_LAYER
 
 
 def spread_feature_layers(num_features: int, target_num_layers: int) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from .drafter import UNRECORDED_LAYER, default_feature_layers
+from .drafting.drafter import UNRECORDED_LAYER, default_feature_layers
 
 
 # What families call it that do not call it as Llama does.

@@ -35,7 +35,7 @@ from .configuration_falcon import FalconDrafterConfig
 from .configuration_medusa import MedusaConfig
 from .configuration_parallelspec import ParallelSpecConfig
 from .configuration_specblock import SpecBlockConfig
-from .drafter import UNRECORDED_LAYER, default_feature_layers
+from .drafting.drafter import UNRECORDED_LAYER, default_feature_layers
 from .hub import WEIGHTS
 from .saving import save_folder_whole
 

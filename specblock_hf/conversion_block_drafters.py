@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_block_diffusion import BlockDiffusionConfig, spread_feature_layers
 from .conversion import Layout, Tensors, rope_parameters_of, target_fields, write_folder
-from .drafter import UNRECORDED_LAYER
+from .drafting.drafter import UNRECORDED_LAYER
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")

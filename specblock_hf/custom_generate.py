@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .drafter import TreeDrafter
+from .drafting.drafter import TreeDrafter
 from .generation import check_request, generate_with_drafter
 
 

@@ -26,9 +26,9 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration import Calibration, calibrate
-from .drafter import TreeDrafter
+from .drafting.drafter import TreeDrafter
+from .drafting.statistics import GenerationStatistics
 from .evaluation.divergence import Divergence, divergence_between
-from .statistics import GenerationStatistics
 from .terminal import Answer, add_model_arguments, ask, encode, load_models
 
 

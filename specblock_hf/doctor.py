@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from .calibration import calibrate
 from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
-from .drafter import TreeDrafter
+from .drafting.drafter import TreeDrafter
+from .drafting.statistics import GenerationStatistics
 from .generation import is_installed
-from .statistics import GenerationStatistics
 from .terminal import add_model_arguments, ask, encode, load_models
 
 

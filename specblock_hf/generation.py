@@ -32,9 +32,9 @@ from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
 from .compat import CACHE
 from .devices import without_cudnn_attention
-from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
-from .proposal import propose, scored_nodes
-from .statistics import Clock, GenerationStatistics
+from .drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from .drafting.proposal import propose, scored_nodes
+from .drafting.statistics import Clock, GenerationStatistics
 from .target import TargetModel
 from .target_cache import is_users
 from .target_checks import check_target

@@ -44,7 +44,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_block_diffusion import BlockDiffusionConfig
-from .drafter import TokenTable
+from .drafting.drafter import TokenTable
 from .loading import StrictPreTrainedModel
 from .modeling_specblock import BlockCache, GraphCache
 

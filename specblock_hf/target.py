@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from .compat import CACHE
 from .devices import without_cudnn_attention
-from .drafter import Pairs, TokenTable
+from .drafting.drafter import Pairs, TokenTable
 from .outputs import TokenOutputs
 from .prompt import PromptPairs
 from .target_cache import TargetCache

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .auto import AutoDrafter
 from .default_target import DEFAULT_TARGET, load_default_target
-from .drafter import DraftingPlan, TreeDrafter
 from .drafters.lookup import JoinedDrafter, LookupDrafter
-from .statistics import GenerationStatistics
+from .drafting.drafter import DraftingPlan, TreeDrafter
+from .drafting.statistics import GenerationStatistics
 
 
 DEFAULT_DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"

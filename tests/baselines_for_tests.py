@@ -25,7 +25,7 @@ from training_for_tests import DRAFT_VOCAB, Told
 
 from specblock_hf import Pairs
 from specblock_hf.auto import DRAFTERS
-from specblock_hf.training.objective import TargetBatch
+from specblock_hf.drafting.target_batch import TargetBatch
 
 
 BASELINES = ("eagle3", "medusa", "parallelspec", "falcon_drafter")

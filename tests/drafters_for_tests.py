@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from specblock_hf import DraftingPlan, DraftState, DraftTree, Limits, Pairs, TreeDrafter
-from specblock_hf.drafter import DrafterLock
+from specblock_hf.drafting.drafter import DrafterLock
 
 
 def make_tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from specblock_hf.auto import AutoDrafter
-from specblock_hf.drafter import Pairs, TokenTable
+from specblock_hf.drafting.drafter import Pairs, TokenTable
 from specblock_hf.modeling_specblock import BlockPath, GraphCache
 from specblock_hf.trees.expansion import Starts
 

@@ -43,7 +43,7 @@ import specblock_hf
 from specblock_hf import GenerationStatistics
 from specblock_hf.choice import _decided_on_host
 from specblock_hf.compat import CACHE
-from specblock_hf.drafter import DraftingPlan
+from specblock_hf.drafting.drafter import DraftingPlan
 from specblock_hf.generation import is_installed, round_limits
 
 

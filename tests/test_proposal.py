@@ -39,7 +39,7 @@ from specblock_hf import (
     Pairs,
     TokenTable,
 )
-from specblock_hf.proposal import scored_nodes, within
+from specblock_hf.drafting.proposal import scored_nodes, within
 from specblock_hf.trees.tree import DraftLaws
 
 

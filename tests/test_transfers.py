@@ -28,7 +28,7 @@ from transfers_for_tests import DEVICE, HOST, Transfer, TwoDevices
 
 from specblock_hf import DraftingCallback, DraftingPlan, TreeDrafter, generation
 from specblock_hf.drafters.lookup import JoinedDrafter, LookupDrafter
-from specblock_hf.statistics import Clock
+from specblock_hf.drafting.statistics import Clock
 from specblock_hf.upload import on_device, upload
 
 

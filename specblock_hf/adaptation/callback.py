@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 
 from ..callbacks import DraftingCall, DraftingCallback
-from ..drafter import Pairs, TreeDrafter
+from ..drafting.drafter import Pairs, TreeDrafter
 from ..target import Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk

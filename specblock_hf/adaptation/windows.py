@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..drafter import Pairs
+from ..drafting.drafter import Pairs
+from ..drafting.target_batch import TargetBatch
 from ..target import Scored
-from ..training.objective import TargetBatch
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 

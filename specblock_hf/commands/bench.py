@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..demo import PROMPTS
-from ..drafter import DraftingPlan
+from ..drafting.drafter import DraftingPlan
 from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly
 from ..evaluation.methods import TREES, Method, MethodLoader
 from ..evaluation.plans import apply_plans, choose_plans

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..auto import AutoDrafter
 from ..conversion import layout_of
-from ..drafter import UNRECORDED_LAYER
+from ..drafting.drafter import UNRECORDED_LAYER
 from ..hub import DrafterFiles
 from ..loading import StrictPreTrainedModel
 from . import trace

@@ -21,8 +21,8 @@ import torch
 
 from ..auto import AutoDrafter
 from ..demo import PROMPTS
-from ..drafter import DraftingPlan, TreeDrafter
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
+from ..drafting.drafter import DraftingPlan, TreeDrafter
 from ..evaluation.trace import TracedRound, trace_round, trace_there
 from ..terminal import encode, load_target
 from ..trees.picture import TreePanel, check_format, save_trees

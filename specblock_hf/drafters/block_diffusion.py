@@ -23,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_block_diffusion import spread_feature_layers
-from ..drafter import UNRECORDED_LAYER, DraftingPlan, Limits, Pairs, TokenTable
+from ..drafting.drafter import UNRECORDED_LAYER, DraftingPlan, Limits, Pairs, TokenTable
+from ..drafting.target_batch import TargetBatch
 from ..modeling_block_diffusion import BlockDiffusionModel
 from ..modeling_specblock import BlockCache
-from ..training.objective import TargetBatch
 from ..trees.expansion import BlockOutputs, Children, Starts, best_first
 from ..trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ..trees.tree import DraftTree

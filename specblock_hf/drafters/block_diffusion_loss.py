@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..drafting.target_batch import TargetBatch, soft_cross_entropy
 from ..modeling_specblock import GraphCache
-from ..training.objective import TargetBatch, soft_cross_entropy
 
 
 if TYPE_CHECKING:

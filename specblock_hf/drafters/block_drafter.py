@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..drafter import DraftState, Pairs, TokenTable
+from ..drafting.drafter import DraftState, Pairs, TokenTable
 from ..modeling_specblock import BlockCache, BlockPath, committed_mask
 from ..trees.expansion import Starts
 from ..trees.tree import DraftTree

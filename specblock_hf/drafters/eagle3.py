@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import torch
 
-from ..drafter import DraftingPlan, Limits, Pairs, TokenTable
+from ..drafting.drafter import DraftingPlan, Limits, Pairs, TokenTable
+from ..drafting.target_batch import TargetBatch
 from ..modeling_eagle3 import Eagle3Model
 from ..modeling_specblock import BlockPath
-from ..training.objective import TargetBatch
 from ..trees.expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
 from ..trees.tree import DraftTree
 from .block_drafter import BlockDrafter, BlockState

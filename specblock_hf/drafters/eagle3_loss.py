@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..drafting.target_batch import TargetBatch
 from ..path_attention import PathCache
-from ..training.objective import TargetBatch
 from .slot_loss import SlotSums, guesses, score_slot, weighted_loss
 
 

@@ -31,10 +31,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..drafter import UNRECORDED_LAYER, Limits, Pairs, TokenTable
+from ..drafting.drafter import UNRECORDED_LAYER, Limits, Pairs, TokenTable
+from ..drafting.target_batch import TargetBatch
 from ..modeling_falcon import FalconModel, Memory
 from ..modeling_specblock import BlockPath
-from ..training.objective import TargetBatch
 from ..trees.static_shape import TreeShape, likely_shape
 from ..trees.tree import DraftTree
 from ..upload import on_device

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..training.objective import TargetBatch
+from ..drafting.target_batch import TargetBatch
 from .slot_loss import guesses, score_slots, weighted_loss
 
 

@@ -34,9 +34,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..callbacks import DraftingCallback
-from ..drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
-from ..proposal import propose
-from ..training.objective import TargetBatch
+from ..drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from ..drafting.proposal import propose
+from ..drafting.target_batch import TargetBatch
 from ..trees.tree import FOUND, DraftTree
 from ..upload import on_device
 

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..drafter import UNRECORDED_LAYER, DraftState, Limits, Pairs, TokenTable
+from ..drafting.drafter import UNRECORDED_LAYER, DraftState, Limits, Pairs, TokenTable
+from ..drafting.target_batch import TargetBatch
 from ..modeling_medusa import MedusaModel
-from ..training.objective import TargetBatch
 from ..trees.tree import DraftTree
 from .network_drafter import NetworkDrafter
 from .slot_loss import guesses, score_slots, weighted_loss

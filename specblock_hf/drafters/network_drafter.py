@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..drafter import CPU_BUDGET, DraftingPlan, Limits, Pairs, TreeDrafter
+from ..drafting.drafter import CPU_BUDGET, DraftingPlan, Limits, Pairs, TreeDrafter
 from ..trees.expansion import BlockOutputs, Starts, best_first
 from ..trees.tree import DraftTree
 

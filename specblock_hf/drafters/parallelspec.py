@@ -28,11 +28,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..drafter import Limits, Pairs
+from ..drafting.drafter import Limits, Pairs
+from ..drafting.target_batch import TargetBatch
 from ..modeling_parallelspec import ParallelSpecModel
 from ..modeling_specblock import committed_mask
 from ..path_attention import PathCache
-from ..training.objective import TargetBatch
 from ..trees.tree import DraftTree
 from .block_drafter import PREFILL_PAIRS, BlockDrafter, BlockState
 from .slot_loss import guesses, score_slots, weighted_loss

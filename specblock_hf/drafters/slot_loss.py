@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from ..draft_head import DraftHead
-from ..training.objective import TargetBatch, soft_cross_entropy
+from ..drafting.target_batch import TargetBatch, soft_cross_entropy
 
 
 @dataclass

@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..drafter import DraftingPlan, Limits, Pairs
+from ..drafting.drafter import DraftingPlan, Limits, Pairs
+from ..drafting.target_batch import TargetBatch
 from ..modeling_specblock import BlockPath, SpecBlockModel
-from ..training.objective import TargetBatch
 from ..trees.expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
 from ..trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ..trees.tree import DraftTree

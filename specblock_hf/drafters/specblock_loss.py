@@ -23,8 +23,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..drafting.target_batch import (
+    TargetBatch,
+    ordinal_rank_loss,
+    rank_buckets,
+    rank_cross_entropy,
+    soft_cross_entropy,
+)
 from ..modeling_specblock import BlockPath, GraphCache, OpenBlock
-from ..training.objective import TargetBatch, ordinal_rank_loss, rank_buckets, rank_cross_entropy, soft_cross_entropy
 
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..drafting.target_batch import TargetBatch, ordinal_rank_loss, rank_buckets, soft_cross_entropy
 from ..modeling_specblock import GraphCache
-from ..training.objective import TargetBatch, ordinal_rank_loss, rank_buckets, soft_cross_entropy
 from .specblock_loss import SpecBlockObjective, TrainingBlock, first_block, later_block
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ..drafter import TreeDrafter
+from ..drafting.drafter import TreeDrafter
 
 
 @dataclass(frozen=True)

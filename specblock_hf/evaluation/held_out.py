@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..devices import without_cudnn_attention
-from ..drafter import TokenTable
+from ..drafting.drafter import TokenTable
 from ..training.batches import batches_of_epoch, collate, draft_ids_of
 from ..training.data import Example
 from ..training.features import TargetView

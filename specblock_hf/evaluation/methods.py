@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..auto import AutoDrafter
 from ..configuration_specblock import SpecBlockConfig
-from ..drafter import TreeDrafter
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
+from ..drafting.drafter import TreeDrafter
 
 
 PLAIN = "vanilla"

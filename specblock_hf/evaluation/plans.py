@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration import calibrate
-from ..drafter import DraftingPlan
+from ..drafting.drafter import DraftingPlan
 from .methods import Method
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
+from ..drafting.drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
 from ..generation import draft, round_limits
 from ..training.data import Example
 from ..training.features import TargetView

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..callbacks import DraftingCall, DraftingCallback
-from ..drafter import Pairs, TreeDrafter
+from ..drafting.drafter import Pairs, TreeDrafter
 from ..target import Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..draft_head import DraftHead
-from ..drafter import TokenTable
+from ..drafting.drafter import TokenTable
+from ..drafting.target_batch import TargetBatch
 from .data import Example
 from .features import TargetView
-from .objective import TargetBatch
 
 
 NEIGHBOURS = 256  # conversations of similar length among which batches are mixed anew in every epoch

@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 
 from ..auto import TRAINABLE, AutoDrafter
 from ..draft_head import DraftHead
-from ..drafter import DraftingPlan, TokenTable
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
+from ..drafting.drafter import DraftingPlan, TokenTable
 from ..evaluation.held_out import held_out_rates
 from ..evaluation.simulate import simulate_acceptance
 from ..terminal import load_target

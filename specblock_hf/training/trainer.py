@@ -36,14 +36,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..devices import without_cudnn_attention
-from ..drafter import TokenTable
+from ..drafting.drafter import TokenTable
+from ..drafting.target_batch import TargetBatch
 from ..saving import save_folder_whole, save_text_whole
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .clock import StepClock
 from .data import Example
 from .features import TargetView
-from .objective import TargetBatch
 from .report import merge_outputs, report_of
 
 

@@ -24,8 +24,8 @@ from conftest import VOCAB
 from training_for_tests import DRAFT_VOCAB, Told, naive_states, tiny_drafter
 
 from specblock_hf.drafters.specblock_loss import SpecBlockObjective, specblock_loss
+from specblock_hf.drafting.target_batch import TargetBatch
 from specblock_hf.training.attention import NAME as CHUNKED
-from specblock_hf.training.objective import TargetBatch
 
 
 ROWS, LENGTH, TOP = 3, 26, 5

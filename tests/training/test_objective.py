@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specblock_hf.training.objective import TargetBatch, rank_buckets, rank_cross_entropy, soft_cross_entropy
+from specblock_hf.drafting.target_batch import TargetBatch, rank_buckets, rank_cross_entropy, soft_cross_entropy
 
 
 ROWS, VOCAB, TOP = 7, 19, 6

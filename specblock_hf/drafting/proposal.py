@@ -24,9 +24,9 @@ from dataclasses import replace
 
 import torch
 
+from ..trees.tree import DraftLaws, DraftTree
 from .drafter import DraftState, Pairs, TreeDrafter
 from .plan import Limits
-from .trees.tree import DraftLaws, DraftTree
 
 
 def propose(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:

@@ -24,8 +24,8 @@ import torch
 
 
 if TYPE_CHECKING:
-    from .trees.tree import DraftTree
-    from .trees.verification import Walk
+    from ..trees.tree import DraftTree
+    from ..trees.verification import Walk
 
 
 Phase = Literal["prefill", "draft", "verify", "host"]

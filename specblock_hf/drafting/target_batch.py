@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..drafter import TokenTable
+from .drafter import TokenTable
 
 
 WORK = 2**21  # numbers of a vocabulary-wide pass, 8 MB: stays in the cache between two operations

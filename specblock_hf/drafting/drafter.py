@@ -33,18 +33,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 # At run time, because transformers resolves the annotations of models.
-from .callbacks import DraftingCallback
+from ..callbacks import DraftingCallback
+from ..upload import on_device
 from .plan import DraftingPlan, Limits
 from .statistics import GenerationStatistics
-from .upload import on_device
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .training.objective import TargetBatch
-    from .trees.tree import DraftTree
-    from .trees.verification import Walk
+    from ..trees.tree import DraftTree
+    from ..trees.verification import Walk
+    from .target_batch import TargetBatch
 
 
 BUDGET, CPU_BUDGET = 60, 12
@@ -379,7 +379,7 @@ class TreeDrafter(ABC):
         Returns:
             [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow, none deeper
             than `limits.depth`. What goes beyond is cut off, and what cannot be scored is left out; see
-            `specblock_hf.proposal`.
+            `specblock_hf.drafting.proposal`.
         """
 
     def loss(

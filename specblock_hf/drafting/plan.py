@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from .trees.sampling import DraftSampling
+from ..trees.sampling import DraftSampling
 
 
 Verification = Literal["walk", "token", "block"]
