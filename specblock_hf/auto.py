@@ -21,6 +21,8 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .checkpoints.hub import LOCATION_OPTIONS, DrafterFiles, read_tensors
+from .checkpoints.loading import refuse_misfits
 from .conversion import Layout, Tensors, layout_of, read_config, read_tensors_of
 from .conversion_block_drafters import read_block_config
 from .drafters.block_diffusion import BlockDiffusionDrafter
@@ -29,8 +31,6 @@ from .drafters.falcon import FalconDrafter
 from .drafters.medusa import MedusaDrafter
 from .drafters.parallelspec import ParallelSpecDrafter
 from .drafters.specblock import SpecBlockDrafter
-from .hub import LOCATION_OPTIONS, DrafterFiles, read_tensors
-from .loading import refuse_misfits
 
 
 Drafter = (

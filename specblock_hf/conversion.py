@@ -29,6 +29,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
+from .checkpoints.hub import WEIGHTS
+from .checkpoints.saving import save_folder_whole
 from .configuration_block_diffusion import BlockDiffusionConfig
 from .configuration_eagle3 import Eagle3Config
 from .configuration_falcon import FalconDrafterConfig
@@ -36,8 +38,6 @@ from .configuration_medusa import MedusaConfig
 from .configuration_parallelspec import ParallelSpecConfig
 from .configuration_specblock import SpecBlockConfig
 from .drafting.drafter import UNRECORDED_LAYER, default_feature_layers
-from .hub import WEIGHTS
-from .saving import save_folder_whole
 
 
 Tensors = dict[str, torch.Tensor]

@@ -43,9 +43,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
+from .checkpoints.loading import StrictPreTrainedModel
 from .configuration_block_diffusion import BlockDiffusionConfig
 from .drafting.drafter import TokenTable
-from .loading import StrictPreTrainedModel
 from .modeling_specblock import BlockCache, GraphCache
 
 

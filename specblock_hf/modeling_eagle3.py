@@ -35,10 +35,10 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from .checkpoints.loading import StrictPreTrainedModel
 from .compat import CACHE
 from .configuration_eagle3 import Eagle3Config
 from .draft_head import DraftHead
-from .loading import StrictPreTrainedModel
 from .modeling_specblock import BlockCache
 from .path_attention import PathCache
 

@@ -32,10 +32,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, rotate_half
 
+from .checkpoints.loading import StrictPreTrainedModel
 from .compat import CACHE
 from .configuration_falcon import FalconDrafterConfig
 from .draft_head import DraftHead
-from .loading import StrictPreTrainedModel
 from .modeling_specblock import BlockCache
 
 

@@ -26,9 +26,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .checkpoints.loading import StrictPreTrainedModel
 from .configuration_medusa import MedusaConfig
 from .draft_head import DraftHead
-from .loading import StrictPreTrainedModel
 
 
 class MedusaBlock(nn.Linear):

@@ -38,10 +38,10 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from .checkpoints.loading import StrictPreTrainedModel
 from .compat import CACHE
 from .configuration_specblock import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .draft_head import DraftHead
-from .loading import StrictPreTrainedModel
 from .slot_layer import OpenBlock, SpecBlockLayer, backend_mask
 from .upload import on_device
 

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.saving import save_text_whole
 from ..demo import PROMPTS
 from ..drafting.drafter import DraftingPlan
 from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly
@@ -39,7 +40,6 @@ from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
 from ..evaluation.suites import load_prompts, own_prompts
 from ..evaluation.summary import summarise
-from ..saving import save_text_whole
 from ..terminal import DEFAULT_DRAFTER, encode, load_target
 
 

@@ -21,10 +21,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..auto import AutoDrafter
+from ..checkpoints.hub import DrafterFiles
+from ..checkpoints.loading import StrictPreTrainedModel
 from ..conversion import layout_of
 from ..drafting.drafter import UNRECORDED_LAYER
-from ..hub import DrafterFiles
-from ..loading import StrictPreTrainedModel
 from . import trace
 
 

@@ -23,9 +23,9 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..auto import AutoDrafter
+from ..checkpoints.hub import CardFacts, DrafterFiles, publish
+from ..checkpoints.provenance import published
 from ..conversion import Layout, layout_of
-from ..hub import CardFacts, DrafterFiles, publish
-from ..provenance import published
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

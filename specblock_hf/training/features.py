@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.saving import save_file_whole, save_text_whole
 from ..devices import without_cudnn_attention
-from ..saving import save_file_whole, save_text_whole
 from .data import Example
 
 

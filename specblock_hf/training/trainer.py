@@ -35,10 +35,10 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.saving import save_folder_whole, save_text_whole
 from ..devices import without_cudnn_attention
 from ..drafting.drafter import TokenTable
 from ..drafting.target_batch import TargetBatch
-from ..saving import save_folder_whole, save_text_whole
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .clock import StepClock

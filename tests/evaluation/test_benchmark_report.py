@@ -22,11 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specblock_hf.checkpoints.hub import CardFacts
 from specblock_hf.evaluation import plots
 from specblock_hf.evaluation.plots import draw_benchmark, require_matplotlib
 from specblock_hf.evaluation.report import describe_plan, main_table, markdown
 from specblock_hf.evaluation.summary import acceptance_by_position, geometric_mean, speed_ratios, summarise, tau
-from specblock_hf.hub import CardFacts
 
 
 METHODS = {"vanilla": "plain", "prompt_lookup": "transformers", "eagle3": "eagle3", "specblock": "specblock"}

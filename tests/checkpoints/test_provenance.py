@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from specblock_hf import cli, provenance
-from specblock_hf.provenance import RECORDED, recorded_command
+from specblock_hf import cli
+from specblock_hf.checkpoints import provenance
+from specblock_hf.checkpoints.provenance import RECORDED, recorded_command
 
 
 TRAIN = "specblock train --data answers.jsonl --output run --objective num_blocks=2 --learning-rate 1e-3 --cpu"
@@ -78,7 +79,7 @@ def test_a_machine_without_git(monkeypatch):
 
 
 def test_the_shipped_drafter_names_no_path():
-    folder = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
+    folder = Path(__file__).parents[2] / "model_cards" / "specblock-smollm2-135m-instruct"
     commands = json.loads((folder / "provenance.json").read_text())["commands"]
     assert commands and not any("/" in command or "\\" in command for command in commands)
     trained = [command for command in commands if command.startswith("specblock train")]

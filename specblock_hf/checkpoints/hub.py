@@ -54,7 +54,7 @@ from .saving import save_folder_whole
 
 
 LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parents[1] / "templates"
 CARD, PROVENANCE, CUSTOM_GENERATE = "README.md", "provenance.json", "custom_generate/generate.py"
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 """Patterns of the files that weights are written to, one of which would be read in place of the others."""

@@ -57,7 +57,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -27,10 +27,10 @@ from hub_server import OWNER, READER, Fault, HubServer, Repo
 from test_loading import assert_same, small_drafter
 
 from specblock_hf import AutoDrafter, SpecBlockConfig
-from specblock_hf.hub import CardFacts, model_card
+from specblock_hf.checkpoints.hub import CardFacts, model_card
 
 
-FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "conformance"
 KINDS = ("specblock", "eagle3")
 RESULTS = {
     "hardware": "a test machine",
@@ -410,7 +410,7 @@ def test_a_card_says_what_it_is_told(folders):
 
 @pytest.mark.parametrize("name", ["specblock-llama-3.1-8b-instruct", "specblock-qwen3-8b"])
 def test_template_cards_say_that_they_are_templates(name):
-    folder = Path(__file__).parents[1] / "model_cards" / name
+    folder = Path(__file__).parents[2] / "model_cards" / name
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json"}
     card = (folder / "README.md").read_text()
     assert card == str(model_card(SpecBlockConfig.from_pretrained(folder), f"ORG/{name}", CardFacts())) + "\n"
