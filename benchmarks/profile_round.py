@@ -43,9 +43,9 @@ from specblock_hf.drafting.drafter import Pairs
 from specblock_hf.drafting.statistics import GenerationStatistics
 from specblock_hf.evaluation.suites import load_suite
 from specblock_hf.modeling_specblock import SpecBlockModel
-from specblock_hf.target import TargetModel
-from specblock_hf.target_cache import TargetCache
-from specblock_hf.target_mask import TreeMasks
+from specblock_hf.target.cache import TargetCache
+from specblock_hf.target.masks import TreeMasks
+from specblock_hf.target.model import TargetModel
 from specblock_hf.terminal import add_model_arguments, encode, load_models
 from specblock_hf.trees.tree import DraftTree
 

@@ -34,7 +34,7 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 from .compat import CACHE
 from .drafting.drafter import DraftingPlan, Limits, Pairs, TreeDrafter
 from .generation import draft
-from .target import Scored, TargetModel
+from .target.model import Scored, TargetModel
 from .trees.tree import DraftTree
 from .trees.verification import sample_and_walk
 from .trial import try_plans

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 if TYPE_CHECKING:
     from .drafting.drafter import Pairs, TokenTable, TreeDrafter
     from .drafting.statistics import GenerationStatistics
-    from .target import Scored
+    from .target.model import Scored
     from .trees.tree import DraftTree
     from .trees.verification import Walk
 

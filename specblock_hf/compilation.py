@@ -40,9 +40,9 @@ from .drafters.lookup import JoinedState
 from .drafters.specblock import SpecBlockDrafter
 from .drafting.drafter import DraftState, TreeDrafter
 from .modeling_specblock import BlockCache
-from .target_checks import check_target
-from .target_features import decoder_layers, tap
-from .target_mask import TreeMasks
+from .target.features import decoder_layers, tap
+from .target.masks import TreeMasks
+from .target.support import check_target
 
 
 ROWS = (2, 4, 8, 16, 32)

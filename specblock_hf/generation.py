@@ -35,9 +35,9 @@ from .devices import without_cudnn_attention
 from .drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
 from .drafting.proposal import propose, scored_nodes
 from .drafting.statistics import Clock, GenerationStatistics
-from .target import TargetModel
-from .target_cache import is_users
-from .target_checks import check_target
+from .target.cache import is_users
+from .target.model import TargetModel
+from .target.support import check_target
 from .trees.rejection_sampling import SampledVerifier
 from .trees.tree import DraftTree
 from .trees.verification import Verifier, sample_and_walk

@@ -31,7 +31,7 @@ import torch
 
 from ..callbacks import DraftingCall, DraftingCallback
 from ..drafting.drafter import Pairs, TreeDrafter
-from ..target import Scored
+from ..target.model import Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 from .bandit import Action, AdaptationBandit, Decision

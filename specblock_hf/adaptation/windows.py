@@ -24,7 +24,7 @@ import torch
 
 from ..drafting.drafter import Pairs
 from ..drafting.target_batch import TargetBatch
-from ..target import Scored
+from ..target.model import Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 

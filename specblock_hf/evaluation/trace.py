@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..callbacks import DraftingCall, DraftingCallback
 from ..drafting.drafter import Pairs, TreeDrafter
-from ..target import Scored
+from ..target.model import Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 

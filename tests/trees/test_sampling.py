@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from toy_models_for_tests import ToyModel, all_trees, distinct
 
 from specblock_hf.drafting.drafter import Limits
-from specblock_hf.target_mask import likeliest_chain
+from specblock_hf.target.masks import likeliest_chain
 from specblock_hf.trees.sampling import (
     SampledGrowth,
     Shape,

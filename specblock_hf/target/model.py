@@ -25,23 +25,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from .compat import CACHE
-from .devices import without_cudnn_attention
-from .drafting.drafter import Pairs, TokenTable
-from .outputs import TokenOutputs
+from ..compat import CACHE
+from ..devices import without_cudnn_attention
+from ..drafting.drafter import Pairs, TokenTable
+from ..trees.tree import DraftTree
+from ..upload import on_device
+from .cache import TargetCache
+from .features import FeatureTaps
+from .inputs import TargetInputs
+from .masks import TreeMasks, layer_windows, likeliest_chain
 from .prompt import PromptPairs
-from .target_cache import TargetCache
-from .target_checks import check_length, rope_limits
-from .target_features import FeatureTaps
-from .target_inputs import TargetInputs
-from .target_mask import TreeMasks, layer_windows, likeliest_chain
-from .trees.tree import DraftTree
-from .upload import on_device
+from .support import check_length, rope_limits
+from .token_outputs import TokenOutputs
 
 
 if TYPE_CHECKING:
-    from .compilation import CompiledTarget
-    from .trees.verification import Walk
+    from ..compilation import CompiledTarget
+    from ..trees.verification import Walk
 
 
 # What plain decoding hands back of every token, if `output_...` asks for it.

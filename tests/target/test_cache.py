@@ -35,9 +35,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
-from specblock_hf import DraftingCallback, target_cache, target_layer
-from specblock_hf import target as target_module
+from specblock_hf import DraftingCallback
 from specblock_hf.compat import CACHE
+from specblock_hf.target import cache as target_cache
+from specblock_hf.target import cache_layer as target_layer
+from specblock_hf.target import model as target_module
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}

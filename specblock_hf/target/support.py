@@ -29,9 +29,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import is_peft_available, logging
 
-from .compat import CACHE, layer_types
-from .target_features import decoder_layers
-from .target_mask import TreeMasks
+from ..compat import CACHE, layer_types
+from .features import decoder_layers
+from .masks import TreeMasks
 
 
 logger = logging.get_logger(__name__)

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from specblock_hf import target_layer
 from specblock_hf.compat import CACHE
-from specblock_hf.target_layer import STEP, RoomyLayer
+from specblock_hf.target import cache_layer as target_layer
+from specblock_hf.target.cache_layer import STEP, RoomyLayer
 
 
 STEPS = st.one_of(

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache, cache_utils
 
-from .compat import crop
-from .target_layer import RoomyLayer
-from .upload import on_device
+from ..compat import crop
+from ..upload import on_device
+from .cache_layer import RoomyLayer
 
 
 @dataclass

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specblock_hf import DraftTree
-from specblock_hf.target_mask import likeliest_chain
+from specblock_hf.target.masks import likeliest_chain
 
 
 @st.composite

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .target_cache import TargetCache
+from .cache import TargetCache
 
 
 Layers = tuple[torch.Tensor, ...]

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .compat import layer_types
-from .target_cache import TargetCache
-from .trees.tree import DraftTree
+from ..compat import layer_types
+from ..trees.tree import DraftTree
+from .cache import TargetCache
 
 
 # What each attention backend does with a mask of four dimensions. All others, such as FlashAttention's kernels or a

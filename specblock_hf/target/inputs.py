@@ -21,8 +21,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from .compat import CACHE
-from .target_cache import check_cache
+from ..compat import CACHE
+from .cache import check_cache
 
 
 _HANDLED = {
