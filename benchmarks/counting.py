@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from specblock_hf import DraftingPlan, DraftTree, Limits, Pairs, SpecBlockDrafter, TreeDrafter
-from specblock_hf.auto import TRAINABLE
+from specblock_hf.drafters.auto import TRAINABLE
 from specblock_hf.drafting.drafter import DraftState
 
 

@@ -37,12 +37,13 @@ import torch
 
 from specblock_hf import calibrate, generation
 from specblock_hf.choice import TokenChoice
-from specblock_hf.drafters import block_drafter, specblock
+from specblock_hf.drafters.common import block as block_drafter
 from specblock_hf.drafters.lookup import FoundText, JoinedDrafter
+from specblock_hf.drafters.specblock import drafting as specblock
+from specblock_hf.drafters.specblock.modeling import SpecBlockModel
 from specblock_hf.drafting.drafter import Pairs
 from specblock_hf.drafting.statistics import GenerationStatistics
 from specblock_hf.evaluation.suites import load_suite
-from specblock_hf.modeling_specblock import SpecBlockModel
 from specblock_hf.target.cache import TargetCache
 from specblock_hf.target.masks import TreeMasks
 from specblock_hf.target.model import TargetModel

@@ -21,23 +21,23 @@ check_transformers()
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
 from .adaptation import OnlineAdaptationCallback  # noqa: E402
-from .auto import DRAFTERS, AutoDrafter  # noqa: E402
 from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
 from .callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback  # noqa: E402
 from .compilation import CompiledRounds, compile_rounds  # noqa: E402
-from .configuration_block_diffusion import BlockDiffusionConfig  # noqa: E402
-from .configuration_eagle3 import Eagle3Config  # noqa: E402
-from .configuration_falcon import FalconDrafterConfig  # noqa: E402
-from .configuration_medusa import MedusaConfig  # noqa: E402
-from .configuration_parallelspec import ParallelSpecConfig  # noqa: E402
-from .configuration_specblock import SpecBlockConfig  # noqa: E402
-from .drafters.block_diffusion import BlockDiffusionDrafter  # noqa: E402
-from .drafters.eagle3 import Eagle3Drafter  # noqa: E402
-from .drafters.falcon import FalconDrafter  # noqa: E402
+from .drafters.auto import DRAFTERS, AutoDrafter  # noqa: E402
+from .drafters.dflash.configuration import BlockDiffusionConfig  # noqa: E402
+from .drafters.dflash.drafting import BlockDiffusionDrafter  # noqa: E402
+from .drafters.eagle3.configuration import Eagle3Config  # noqa: E402
+from .drafters.eagle3.drafting import Eagle3Drafter  # noqa: E402
+from .drafters.falcon.configuration import FalconDrafterConfig  # noqa: E402
+from .drafters.falcon.drafting import FalconDrafter  # noqa: E402
 from .drafters.lookup import JoinedDrafter, LookupDrafter  # noqa: E402
-from .drafters.medusa import MedusaDrafter  # noqa: E402
-from .drafters.parallelspec import ParallelSpecDrafter  # noqa: E402
-from .drafters.specblock import SpecBlockDrafter  # noqa: E402
+from .drafters.medusa.configuration import MedusaConfig  # noqa: E402
+from .drafters.medusa.drafting import MedusaDrafter  # noqa: E402
+from .drafters.parallelspec.configuration import ParallelSpecConfig  # noqa: E402
+from .drafters.parallelspec.drafting import ParallelSpecDrafter  # noqa: E402
+from .drafters.specblock.configuration import SpecBlockConfig  # noqa: E402
+from .drafters.specblock.drafting import SpecBlockDrafter  # noqa: E402
 from .drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
 from .drafting.statistics import GenerationStatistics  # noqa: E402
 from .generation import install, uninstall  # noqa: E402

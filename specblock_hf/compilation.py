@@ -34,12 +34,12 @@ from transformers import PreTrainedModel, StaticCache, cache_utils
 
 from .compat import CACHE
 from .devices import without_cudnn_attention
-from .drafters.block_drafter import BlockDrafter, BlockState
-from .drafters.eagle3 import Eagle3Drafter
+from .drafters.common.block import BlockDrafter, BlockState
+from .drafters.eagle3.drafting import Eagle3Drafter
 from .drafters.lookup import JoinedState
-from .drafters.specblock import SpecBlockDrafter
+from .drafters.specblock.drafting import SpecBlockDrafter
+from .drafters.specblock.modeling import BlockCache
 from .drafting.drafter import DraftState, TreeDrafter
-from .modeling_specblock import BlockCache
 from .target.features import decoder_layers, tap
 from .target.masks import TreeMasks
 from .target.support import check_target

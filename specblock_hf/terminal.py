@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from .auto import AutoDrafter
 from .default_target import DEFAULT_TARGET, load_default_target
+from .drafters.auto import AutoDrafter
 from .drafters.lookup import JoinedDrafter, LookupDrafter
 from .drafting.drafter import DraftingPlan, TreeDrafter
 from .drafting.statistics import GenerationStatistics

@@ -42,7 +42,7 @@ from specblock_hf import (
     terminal,
 )
 from specblock_hf.doctor import describe_reading, diagnose
-from specblock_hf.drafters.specblock import SpecBlockDrafter
+from specblock_hf.drafters.specblock.drafting import SpecBlockDrafter
 from specblock_hf.evaluation.divergence import Divergence
 from specblock_hf.terminal import Answer
 

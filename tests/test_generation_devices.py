@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from specblock_hf import DraftingPlan, TreeDrafter
-from specblock_hf.auto import TRAINABLE
+from specblock_hf.drafters.auto import TRAINABLE
 from specblock_hf.evaluation.divergence import divergence_between
 
 

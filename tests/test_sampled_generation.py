@@ -59,7 +59,7 @@ def drafter_for(target, **plan) -> SpecBlockDrafter:
 def known_draws(monkeypatch):
     """Drafts are drawn with the seeds 0, 1, 2, ... and not with the operating system's."""
     seeds = count()
-    generator = "specblock_hf.drafters.specblock.private_generator"
+    generator = "specblock_hf.drafters.specblock.drafting.private_generator"
     monkeypatch.setattr(generator, lambda device: torch.Generator(device).manual_seed(next(seeds)))
 
 

@@ -30,10 +30,10 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..devices import without_cudnn_attention
+from ..drafters.eagle3.modeling import Eagle3Model
+from ..drafters.specblock.modeling import SpecBlockModel
 from ..drafting.drafter import TreeDrafter
 from ..drafting.target_batch import TargetBatch
-from ..modeling_eagle3 import Eagle3Model
-from ..modeling_specblock import SpecBlockModel
 from ..training.batches import draft_ids_of
 from .windows import Window, WindowBuffer, collate
 

@@ -19,9 +19,9 @@ import argparse
 
 from transformers import AutoConfig
 
-from ..auto import AutoDrafter
-from ..conversion import Layout, write_checkpoint
-from ..conversion_block_drafters import write_block_checkpoint
+from ..drafters.auto import AutoDrafter
+from ..drafters.dflash.layouts import write_block_checkpoint
+from ..drafters.layouts import Layout, write_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

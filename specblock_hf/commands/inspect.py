@@ -20,10 +20,10 @@ import argparse
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..auto import AutoDrafter
 from ..checkpoints.hub import DrafterFiles
 from ..checkpoints.loading import StrictPreTrainedModel
-from ..conversion import layout_of
+from ..drafters.auto import AutoDrafter
+from ..drafters.layouts import layout_of
 from ..drafting.drafter import UNRECORDED_LAYER
 from . import trace
 

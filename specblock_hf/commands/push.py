@@ -22,10 +22,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..auto import AutoDrafter
 from ..checkpoints.hub import CardFacts, DrafterFiles, publish
 from ..checkpoints.provenance import published
-from ..conversion import Layout, layout_of
+from ..drafters.auto import AutoDrafter
+from ..drafters.layouts import Layout, layout_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

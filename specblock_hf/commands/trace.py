@@ -19,8 +19,8 @@ import argparse
 
 import torch
 
-from ..auto import AutoDrafter
 from ..demo import PROMPTS
+from ..drafters.auto import AutoDrafter
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
 from ..drafting.drafter import DraftingPlan, TreeDrafter
 from ..evaluation.trace import TracedRound, trace_round, trace_there

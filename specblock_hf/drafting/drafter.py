@@ -392,7 +392,7 @@ class TreeDrafter(ABC):
     ) -> dict[str, torch.Tensor]:
         """
         The drafter's training objective and its parts, for the trainer and the online updater alike. `specblock train
-        --drafter NAME` trains whatever implements this and is listed in `specblock_hf.auto.TRAINABLE`: the
+        --drafter NAME` trains whatever implements this and is listed in `specblock_hf.drafters.auto.TRAINABLE`: the
         configuration class makes a drafter for a target (`config_class.for_target(target.config, **overrides)`), the
         drafter has the draft vocabulary of [`DraftHead`] or says all that the target can.
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..auto import AutoDrafter
-from ..configuration_specblock import SpecBlockConfig
+from ..drafters.auto import AutoDrafter
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
+from ..drafters.specblock.configuration import SpecBlockConfig
 from ..drafting.drafter import TreeDrafter
 
 

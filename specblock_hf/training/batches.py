@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..draft_head import DraftHead
+from ..drafters.common.head import DraftHead
 from ..drafting.drafter import TokenTable
 from ..drafting.target_batch import TargetBatch
 from .data import Example

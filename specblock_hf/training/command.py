@@ -29,8 +29,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..auto import TRAINABLE, AutoDrafter
-from ..draft_head import DraftHead
+from ..drafters.auto import TRAINABLE, AutoDrafter
+from ..drafters.common.head import DraftHead
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
 from ..drafting.drafter import DraftingPlan, TokenTable
 from ..evaluation.held_out import held_out_rates

@@ -29,7 +29,7 @@ from training_for_tests import tiny_drafter
 
 from specblock_hf import JoinedDrafter, LookupDrafter, SpecBlockDrafter
 from specblock_hf.adaptation import AdaptationBandit, FallMonitor, OnlineAdaptationCallback, UpdateSettings
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 
 
 FIRST_BLOCK = SpecBlockObjective(num_blocks=1)

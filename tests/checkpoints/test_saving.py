@@ -28,8 +28,8 @@ from test_loading import assert_same, small_drafter
 
 from specblock_hf import AutoDrafter
 from specblock_hf.checkpoints.saving import save_file_whole, save_folder_whole, save_text_whole
-from specblock_hf.conversion import Layout, write_checkpoint
-from specblock_hf.conversion_block_drafters import write_block_checkpoint
+from specblock_hf.drafters.dflash.layouts import write_block_checkpoint
+from specblock_hf.drafters.layouts import Layout, write_checkpoint
 
 
 FULL = (OSError, RuntimeError, SafetensorError)

@@ -27,8 +27,8 @@ from training_for_tests import DRAFT_VOCAB, Told
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from specblock_hf import AutoDrafter, DraftingPlan, Limits
-from specblock_hf.auto import DRAFTERS
-from specblock_hf.drafters.block_drafter import PREFILL_PAIRS
+from specblock_hf.drafters.auto import DRAFTERS
+from specblock_hf.drafters.common.block import PREFILL_PAIRS
 from specblock_hf.training.attention import NAME as CHUNKED
 from specblock_hf.trees.tree import DraftTree
 
@@ -110,8 +110,8 @@ def test_rows_of_a_batch_are_drafted_alone(name):
 @pytest.mark.parametrize("name", NEW)
 @torch.no_grad()
 def test_a_prompt_in_chunks(name, monkeypatch):
-    monkeypatch.setattr("specblock_hf.drafters.block_drafter.PREFILL_PAIRS", 4)
-    monkeypatch.setattr("specblock_hf.drafters.parallelspec.PREFILL_PAIRS", 4)
+    monkeypatch.setattr("specblock_hf.drafters.common.block.PREFILL_PAIRS", 4)
+    monkeypatch.setattr("specblock_hf.drafters.parallelspec.drafting.PREFILL_PAIRS", 4)
     assert PREFILL_PAIRS > 24  # what is compared with was not in chunks
     drafter, told = baseline(name), Told(2, 24)
     limits = Limits((12,) * 2, (9,) * 2, num_forwards=FORWARDS[name])

@@ -37,8 +37,8 @@ from specblock_hf import (
     Pairs,
     TokenTable,
 )
-from specblock_hf.configuration_block_diffusion import spread_feature_layers
-from specblock_hf.drafters.block_diffusion import Block
+from specblock_hf.drafters.dflash.configuration import spread_feature_layers
+from specblock_hf.drafters.dflash.drafting import Block
 
 
 GREEDY = {"do_sample": False}

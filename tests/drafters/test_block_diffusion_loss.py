@@ -23,7 +23,7 @@ from block_drafters_for_tests import VARIANTS, block_drafter
 from conftest import ATTENTIONS, VOCAB, prompt_of, tiny_target
 
 from specblock_hf import BlockDiffusionConfig, BlockDiffusionDrafter, Pairs, TokenTable
-from specblock_hf.drafters.block_diffusion_loss import BlockDiffusionObjective, _draw_anchors, _run_blocks
+from specblock_hf.drafters.dflash.loss import BlockDiffusionObjective, _draw_anchors, _run_blocks
 from specblock_hf.drafting.target_batch import TargetBatch
 from specblock_hf.training.attention import NAME as CPU_ATTENTION
 

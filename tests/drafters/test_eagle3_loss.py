@@ -20,9 +20,9 @@ from baselines_for_tests import baseline, batch_for, favouring, listening, pairs
 from training_for_tests import DRAFT_VOCAB, Told
 
 from specblock_hf import Limits
-from specblock_hf.drafters.eagle3_loss import Eagle3Objective, eagle3_loss, unrolled_states
-from specblock_hf.modeling_specblock import GraphCache
-from specblock_hf.path_attention import PathCache
+from specblock_hf.drafters.common.path_attention import PathCache
+from specblock_hf.drafters.eagle3.loss import Eagle3Objective, eagle3_loss, unrolled_states
+from specblock_hf.drafters.specblock.modeling import GraphCache
 from specblock_hf.training.attention import NAME as CHUNKED
 
 
@@ -130,7 +130,7 @@ def test_queries_in_chunks(monkeypatch):
         cache.update(states(2), states(2), 0)
         queries.append(states(6))
     whole = cache.attend(queries[-1], 0.3)
-    monkeypatch.setattr("specblock_hf.path_attention.CHUNK", 4)
+    monkeypatch.setattr("specblock_hf.drafters.common.path_attention.CHUNK", 4)
     torch.testing.assert_close(cache.attend(queries[-1], 0.3), whole)
     keys = torch.cat([k.repeat_interleave(3, 1) for k in cache.keys], dim=2)
     values = torch.cat([v.repeat_interleave(3, 1) for v in cache.values], dim=2)

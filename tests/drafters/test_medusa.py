@@ -23,7 +23,7 @@ from conftest import tiny_target
 from training_for_tests import DRAFT_VOCAB, Told
 
 from specblock_hf import Limits, MedusaConfig, MedusaDrafter
-from specblock_hf.drafters.medusa import MedusaObjective
+from specblock_hf.drafters.medusa.drafting import MedusaObjective
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)

@@ -19,7 +19,7 @@ import pytest
 from conftest import tiny_target
 
 from specblock_hf import DraftingPlan
-from specblock_hf.auto import TRAINABLE
+from specblock_hf.drafters.auto import TRAINABLE
 
 
 def drafter_of(name: str, **fields):

@@ -23,7 +23,7 @@ import torch
 from conftest import VOCAB
 from training_for_tests import DRAFT_VOCAB, Told, naive_states, tiny_drafter
 
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective, specblock_loss
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective, specblock_loss
 from specblock_hf.drafting.target_batch import TargetBatch
 from specblock_hf.training.attention import NAME as CHUNKED
 
@@ -249,7 +249,7 @@ def test_cuts_are_drawn_from_one_to_the_block_size(monkeypatch):
         seen.append(cuts)
         return {"loss": torch.tensor(math.nan)}
 
-    monkeypatch.setattr("specblock_hf.drafters.specblock.specblock_loss", spy)
+    monkeypatch.setattr("specblock_hf.drafters.specblock.drafting.specblock_loss", spy)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         drafter.loss(batch, generator=generator)

@@ -30,7 +30,7 @@ from conftest import tiny_target
 from training_for_tests import Told, example_of, tiny_drafter
 
 from specblock_hf import DraftingPlan, TokenTable
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.features import view_target

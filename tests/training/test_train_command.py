@@ -25,7 +25,7 @@ from conftest import prompt_of, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
 
 from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
-from specblock_hf.conversion import Layout, write_checkpoint
+from specblock_hf.drafters.layouts import Layout, write_checkpoint
 from specblock_hf.training.features import view_target
 
 
