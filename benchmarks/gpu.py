@@ -172,7 +172,7 @@ def tests(args: argparse.Namespace) -> list[Task]:
     workers = ["-n", "8"] if find_spec("xdist") else []
     whole = ["tests/trees/test_tree.py"] if args.tiny else [*workers, "tests", "-m", "not real"]
     return [
-        Task("generate() on the device", [*pytest, "tests/test_generation_devices.py"], summary),
+        Task("generate() on the device", [*pytest, "tests/generation/test_generation_devices.py"], summary),
         Task("identity", answers, identity),
         Task("suite", [*pytest, *whole], summary),
     ]

@@ -35,8 +35,7 @@ from typing import Any
 
 import torch
 
-from specblock_hf import calibrate, generation
-from specblock_hf.choice import TokenChoice
+from specblock_hf import calibrate
 from specblock_hf.drafters.common import block as block_drafter
 from specblock_hf.drafters.lookup import FoundText, JoinedDrafter
 from specblock_hf.drafters.specblock import drafting as specblock
@@ -44,6 +43,8 @@ from specblock_hf.drafters.specblock.modeling import SpecBlockModel
 from specblock_hf.drafting.drafter import Pairs
 from specblock_hf.drafting.statistics import GenerationStatistics
 from specblock_hf.evaluation.suites import load_suite
+from specblock_hf.generation import loop as generation
+from specblock_hf.generation.token_selector import TokenChoice
 from specblock_hf.target.cache import TargetCache
 from specblock_hf.target.masks import TreeMasks
 from specblock_hf.target.model import TargetModel

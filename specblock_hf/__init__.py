@@ -21,9 +21,7 @@ check_transformers()
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
 from .adaptation import OnlineAdaptationCallback  # noqa: E402
-from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
-from .callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback  # noqa: E402
-from .compilation import CompiledRounds, compile_rounds  # noqa: E402
+from .calibration.calibrate import Calibration, CostCurves, calibrate  # noqa: E402
 from .drafters.auto import DRAFTERS, AutoDrafter  # noqa: E402
 from .drafters.dflash.configuration import BlockDiffusionConfig  # noqa: E402
 from .drafters.dflash.drafting import BlockDiffusionDrafter  # noqa: E402
@@ -40,7 +38,9 @@ from .drafters.specblock.configuration import SpecBlockConfig  # noqa: E402
 from .drafters.specblock.drafting import SpecBlockDrafter  # noqa: E402
 from .drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
 from .drafting.statistics import GenerationStatistics  # noqa: E402
-from .generation import install, uninstall  # noqa: E402
+from .generation.callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback  # noqa: E402
+from .generation.compilation import CompiledRounds, compile_rounds  # noqa: E402
+from .generation.loop import install, uninstall  # noqa: E402
 from .trees.tree import DraftTree  # noqa: E402
 from .trees.verification import Walk, sample_and_walk  # noqa: E402
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriter
 from transformers.generation.streamers import BaseStreamer
 
 from .drafting.drafter import TreeDrafter
-from .generation import check_request, generate_with_drafter
+from .generation.loop import check_request, generate_with_drafter
 
 
 def generate_without_hook(

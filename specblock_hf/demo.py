@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration import Calibration, calibrate
+from .calibration.calibrate import Calibration, calibrate
 from .drafting.drafter import TreeDrafter
 from .drafting.statistics import GenerationStatistics
 from .evaluation.divergence import Divergence, divergence_between

@@ -19,11 +19,11 @@ import argparse
 
 from transformers import PreTrainedModel
 
-from .calibration import calibrate
+from .calibration.calibrate import calibrate
 from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
 from .drafting.drafter import TreeDrafter
 from .drafting.statistics import GenerationStatistics
-from .generation import is_installed
+from .generation.loop import is_installed
 from .terminal import add_model_arguments, ask, encode, load_models
 
 

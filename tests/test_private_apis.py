@@ -52,9 +52,9 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import logging
 
 import specblock_hf
-from specblock_hf.choice import _ROW_WISE
 from specblock_hf.compat import CACHE
-from specblock_hf.compilation import _HOOKS
+from specblock_hf.generation.compilation import _HOOKS
+from specblock_hf.generation.token_selector import _ROW_WISE
 
 
 def parameters(method: object) -> list[str]:

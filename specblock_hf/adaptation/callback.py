@@ -29,8 +29,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..callbacks import DraftingCall, DraftingCallback
 from ..drafting.drafter import Pairs, TreeDrafter
+from ..generation.callbacks import DraftingCall, DraftingCallback
 from ..target.model import Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk

@@ -33,10 +33,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..callbacks import DraftingCallback
 from ..drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
 from ..drafting.proposal import propose
 from ..drafting.target_batch import TargetBatch
+from ..generation.callbacks import DraftingCallback
 from ..trees.tree import FOUND, DraftTree
 from ..upload import on_device
 

@@ -33,7 +33,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 # At run time, because transformers resolves the annotations of models.
-from ..callbacks import DraftingCallback
+from ..generation.callbacks import DraftingCallback
 from ..upload import on_device
 from .plan import DraftingPlan, Limits
 from .statistics import GenerationStatistics

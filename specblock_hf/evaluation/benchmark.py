@@ -33,10 +33,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..callbacks import DraftingCall, DraftingCallback
 from ..checkpoints.saving import save_text_whole
 from ..drafting.drafter import TreeDrafter
 from ..drafting.statistics import GenerationStatistics
+from ..generation.callbacks import DraftingCall, DraftingCallback
 from ..training.data import render_prompt
 from ..trees.tree import DraftTree
 from .divergence import first_difference, plain_margins

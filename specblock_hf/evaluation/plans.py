@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration import calibrate
+from ..calibration.calibrate import calibrate
 from ..drafting.drafter import DraftingPlan
 from .methods import Method
 

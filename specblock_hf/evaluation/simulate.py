@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..drafting.drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
-from ..generation import draft, round_limits
+from ..generation.loop import draft, round_limits
 from ..training.data import Example
 from ..training.features import TargetView
 from ..trees.verification import Select, sample_and_walk

@@ -40,7 +40,7 @@ from .token_outputs import TokenOutputs
 
 
 if TYPE_CHECKING:
-    from ..compilation import CompiledTarget
+    from ..generation.compilation import CompiledTarget
     from ..trees.verification import Walk
 
 

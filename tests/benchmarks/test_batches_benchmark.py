@@ -24,9 +24,10 @@ import pytest
 from conftest import prompt_of, tiny_target
 from models_for_tests import save_models, tiny_drafter
 
-from specblock_hf import Calibration, CostCurves, DraftingPlan, calibrate, trial
+from specblock_hf import Calibration, CostCurves, DraftingPlan, calibrate
+from specblock_hf.calibration import trial
+from specblock_hf.calibration.trial import padded
 from specblock_hf.demo import PROMPTS
-from specblock_hf.trial import padded
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "batches.py"))

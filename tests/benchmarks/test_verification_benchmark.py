@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import prompt_of, tiny_target
-from test_sampled_generation import drafter_for
+from test_drawn_trees import drafter_for
 from test_verification import tree_of
 from transformers import DynamicCache
 

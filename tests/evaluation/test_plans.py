@@ -19,7 +19,9 @@ import pytest
 from conftest import prompt_of, tiny_target
 from models_for_tests import tiny_drafter
 
-from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, calibration, trial
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
+from specblock_hf.calibration import calibrate as calibration
+from specblock_hf.calibration import trial
 from specblock_hf.evaluation import plans
 from specblock_hf.evaluation.methods import Method
 from specblock_hf.evaluation.plans import apply_plans, choose_plans

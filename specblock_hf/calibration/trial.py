@@ -22,7 +22,7 @@ from copy import deepcopy
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from .drafting.drafter import DraftingPlan, TreeDrafter
+from ..drafting.drafter import DraftingPlan, TreeDrafter
 
 
 TRIAL_TOKENS = 48

@@ -28,19 +28,19 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from ..compat import CACHE
+from ..devices import without_cudnn_attention
+from ..drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from ..drafting.proposal import propose, scored_nodes
+from ..drafting.statistics import Clock, GenerationStatistics
+from ..target.cache import is_users
+from ..target.model import TargetModel
+from ..target.support import check_target
+from ..trees.rejection_sampling import SampledVerifier
+from ..trees.tree import DraftTree
+from ..trees.verification import Verifier, sample_and_walk
 from .callbacks import DraftingCall, Listeners
-from .choice import TokenChoice
-from .compat import CACHE
-from .devices import without_cudnn_attention
-from .drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
-from .drafting.proposal import propose, scored_nodes
-from .drafting.statistics import Clock, GenerationStatistics
-from .target.cache import is_users
-from .target.model import TargetModel
-from .target.support import check_target
-from .trees.rejection_sampling import SampledVerifier
-from .trees.tree import DraftTree
-from .trees.verification import Verifier, sample_and_walk
+from .token_selector import TokenChoice
 
 
 if TYPE_CHECKING:

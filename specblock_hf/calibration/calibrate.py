@@ -31,12 +31,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from .compat import CACHE
-from .drafting.drafter import DraftingPlan, Limits, Pairs, TreeDrafter
-from .generation import draft
-from .target.model import Scored, TargetModel
-from .trees.tree import DraftTree
-from .trees.verification import sample_and_walk
+from ..compat import CACHE
+from ..drafting.drafter import DraftingPlan, Limits, Pairs, TreeDrafter
+from ..generation.loop import draft
+from ..target.model import Scored, TargetModel
+from ..trees.tree import DraftTree
+from ..trees.verification import sample_and_walk
 from .trial import try_plans
 
 

@@ -41,10 +41,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import specblock_hf
 from specblock_hf import GenerationStatistics
-from specblock_hf.choice import _decided_on_host
 from specblock_hf.compat import CACHE
 from specblock_hf.drafting.drafter import DraftingPlan
-from specblock_hf.generation import is_installed, round_limits
+from specblock_hf.generation.loop import is_installed, round_limits
+from specblock_hf.generation.token_selector import _decided_on_host
 
 
 GREEDY = {"do_sample": False}

@@ -72,7 +72,7 @@ from specblock_hf.compat import CACHE
 from specblock_hf.default_target import load_default_target
 
 
-DOCS = Path(__file__).parent.parent / "docs" / "generate.md"
+DOCS = Path(__file__).parents[2] / "docs" / "generate.md"
 IN_OUT = "Other ways in and out"
 
 

@@ -38,7 +38,7 @@ from specblock_hf import (
     compile_rounds,
 )
 from specblock_hf.compat import CACHE
-from specblock_hf.compilation import ROWS
+from specblock_hf.generation.compilation import ROWS
 
 
 GREEDY = {"do_sample": False}

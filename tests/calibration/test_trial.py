@@ -21,8 +21,9 @@ from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import OracleDrafter
 from models_for_tests import tiny_drafter
 
-from specblock_hf import DraftingPlan, trial
-from specblock_hf.trial import answers, batches_of, padded, try_plans
+from specblock_hf import DraftingPlan
+from specblock_hf.calibration import trial
+from specblock_hf.calibration.trial import answers, batches_of, padded, try_plans
 
 
 PLANS = [DraftingPlan(3, 1), DraftingPlan(5, 2)]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
-from test_generation import KeepingStreamer, tokenizer  # noqa: F401
+from test_loop import KeepingStreamer, tokenizer  # noqa: F401
 
 import specblock_hf
 from specblock_hf.custom_generate import generate_without_hook

@@ -22,8 +22,9 @@ from draws_for_tests import draw_case
 from targets_for_tests import TargetKind
 from verdicts_for_tests import FAULTS, is_refusal
 
-from specblock_hf import DraftingPlan, generation
-from specblock_hf.choice import TokenChoice
+from specblock_hf import DraftingPlan
+from specblock_hf.generation import loop as generation
+from specblock_hf.generation.token_selector import TokenChoice
 
 
 CALLS, GROUP = 200, 20

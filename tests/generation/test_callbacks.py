@@ -26,7 +26,7 @@ from conftest import VOCAB, prompt_of
 from drafters_for_tests import GarbageDrafter, OracleDrafter
 
 from specblock_hf import JoinedDrafter, LookupDrafter
-from specblock_hf.callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback
+from specblock_hf.generation.callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -224,7 +224,7 @@ def test_logger_writes_one_line_a_call(llama, drafter, caplog):
     with caplog.at_level(logging.WARNING, logger="specblock_hf"):
         for _ in range(2):
             llama.generate(prompt_of(5), assistant_model=drafter, **GREEDY)
-    lines = [record.getMessage() for record in caplog.records if record.name == "specblock_hf.callbacks"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "specblock_hf.generation.callbacks"]
     assert len(lines) == 2
     assert lines[0].startswith("12 tokens in ") and f"tau {drafter.last_statistics.tau:.2f}" in lines[0]
 

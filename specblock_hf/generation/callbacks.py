@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 
 if TYPE_CHECKING:
-    from .drafting.drafter import Pairs, TokenTable, TreeDrafter
-    from .drafting.statistics import GenerationStatistics
-    from .target.model import Scored
-    from .trees.tree import DraftTree
-    from .trees.verification import Walk
+    from ..drafting.drafter import Pairs, TokenTable, TreeDrafter
+    from ..drafting.statistics import GenerationStatistics
+    from ..target.model import Scored
+    from ..trees.tree import DraftTree
+    from ..trees.verification import Walk
 
 
 logger = logging.getLogger(__name__)

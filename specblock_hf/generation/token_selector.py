@@ -36,8 +36,8 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.streamers import BaseStreamer
 
-from .compat import CACHE
-from .trees.tree import DraftTree
+from ..compat import CACHE
+from ..trees.tree import DraftTree
 
 
 # Processors of transformers that treat every row by itself, with what they hold row by row: the batch is called one
