@@ -39,9 +39,9 @@ from acceptance import Suite
 from tqdm.auto import tqdm
 
 from specblock_hf import DraftingPlan, SpecBlockDrafter
+from specblock_hf.data.suites import SUITES
 from specblock_hf.drafting.drafter import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
-from specblock_hf.evaluation.suites import SUITES
 from specblock_hf.terminal import load_target
 
 

@@ -36,9 +36,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specblock_hf import TreeDrafter
+from specblock_hf.data.suites import load_suite
 from specblock_hf.demo import describe_setting
 from specblock_hf.evaluation.divergence import divergence_between
-from specblock_hf.evaluation.suites import load_suite
 from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, ask, encode, load_models
 
 

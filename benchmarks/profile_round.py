@@ -36,13 +36,13 @@ from typing import Any
 import torch
 
 from specblock_hf import calibrate
+from specblock_hf.data.suites import load_suite
 from specblock_hf.drafters.common import block as block_drafter
 from specblock_hf.drafters.lookup import FoundText, JoinedDrafter
 from specblock_hf.drafters.specblock import drafting as specblock
 from specblock_hf.drafters.specblock.modeling import SpecBlockModel
 from specblock_hf.drafting.drafter import Pairs
 from specblock_hf.drafting.statistics import GenerationStatistics
-from specblock_hf.evaluation.suites import load_suite
 from specblock_hf.generation import loop as generation
 from specblock_hf.generation.token_selector import TokenChoice
 from specblock_hf.target.cache import TargetCache

@@ -37,9 +37,9 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, set
 
 from specblock_hf import DraftingPlan, DraftTree, Pairs, TokenTable, TreeDrafter
 from specblock_hf.compat import CACHE
+from specblock_hf.data.suites import load_suite
 from specblock_hf.devices import without_cudnn_attention
 from specblock_hf.evaluation.outcomes import outcomes
-from specblock_hf.evaluation.suites import load_suite
 from specblock_hf.generation.loop import draft, round_limits
 from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 

@@ -33,8 +33,8 @@ from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, TokenTable,
 from specblock_hf.devices import without_cudnn_attention
 from specblock_hf.evaluation.held_out import held_out_rates
 from specblock_hf.evaluation.simulate import simulate_acceptance
-from specblock_hf.training.answering import Answering, Prompt
-from specblock_hf.training.features import view_target
+from specblock_hf.regeneration.answering import Answering, Prompt
+from specblock_hf.training.target_views import view_target
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specblock_hf import Pairs, SpecBlockConfig, SpecBlockDrafter, TokenTable
+from specblock_hf.data.examples import Example
 from specblock_hf.drafters.specblock.modeling import GraphCache
 from specblock_hf.drafting.target_batch import TargetBatch
-from specblock_hf.training.data import Example
 
 
 ALPHABET = f"_?{string.ascii_lowercase}0123"

@@ -34,14 +34,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.saving import save_text_whole
+from ..data.examples import render_prompt
+from ..data.suites import EvaluationPrompt
 from ..drafting.drafter import TreeDrafter
 from ..drafting.statistics import GenerationStatistics
 from ..generation.callbacks import DraftingCall, DraftingCallback
-from ..training.data import render_prompt
 from ..trees.tree import DraftTree
 from .divergence import first_difference, plain_margins
 from .methods import PLAIN, Method
-from .suites import EvaluationPrompt
 
 
 WARM_UP_TOKENS = 16

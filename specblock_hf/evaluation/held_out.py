@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..data.examples import Example
 from ..devices import without_cudnn_attention
 from ..drafting.drafter import TokenTable
 from ..training.batches import batches_of_epoch, collate, draft_ids_of
-from ..training.data import Example
-from ..training.features import TargetView
-from ..training.report import describe_counts
+from ..training.metrics import describe_counts
+from ..training.target_views import TargetView
 
 
 @torch.no_grad()

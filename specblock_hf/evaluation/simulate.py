@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..data.examples import Example
 from ..drafting.drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
 from ..generation.loop import draft, round_limits
-from ..training.data import Example
-from ..training.features import TargetView
+from ..training.target_views import TargetView
 from ..trees.verification import Select, sample_and_walk
 
 

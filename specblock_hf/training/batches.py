@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..data.examples import Example
 from ..drafters.common.head import DraftHead
 from ..drafting.drafter import TokenTable
 from ..drafting.target_batch import TargetBatch
-from .data import Example
-from .features import TargetView
+from .target_views import TargetView
 
 
 NEIGHBOURS = 256  # conversations of similar length among which batches are mixed anew in every epoch

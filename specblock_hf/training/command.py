@@ -29,6 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.examples import Example, load_examples, split_examples
 from ..drafters.auto import TRAINABLE, AutoDrafter
 from ..drafters.common.head import DraftHead
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
@@ -37,12 +38,11 @@ from ..evaluation.held_out import held_out_rates
 from ..evaluation.simulate import simulate_acceptance
 from ..terminal import load_target
 from .arguments import DrafterTrainingArguments
-from .attention import NAME as CPU_ATTENTION
 from .batches import batches_of_epoch, draft_vocabulary, padding_share
-from .data import Example, load_examples, split_examples
-from .features import FeatureStore, TargetView, view_target
+from .cpu_attention import NAME as CPU_ATTENTION
+from .estimate import rehearse
 from .options import add_fields, read_pairs
-from .rehearsal import rehearse
+from .target_views import FeatureStore, TargetView, view_target
 from .trainer import DrafterTrainer, make_accelerator
 
 

@@ -32,13 +32,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data.suites import SUITES
 from ..default_target import DEFAULT_TARGET
-from ..evaluation.suites import SUITES
+from ..regeneration.answer_file import AnswerFile
+from ..regeneration.answering import Answering, Prompt, groups_of
+from ..regeneration.prompts import Shares, evaluation_digests, read_prompts
+from ..regeneration.server import ENGINES, Server, ServerAnswering
 from ..terminal import load_target
-from .answer_file import AnswerFile
-from .answering import Answering, Prompt, groups_of
-from .prompts import Shares, evaluation_digests, read_prompts
-from .serving import ENGINES, Server, ServerAnswering
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

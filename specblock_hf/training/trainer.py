@@ -36,15 +36,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_folder_whole, save_text_whole
+from ..data.examples import Example
 from ..devices import without_cudnn_attention
 from ..drafting.drafter import TokenTable
 from ..drafting.target_batch import TargetBatch
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .clock import StepClock
-from .data import Example
-from .features import TargetView
-from .report import merge_outputs, report_of
+from .metrics import merge_outputs, report_of
+from .target_views import TargetView
 
 
 class ObjectiveModule(nn.Module):

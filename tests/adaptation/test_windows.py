@@ -31,7 +31,7 @@ from specblock_hf import Walk
 from specblock_hf.adaptation.windows import CallRecorder, Window, WindowBuffer, collate, rejection_signal
 from specblock_hf.generation.callbacks import DraftingCallback
 from specblock_hf.training.batches import collate as collate_for_training
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 
 
 LAYERS = (0, 2, 4)

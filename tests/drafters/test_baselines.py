@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig
 from specblock_hf import AutoDrafter, DraftingPlan, Limits
 from specblock_hf.drafters.auto import DRAFTERS
 from specblock_hf.drafters.common.block import PREFILL_PAIRS
-from specblock_hf.training.attention import NAME as CHUNKED
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
 from specblock_hf.trees.tree import DraftTree
 
 

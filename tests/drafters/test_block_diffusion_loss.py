@@ -25,7 +25,7 @@ from conftest import ATTENTIONS, VOCAB, prompt_of, tiny_target
 from specblock_hf import BlockDiffusionConfig, BlockDiffusionDrafter, Pairs, TokenTable
 from specblock_hf.drafters.dflash.loss import BlockDiffusionObjective, _draw_anchors, _run_blocks
 from specblock_hf.drafting.target_batch import TargetBatch
-from specblock_hf.training.attention import NAME as CPU_ATTENTION
+from specblock_hf.training.cpu_attention import NAME as CPU_ATTENTION
 
 
 LENGTH = 19

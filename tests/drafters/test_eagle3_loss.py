@@ -23,7 +23,7 @@ from specblock_hf import Limits
 from specblock_hf.drafters.common.path_attention import PathCache
 from specblock_hf.drafters.eagle3.loss import Eagle3Objective, eagle3_loss, unrolled_states
 from specblock_hf.drafters.specblock.modeling import GraphCache
-from specblock_hf.training.attention import NAME as CHUNKED
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)

@@ -21,7 +21,7 @@ from training_for_tests import Told
 
 from specblock_hf import Limits
 from specblock_hf.drafters.specblock.modeling import GraphCache
-from specblock_hf.training.attention import NAME as CHUNKED
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)

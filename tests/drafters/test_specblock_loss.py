@@ -25,7 +25,7 @@ from training_for_tests import DRAFT_VOCAB, Told, naive_states, tiny_drafter
 
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective, specblock_loss
 from specblock_hf.drafting.target_batch import TargetBatch
-from specblock_hf.training.attention import NAME as CHUNKED
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 
 ROWS, LENGTH, TOP = 3, 26, 5

@@ -26,6 +26,7 @@ from drafters_for_tests import GarbageDrafter, OracleDrafter
 from models_for_tests import tiny_drafter, tiny_tokenizer
 
 from specblock_hf import DraftingPlan, GenerationStatistics, LookupDrafter
+from specblock_hf.data.suites import EvaluationPrompt
 from specblock_hf.evaluation import benchmark
 from specblock_hf.evaluation.benchmark import (
     Benchmark,
@@ -39,7 +40,6 @@ from specblock_hf.evaluation.benchmark import (
     median_seconds,
 )
 from specblock_hf.evaluation.methods import Method
-from specblock_hf.evaluation.suites import EvaluationPrompt
 
 
 GREEDY = decoding_settings(0, 20)

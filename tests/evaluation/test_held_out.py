@@ -25,7 +25,7 @@ from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 from specblock_hf.evaluation.held_out import held_out_rates
 from specblock_hf.evaluation.simulate import SimulatedAcceptance
 from specblock_hf.training.batches import collate, draft_ids_of
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 
 
 def test_rates_are_those_of_all_answers_together():

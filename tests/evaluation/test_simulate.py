@@ -25,7 +25,7 @@ from training_for_tests import example_of, tiny_drafter
 
 from specblock_hf import DraftingPlan, TokenTable
 from specblock_hf.evaluation.simulate import SimulatedAcceptance, simulate_acceptance
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 
 
 PROMPT = 7

@@ -33,7 +33,7 @@ from specblock_hf import DraftingPlan, TokenTable
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 from specblock_hf.training.trainer import DrafterTrainer
 
 

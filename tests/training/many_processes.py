@@ -36,7 +36,7 @@ from training_for_tests import Told, example_of, tiny_drafter
 from specblock_hf import DraftingPlan, TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 from specblock_hf.training.trainer import DrafterTrainer, make_accelerator
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_trainer import tiny_trainer
 from training_for_tests import tiny_drafter
 
-from specblock_hf.training.rehearsal import Rehearsal, rehearse
+from specblock_hf.training.estimate import Rehearsal, rehearse
 
 
 def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path):

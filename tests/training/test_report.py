@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from specblock_hf.training.clock import StepClock
-from specblock_hf.training.report import bucket_scores, describe_counts, merge_outputs, report_of
+from specblock_hf.training.metrics import bucket_scores, describe_counts, merge_outputs, report_of
 
 
 def test_means_and_counts_are_told_apart_by_their_dimensions():

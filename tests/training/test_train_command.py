@@ -26,7 +26,7 @@ from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, ti
 
 from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
 from specblock_hf.drafters.layouts import Layout, write_checkpoint
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from specblock_hf import SpecBlockDrafter, TokenTable, cli
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 from specblock_hf.training.trainer import DrafterTrainer
 
 

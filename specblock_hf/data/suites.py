@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..training.data import read_rows
+from .examples import read_rows
 
 
 @dataclass(frozen=True)

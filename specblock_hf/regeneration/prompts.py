@@ -26,9 +26,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.suites import SUITES
+from ..data.examples import as_messages, prompt_key, read_rows, render_prompt
+from ..data.suites import SUITES
 from .answering import Prompt
-from .data import as_messages, prompt_key, read_rows, render_prompt
 
 
 EVALUATION_DIGESTS = Path(__file__).parents[1] / "templates" / "evaluation_digests.txt"

@@ -23,8 +23,8 @@ import torch
 from conftest import tiny_target
 from training_for_tests import Told, example_of
 
-from specblock_hf.training import features
-from specblock_hf.training.features import FeatureStore, view_target
+from specblock_hf.training import target_views as features
+from specblock_hf.training.target_views import FeatureStore, view_target
 
 
 LAYERS, TOP = (0, 2, 4), 6

@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_for_tests import char_tokenizer
 
-from specblock_hf.evaluation.suites import humaneval, mtbench
-from specblock_hf.training.answering import Prompt
-from specblock_hf.training.prompts import (
+from specblock_hf.data.suites import humaneval, mtbench
+from specblock_hf.regeneration.answering import Prompt
+from specblock_hf.regeneration.prompts import (
     EVALUATION_DIGESTS,
     Shares,
     conversation_of,

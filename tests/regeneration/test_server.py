@@ -21,10 +21,10 @@ from chat_server import ChatServer, completion
 from tokenizers import decoders
 from training_for_tests import ALPHABET, char_tokenizer
 
-from specblock_hf.training import serving
-from specblock_hf.training.answering import Prompt
-from specblock_hf.training.data import prompt_key, render_prompt
-from specblock_hf.training.serving import Server, ServerAnswering
+from specblock_hf.data.examples import prompt_key, render_prompt
+from specblock_hf.regeneration import server as serving
+from specblock_hf.regeneration.answering import Prompt
+from specblock_hf.regeneration.server import Server, ServerAnswering
 
 
 EOS = ALPHABET.index("3")

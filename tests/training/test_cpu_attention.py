@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from specblock_hf.training import attention
-from specblock_hf.training.attention import chunked_attention
+from specblock_hf.training import cpu_attention as attention
+from specblock_hf.training.cpu_attention import chunked_attention
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64])

@@ -25,8 +25,8 @@ from hub_client import Client, ClientError
 from training_for_tests import char_tokenizer
 
 from specblock_hf import cli
-from specblock_hf.training.data import read_rows
-from specblock_hf.training.prompts import rows_of
+from specblock_hf.data.examples import read_rows
+from specblock_hf.regeneration.prompts import rows_of
 
 
 arrow = pytest.importorskip("pyarrow")

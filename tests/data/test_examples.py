@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_for_tests import ALPHABET, char_tokenizer
 
-from specblock_hf.training.data import Example, load_examples, prompt_key, read_rows, render_prompt, split_examples
+from specblock_hf.data.examples import Example, load_examples, prompt_key, read_rows, render_prompt, split_examples
 
 
 def ids_of(text: str) -> list[int]:

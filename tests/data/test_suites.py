@@ -21,8 +21,8 @@ import sys
 
 import pytest
 
-from specblock_hf.evaluation import suites
-from specblock_hf.evaluation.suites import SUITES, gsm8k, humaneval, load_prompts, load_suite, mtbench, own_prompts
+from specblock_hf.data import suites
+from specblock_hf.data.suites import SUITES, gsm8k, humaneval, load_prompts, load_suite, mtbench, own_prompts
 
 
 def test_humaneval():

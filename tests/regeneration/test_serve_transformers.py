@@ -25,11 +25,11 @@ from urllib.request import urlopen
 
 import pytest
 from conftest import tiny_target
-from test_serving import EOS, tokenizer
+from test_server import EOS, tokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from specblock_hf import cli
-from specblock_hf.training.data import read_rows
+from specblock_hf.data.examples import read_rows
 
 
 pytestmark = pytest.mark.skipif(not is_serve_available(), reason="needs transformers[serving]")

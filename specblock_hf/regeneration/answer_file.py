@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .data import as_messages, prompt_key
+from ..data.examples import as_messages, prompt_key
 
 
 class AnswerFile:

@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_file_whole, save_text_whole
+from ..data.examples import Example
 from ..devices import without_cudnn_attention
-from .data import Example
 
 
 @dataclass

@@ -18,8 +18,8 @@ import json
 
 import pytest
 
-from specblock_hf.training.answer_file import AnswerFile
-from specblock_hf.training.data import as_messages, prompt_key, read_rows
+from specblock_hf.data.examples import as_messages, prompt_key, read_rows
+from specblock_hf.regeneration.answer_file import AnswerFile
 
 
 def row(prompt, temperature: float = 0.0, **more) -> dict:

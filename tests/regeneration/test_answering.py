@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from specblock_hf.training import answering, slot_cache
-from specblock_hf.training.answering import Answering, Prompt, choose, groups_of
-from specblock_hf.training.slot_cache import SlotCache
+from specblock_hf.regeneration import answering, slot_cache
+from specblock_hf.regeneration.answering import Answering, Prompt, choose, groups_of
+from specblock_hf.regeneration.slot_cache import SlotCache
 
 
 LENGTHS = (3, 11, 6, 1, 20, 8, 2, 5, 9)
