@@ -39,10 +39,10 @@ from acceptance import Suite
 from tqdm.auto import tqdm
 
 from specblock_hf import DraftingPlan, SpecBlockDrafter
+from specblock_hf.cli.models import load_target
 from specblock_hf.data.suites import SUITES
 from specblock_hf.drafting.drafter import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
-from specblock_hf.terminal import load_target
 
 
 PAPER = {

@@ -45,8 +45,8 @@ from tqdm.auto import tqdm
 
 from specblock_hf import AutoDrafter, DraftingPlan
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
-from specblock_hf.demo import describe_setting
-from specblock_hf.terminal import DEFAULT_DRAFTER, ask, encode, load_target
+from specblock_hf.cli.demo import describe_setting
+from specblock_hf.cli.models import DEFAULT_DRAFTER, ask, encode, load_target
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 from specblock_hf import AutoDrafter, DraftingPlan
 from specblock_hf.adaptation import DrafterUpdater, OnlineAdaptationCallback, UpdateSettings
 from specblock_hf.adaptation.windows import Window, WindowBuffer
-from specblock_hf.terminal import DEFAULT_DRAFTER, ask, encode, load_target
+from specblock_hf.cli.models import DEFAULT_DRAFTER, ask, encode, load_target
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,8 +33,8 @@ import transformers
 from transformers import set_seed
 
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.default_target import DEFAULT_TARGET, load_default_target
-from specblock_hf.terminal import DEFAULT_DRAFTER
+from specblock_hf.cli.default_target import DEFAULT_TARGET, load_default_target
+from specblock_hf.cli.models import DEFAULT_DRAFTER
 
 
 SIDES = ("plain", "drafted")

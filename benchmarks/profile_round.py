@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from specblock_hf import calibrate
+from specblock_hf.cli.models import add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_suite
 from specblock_hf.drafters.common import block as block_drafter
 from specblock_hf.drafters.lookup import FoundText, JoinedDrafter
@@ -48,7 +49,6 @@ from specblock_hf.generation.token_selector import TokenChoice
 from specblock_hf.target.cache import TargetCache
 from specblock_hf.target.masks import TreeMasks
 from specblock_hf.target.model import TargetModel
-from specblock_hf.terminal import add_model_arguments, encode, load_models
 from specblock_hf.trees.tree import DraftTree
 
 

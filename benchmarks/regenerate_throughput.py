@@ -34,10 +34,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from specblock_hf.cli.models import load_target
+from specblock_hf.cli.regenerate import answer_groups, stop_ids_of
 from specblock_hf.regeneration.answering import Prompt, groups_of
 from specblock_hf.regeneration.prompts import evaluation_digests, read_prompts
-from specblock_hf.terminal import load_target
-from specblock_hf.training.regenerate import answer_groups, stop_ids_of
 
 
 def main() -> None:

@@ -36,12 +36,12 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, set_seed
 
 from specblock_hf import DraftingPlan, DraftTree, Pairs, TokenTable, TreeDrafter
+from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 from specblock_hf.compat import CACHE
 from specblock_hf.data.suites import load_suite
 from specblock_hf.devices import without_cudnn_attention
 from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.generation.loop import draft, round_limits
-from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "verification.json"

@@ -16,7 +16,7 @@
 from pathlib import Path
 
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.default_target import load_default_target
+from specblock_hf.cli.default_target import load_default_target
 
 
 DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"

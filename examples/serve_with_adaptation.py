@@ -27,9 +27,9 @@ from pydoc_data.topics import topics
 
 from specblock_hf import SpecBlockDrafter
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
-from specblock_hf.default_target import load_default_target
+from specblock_hf.cli.default_target import load_default_target
+from specblock_hf.cli.models import DEFAULT_DRAFTER
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
-from specblock_hf.terminal import DEFAULT_DRAFTER
 
 
 def questions() -> list[str]:

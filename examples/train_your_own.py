@@ -27,7 +27,7 @@ import torch
 
 from specblock_hf import AutoDrafter
 from specblock_hf.cli import main
-from specblock_hf.terminal import load_target
+from specblock_hf.cli.models import load_target
 
 
 TASKS = (

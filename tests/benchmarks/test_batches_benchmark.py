@@ -27,7 +27,7 @@ from models_for_tests import save_models, tiny_drafter
 from specblock_hf import Calibration, CostCurves, DraftingPlan, calibrate
 from specblock_hf.calibration import trial
 from specblock_hf.calibration.trial import padded
-from specblock_hf.demo import PROMPTS
+from specblock_hf.cli.demo import PROMPTS
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "batches.py"))

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 
-from specblock_hf.commands import bench
-from specblock_hf.training import command, regenerate
+from specblock_hf.cli import bench, regenerate
+from specblock_hf.cli import train as command
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -24,8 +24,8 @@ import pytest
 from conftest import tiny_target
 from training_for_tests import char_tokenizer, tiny_drafter
 
+from specblock_hf.cli.models import DEFAULT_DRAFTER
 from specblock_hf.evaluation.divergence import Divergence
-from specblock_hf.terminal import DEFAULT_DRAFTER
 
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "identity.py"

@@ -68,8 +68,8 @@ from transformers import (
 from transformers.utils import logging
 
 from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.cli.default_target import load_default_target
 from specblock_hf.compat import CACHE
-from specblock_hf.default_target import load_default_target
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "generate.md"

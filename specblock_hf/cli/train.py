@@ -36,14 +36,14 @@ from ..drafters.lookup import JoinedDrafter, LookupDrafter
 from ..drafting.drafter import DraftingPlan, TokenTable
 from ..evaluation.held_out import held_out_rates
 from ..evaluation.simulate import simulate_acceptance
-from ..terminal import load_target
-from .arguments import DrafterTrainingArguments
-from .batches import batches_of_epoch, draft_vocabulary, padding_share
-from .cpu_attention import NAME as CPU_ATTENTION
-from .estimate import rehearse
+from ..training.arguments import DrafterTrainingArguments
+from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
+from ..training.cpu_attention import NAME as CPU_ATTENTION
+from ..training.estimate import rehearse
+from ..training.target_views import FeatureStore, TargetView, view_target
+from ..training.trainer import DrafterTrainer, make_accelerator
+from .models import load_target
 from .options import add_fields, read_pairs
-from .target_views import FeatureStore, TargetView, view_target
-from .trainer import DrafterTrainer, make_accelerator
 
 
 TOP_K = 64  # the target's likeliest tokens that the drafter learns from

@@ -33,12 +33,12 @@ from transformers import (
 )
 
 from ..data.suites import SUITES
-from ..default_target import DEFAULT_TARGET
 from ..regeneration.answer_file import AnswerFile
 from ..regeneration.answering import Answering, Prompt, groups_of
 from ..regeneration.prompts import Shares, evaluation_digests, read_prompts
 from ..regeneration.server import ENGINES, Server, ServerAnswering
-from ..terminal import load_target
+from .default_target import DEFAULT_TARGET
+from .models import load_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

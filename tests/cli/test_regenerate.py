@@ -33,12 +33,12 @@ from training_for_tests import ALPHABET, char_tokenizer
 from transformers import GenerationConfig
 
 from specblock_hf import cli
+from specblock_hf.cli import regenerate as regeneration
+from specblock_hf.cli.models import encode, load_target
+from specblock_hf.cli.regenerate import Progress, load_settings, stop_ids_of
 from specblock_hf.data.examples import load_examples, read_rows, render_prompt
 from specblock_hf.regeneration.answer_file import AnswerFile
 from specblock_hf.regeneration.answering import Answering
-from specblock_hf.terminal import encode, load_target
-from specblock_hf.training import regenerate as regeneration
-from specblock_hf.training.regenerate import Progress, load_settings, stop_ids_of
 
 
 EOS = ALPHABET.index("3")

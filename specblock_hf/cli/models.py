@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ..drafters.auto import AutoDrafter
+from ..drafters.lookup import JoinedDrafter, LookupDrafter
+from ..drafting.drafter import DraftingPlan, TreeDrafter
+from ..drafting.statistics import GenerationStatistics
 from .default_target import DEFAULT_TARGET, load_default_target
-from .drafters.auto import AutoDrafter
-from .drafters.lookup import JoinedDrafter, LookupDrafter
-from .drafting.drafter import DraftingPlan, TreeDrafter
-from .drafting.statistics import GenerationStatistics
 
 
-DEFAULT_DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
+DEFAULT_DRAFTER = Path(__file__).parents[2] / "model_cards" / "specblock-smollm2-135m-instruct"
 """The trained drafter for the default target, which lies in the repository and not in the installed package."""
 
 

@@ -24,8 +24,8 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
-from specblock_hf import default_target
-from specblock_hf.default_target import MANIFEST, cached_folder, find_gguf, load_default_target
+from specblock_hf.cli import default_target
+from specblock_hf.cli.default_target import MANIFEST, cached_folder, find_gguf, load_default_target
 
 
 CONTENT = {"config.json": b"{}", "model.safetensors": bytes(range(200))}

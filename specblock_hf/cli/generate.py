@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 
-from .terminal import add_model_arguments, ask, encode, load_models
+from .models import add_model_arguments, ask, encode, load_models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from ..checkpoints.loading import StrictPreTrainedModel
 from ..drafters.auto import AutoDrafter
 from ..drafters.layouts import layout_of
 from ..drafting.drafter import UNRECORDED_LAYER
-from . import trace
+from . import inspect_trace as trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,15 +26,15 @@ from importlib import import_module
 
 
 COMMANDS = {
-    "demo": ("specblock_hf.demo", "answer six prompts with and without a drafter, and compare"),
-    "doctor": ("specblock_hf.doctor", "check a target and a drafter, and whether using them pays on this machine"),
-    "regenerate": ("specblock_hf.training.regenerate", "write a target's answers to prompts, to train a drafter on"),
-    "train": ("specblock_hf.training.command", "train a drafter on the target's own answers"),
-    "generate": ("specblock_hf.answer", "stream the answer to one prompt"),
-    "bench": ("specblock_hf.commands.bench", "time drafters and transformers' own helpers side by side"),
-    "inspect": ("specblock_hf.commands.inspect", "say what a drafter is and whether it fits a target"),
-    "convert": ("specblock_hf.commands.convert", "write a drafter in another layout"),
-    "push": ("specblock_hf.commands.push", "upload a drafter with its card to the Hub"),
+    "demo": ("specblock_hf.cli.demo", "answer six prompts with and without a drafter, and compare"),
+    "doctor": ("specblock_hf.cli.doctor", "check a target and a drafter, and whether using them pays on this machine"),
+    "regenerate": ("specblock_hf.cli.regenerate", "write a target's answers to prompts, to train a drafter on"),
+    "train": ("specblock_hf.cli.train", "train a drafter on the target's own answers"),
+    "generate": ("specblock_hf.cli.generate", "stream the answer to one prompt"),
+    "bench": ("specblock_hf.cli.bench", "time drafters and transformers' own helpers side by side"),
+    "inspect": ("specblock_hf.cli.inspect", "say what a drafter is and whether it fits a target"),
+    "convert": ("specblock_hf.cli.convert", "write a drafter in another layout"),
+    "push": ("specblock_hf.cli.push", "upload a drafter with its card to the Hub"),
 }
 """Subcommand to (module, one line of help)."""
 

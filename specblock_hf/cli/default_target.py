@@ -37,8 +37,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoints.saving import save_folder_whole
-from .compat import take_special_tokens
+from ..checkpoints.saving import save_folder_whole
+from ..compat import take_special_tokens
 
 
 logger = logging.get_logger(__name__)

@@ -19,14 +19,14 @@ import argparse
 
 import torch
 
-from ..demo import PROMPTS
 from ..drafters.auto import AutoDrafter
 from ..drafters.lookup import JoinedDrafter, LookupDrafter
 from ..drafting.drafter import DraftingPlan, TreeDrafter
 from ..evaluation.trace import TracedRound, trace_round, trace_there
-from ..terminal import encode, load_target
 from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of
+from .demo import PROMPTS
+from .models import encode, load_target
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

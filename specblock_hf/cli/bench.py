@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_text_whole
 from ..data.suites import load_prompts, own_prompts
-from ..demo import PROMPTS
 from ..drafting.drafter import DraftingPlan
 from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly
 from ..evaluation.methods import TREES, Method, MethodLoader
@@ -40,7 +39,8 @@ from ..evaluation.plans import apply_plans, choose_plans
 from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
 from ..evaluation.summary import summarise
-from ..terminal import DEFAULT_DRAFTER, encode, load_target
+from .demo import PROMPTS
+from .models import DEFAULT_DRAFTER, encode, load_target
 
 
 OWN = "specblock"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from specblock_hf.training.options import add_fields, read_pairs
+from specblock_hf.cli.options import add_fields, read_pairs
 
 
 @dataclass

@@ -24,8 +24,8 @@ import pytest
 from models_for_tests import save_models
 
 from specblock_hf import DraftingPlan, cli
-from specblock_hf.commands import bench
-from specblock_hf.commands.bench import name_of, state_of
+from specblock_hf.cli import bench
+from specblock_hf.cli.bench import name_of, state_of
 from specblock_hf.evaluation.benchmark import Benchmark
 
 

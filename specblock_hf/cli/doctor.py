@@ -19,12 +19,12 @@ import argparse
 
 from transformers import PreTrainedModel
 
-from .calibration.calibrate import calibrate
+from ..calibration.calibrate import calibrate
+from ..drafting.drafter import TreeDrafter
+from ..drafting.statistics import GenerationStatistics
+from ..generation.loop import is_installed
 from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
-from .drafting.drafter import TreeDrafter
-from .drafting.statistics import GenerationStatistics
-from .generation.loop import is_installed
-from .terminal import add_model_arguments, ask, encode, load_models
+from .models import add_model_arguments, ask, encode, load_models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -38,13 +38,13 @@ from specblock_hf import (
     MedusaDrafter,
     SpecBlockConfig,
     cli,
-    demo,
-    terminal,
 )
-from specblock_hf.doctor import describe_reading, diagnose
+from specblock_hf.cli import demo
+from specblock_hf.cli import models as terminal
+from specblock_hf.cli.doctor import describe_reading, diagnose
+from specblock_hf.cli.models import Answer
 from specblock_hf.drafters.specblock.drafting import SpecBlockDrafter
 from specblock_hf.evaluation.divergence import Divergence
-from specblock_hf.terminal import Answer
 
 
 def subcommand(run):
@@ -115,7 +115,7 @@ def test_an_interrupt_is_quiet(commands, capsys):
     assert capsys.readouterr().err == ""
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN_AS_MODULES = {
     module
     for text in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*")]

@@ -25,11 +25,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration.calibrate import Calibration, calibrate
-from .drafting.drafter import TreeDrafter
-from .drafting.statistics import GenerationStatistics
-from .evaluation.divergence import Divergence, divergence_between
-from .terminal import Answer, add_model_arguments, ask, encode, load_models
+from ..calibration.calibrate import Calibration, calibrate
+from ..drafting.drafter import TreeDrafter
+from ..drafting.statistics import GenerationStatistics
+from ..evaluation.divergence import Divergence, divergence_between
+from .models import Answer, add_model_arguments, ask, encode, load_models
 
 
 PROMPTS = (
