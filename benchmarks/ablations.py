@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from specblock_hf import DraftingPlan, SpecBlockDrafter
 from specblock_hf.cli.models import load_target
 from specblock_hf.data.suites import SUITES
-from specblock_hf.drafting.drafter import TokenTable
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 
 

@@ -34,7 +34,7 @@ from specblock_hf import AutoDrafter, DraftingPlan, JoinedDrafter, LookupDrafter
 from specblock_hf.cli.models import DEFAULT_DRAFTER, encode, load_target
 from specblock_hf.data.examples import Example
 from specblock_hf.data.suites import SUITES, load_suite
-from specblock_hf.drafting.drafter import TokenTable
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.regeneration.answering import Answering, Prompt
 from specblock_hf.training.target_views import TargetView, view_target

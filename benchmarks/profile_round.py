@@ -39,10 +39,11 @@ from specblock_hf import calibrate
 from specblock_hf.cli.models import add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_suite
 from specblock_hf.drafters.common import block as block_drafter
-from specblock_hf.drafters.lookup import FoundText, JoinedDrafter
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import FoundText
 from specblock_hf.drafters.specblock import drafting as specblock
 from specblock_hf.drafters.specblock.modeling import SpecBlockModel
-from specblock_hf.drafting.drafter import Pairs
+from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.statistics import GenerationStatistics
 from specblock_hf.generation import loop as generation
 from specblock_hf.generation.token_selector import TokenChoice

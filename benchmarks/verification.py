@@ -40,8 +40,9 @@ from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode
 from specblock_hf.compat import CACHE
 from specblock_hf.data.suites import load_suite
 from specblock_hf.devices import without_cudnn_attention
+from specblock_hf.drafting.plan import round_limits
 from specblock_hf.evaluation.outcomes import outcomes
-from specblock_hf.generation.loop import draft, round_limits
+from specblock_hf.generation.loop import draft
 
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "verification.json"

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriter
 from transformers.generation.streamers import BaseStreamer
 
 from .drafting.drafter import TreeDrafter
-from .generation.loop import check_request, generate_with_drafter
+from .generation.loop import generate_with_drafter
+from .generation.requests import check_request
 
 
 def generate_without_hook(

@@ -16,10 +16,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import ContextDecorator
 from typing import Any
 
+import torch
 from torch.backends import cuda
+
+
+def upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """
+    A small tensor of the host on a device. `numbers.to(device)` would wait until a GPU has done all that it was told
+    before; this does not, as CUDA takes a copy of what it is yet to move. Others may not (MPS reads memory that has
+    been freed, https://github.com/pytorch/pytorch/issues/189690): with them it waits.
+    """
+    return numbers.to(device, non_blocking=device.type == "cuda")
+
+
+def on_device(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
+    """The same from lists, nested as the tensor's dimensions."""
+    return upload(torch.tensor(numbers), device)
 
 
 class _WithoutCudnnAttention(ContextDecorator):

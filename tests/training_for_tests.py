@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specblock_hf import Pairs, SpecBlockConfig, SpecBlockDrafter, TokenTable
 from specblock_hf.data.examples import Example
-from specblock_hf.drafters.specblock.modeling import GraphCache
+from specblock_hf.drafters.common.cache import GraphCache
 from specblock_hf.drafting.target_batch import TargetBatch
 
 

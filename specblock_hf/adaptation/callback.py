@@ -29,9 +29,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..drafting.drafter import Pairs, TreeDrafter
-from ..generation.callbacks import DraftingCall, DraftingCallback
-from ..target.model import Scored
+from ..drafting.drafter import DraftingCall, DraftingCallback, TreeDrafter
+from ..drafting.pairs import Pairs, Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 from .bandit import Action, AdaptationBandit, Decision

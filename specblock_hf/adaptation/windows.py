@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..drafting.drafter import Pairs
+from ..drafting.pairs import Pairs, Scored
 from ..drafting.target_batch import TargetBatch
-from ..target.model import Scored
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 

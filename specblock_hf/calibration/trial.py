@@ -22,7 +22,8 @@ from copy import deepcopy
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..drafting.drafter import DraftingPlan, TreeDrafter
+from ..drafting.drafter import TreeDrafter
+from ..drafting.plan import DraftingPlan
 
 
 TRIAL_TOKENS = 48

@@ -23,7 +23,8 @@ from collections.abc import Iterable
 import torch
 from safetensors import SafetensorError
 
-from .hub import DrafterFiles, HubModel
+from .files import DrafterFiles
+from .hub import HubModel
 
 
 def refuse_misfits(name: object, kind: str, missing: Iterable, unexpected: Iterable, misshapen: Iterable) -> None:

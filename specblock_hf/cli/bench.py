@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_text_whole
 from ..data.suites import load_prompts, own_prompts
-from ..drafting.drafter import DraftingPlan
+from ..drafting.plan import DraftingPlan
 from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly
 from ..evaluation.methods import TREES, Method, MethodLoader
 from ..evaluation.plans import apply_plans, choose_plans

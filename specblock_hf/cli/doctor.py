@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..calibration.calibrate import calibrate
 from ..drafting.drafter import TreeDrafter
 from ..drafting.statistics import GenerationStatistics
-from ..generation.loop import is_installed
+from ..generation.hook import is_installed
 from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
 from .models import add_model_arguments, ask, encode, load_models
 

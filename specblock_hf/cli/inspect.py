@@ -20,11 +20,11 @@ import argparse
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..checkpoints.hub import DrafterFiles
+from ..checkpoints.files import DrafterFiles
 from ..checkpoints.loading import StrictPreTrainedModel
 from ..drafters.auto import AutoDrafter
+from ..drafters.common.configuration import UNRECORDED_LAYER
 from ..drafters.layouts import layout_of
-from ..drafting.drafter import UNRECORDED_LAYER
 from . import inspect_trace as trace
 
 

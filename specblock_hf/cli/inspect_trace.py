@@ -20,8 +20,10 @@ import argparse
 import torch
 
 from ..drafters.auto import AutoDrafter
-from ..drafters.lookup import JoinedDrafter, LookupDrafter
-from ..drafting.drafter import DraftingPlan, TreeDrafter
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
+from ..drafting.drafter import TreeDrafter
+from ..drafting.plan import DraftingPlan
 from ..evaluation.trace import TracedRound, trace_round, trace_there
 from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of

@@ -24,8 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..drafters.auto import AutoDrafter
-from ..drafters.lookup import JoinedDrafter, LookupDrafter
-from ..drafting.drafter import DraftingPlan, TreeDrafter
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
+from ..drafting.drafter import TreeDrafter
+from ..drafting.plan import DraftingPlan
 from ..drafting.statistics import GenerationStatistics
 from .default_target import DEFAULT_TARGET, load_default_target
 

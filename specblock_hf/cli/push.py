@@ -22,7 +22,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..checkpoints.hub import CardFacts, DrafterFiles, publish
+from ..checkpoints.card import CardFacts
+from ..checkpoints.files import DrafterFiles
+from ..checkpoints.hub import publish
 from ..checkpoints.provenance import published
 from ..drafters.auto import AutoDrafter
 from ..drafters.layouts import Layout, layout_of

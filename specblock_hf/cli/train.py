@@ -32,8 +32,10 @@ from transformers import PreTrainedModel
 from ..data.examples import Example, load_examples, split_examples
 from ..drafters.auto import TRAINABLE, AutoDrafter
 from ..drafters.common.head import DraftHead
-from ..drafters.lookup import JoinedDrafter, LookupDrafter
-from ..drafting.drafter import DraftingPlan, TokenTable
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
+from ..drafting.pairs import TokenTable
+from ..drafting.plan import DraftingPlan
 from ..evaluation.held_out import held_out_rates
 from ..evaluation.simulate import simulate_acceptance
 from ..training.arguments import DrafterTrainingArguments

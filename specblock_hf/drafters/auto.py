@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints.hub import LOCATION_OPTIONS, DrafterFiles, read_tensors
+from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles, read_tensors
 from ..checkpoints.loading import refuse_misfits
 from .dflash.drafting import BlockDiffusionDrafter
 from .dflash.layouts import read_block_config

@@ -29,9 +29,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from ..checkpoints.hub import WEIGHTS
+from ..checkpoints.files import WEIGHTS
 from ..checkpoints.saving import save_folder_whole
-from ..drafting.drafter import UNRECORDED_LAYER, default_feature_layers
+from .common.configuration import UNRECORDED_LAYER, default_feature_layers
 from .dflash.configuration import BlockDiffusionConfig
 from .eagle3.configuration import Eagle3Config
 from .falcon.configuration import FalconDrafterConfig

@@ -26,6 +26,28 @@ Verification = Literal["walk", "token", "block"]
 """How drafted tokens are accepted; see [`DraftingPlan`]."""
 
 
+def round_limits(
+    plan: DraftingPlan, remaining: Sequence[int], room: int | None = None, depth: int | None = None
+) -> Limits:
+    """
+    How large a round's tree may be.
+
+    Args:
+        plan ([`DraftingPlan`]): What a round may cost.
+        remaining (sequence of `int`):
+            Tokens that each row may still emit; the last of them is always the target's own.
+        room (`int`, *optional*): Nodes that the target's cache has room for, the root counted.
+        depth (`int`, *optional*): Most levels below the root that the target can verify.
+
+    Returns:
+        [`Limits`]: No drafts for a row that has one token left.
+    """
+    depths = tuple(max(tokens - 1, 0) if depth is None else min(max(tokens - 1, 0), depth) for tokens in remaining)
+    most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
+    nodes = tuple(most if depth else 0 for depth in depths)
+    return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
+
+
 @dataclass(frozen=True)
 class DraftingPlan:
     """

@@ -25,7 +25,8 @@ from dataclasses import replace
 import torch
 
 from ..trees.tree import DraftLaws, DraftTree
-from .drafter import DraftState, Pairs, TreeDrafter
+from .drafter import DraftState, TreeDrafter
+from .pairs import Pairs
 from .plan import Limits
 
 

@@ -36,9 +36,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoints.saving import save_text_whole
 from ..data.examples import render_prompt
 from ..data.suites import EvaluationPrompt
-from ..drafting.drafter import TreeDrafter
+from ..drafting.drafter import DraftingCall, DraftingCallback, TreeDrafter
 from ..drafting.statistics import GenerationStatistics
-from ..generation.callbacks import DraftingCall, DraftingCallback
 from ..trees.tree import DraftTree
 from .divergence import first_difference, plain_margins
 from .methods import PLAIN, Method

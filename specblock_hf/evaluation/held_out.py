@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..data.examples import Example
 from ..devices import without_cudnn_attention
-from ..drafting.drafter import TokenTable
+from ..drafting.pairs import TokenTable
 from ..training.batches import batches_of_epoch, collate, draft_ids_of
 from ..training.metrics import describe_counts
 from ..training.target_views import TargetView

@@ -22,7 +22,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.auto import AutoDrafter
-from ..drafters.lookup import JoinedDrafter, LookupDrafter
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
 from ..drafters.specblock.configuration import SpecBlockConfig
 from ..drafting.drafter import TreeDrafter
 

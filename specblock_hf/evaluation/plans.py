@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration.calibrate import calibrate
-from ..drafting.drafter import DraftingPlan
+from ..drafting.plan import DraftingPlan
 from .methods import Method
 
 

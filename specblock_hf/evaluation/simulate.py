@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ..data.examples import Example
-from ..drafting.drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
-from ..generation.loop import draft, round_limits
+from ..drafting.drafter import TreeDrafter
+from ..drafting.pairs import Pairs, TokenTable
+from ..drafting.plan import DraftingPlan, round_limits
+from ..generation.loop import draft
 from ..training.target_views import TargetView
 from ..trees.verification import Select, sample_and_walk
 

@@ -18,83 +18,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ..drafting.drafter import DraftingCall, DraftingCallback
+
 
 if TYPE_CHECKING:
-    from ..drafting.drafter import Pairs, TokenTable, TreeDrafter
+    from ..drafting.drafter import TreeDrafter
+    from ..drafting.pairs import Pairs, Scored
     from ..drafting.statistics import GenerationStatistics
-    from ..target.model import Scored
     from ..trees.tree import DraftTree
     from ..trees.verification import Walk
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class DraftingCall:
-    """
-    One `generate()` call, as its callbacks see it.
-
-    Args:
-        drafter ([`TreeDrafter`]): The drafter that the call was given.
-        table ([`TokenTable`]): The target's embedding and head.
-        batch_size (`int`): Rows of the batch.
-        statistics ([`GenerationStatistics`]): Of the call so far; seconds are filled in at its end.
-        notes (`dict`, *optional*):
-            What a callback wants to remember for the rest of this call, under itself: a drafter may serve several
-            calls at once, and a call that fails takes its notes with it.
-    """
-
-    drafter: TreeDrafter
-    table: TokenTable
-    batch_size: int
-    statistics: GenerationStatistics
-    notes: dict[DraftingCallback, Any] = field(default_factory=dict)
-
-
-class DraftingCallback:
-    """
-    Listens to the calls of the drafters that it was added to; see [`~TreeDrafter.add_callback`]. Every hook does
-    nothing unless a subclass says otherwise. Hooks run in the thread that decodes, and what they raise ends the call:
-    a hook that may fail deals with it itself. They must not change what they are shown.
-    """
-
-    def on_add(self, drafter: TreeDrafter) -> None:
-        """It was added to a drafter."""
-
-    def on_remove(self, drafter: TreeDrafter) -> None:
-        """It was taken off a drafter."""
-
-    def on_generate_begin(self, call: DraftingCall) -> None:
-        """A call begins; nothing has been read."""
-
-    def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
-        """The target has read a chunk of the prompts; the last chunk ends with the first emitted tokens."""
-
-    def on_draft(self, call: DraftingCall, tree: DraftTree) -> None:
-        """A round has drafted."""
-
-    def on_verify(self, call: DraftingCall, tree: DraftTree, scored: Scored) -> None:
-        """The target has scored the draft; nothing of it has been chosen yet."""
-
-    def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
-        """
-        Tokens have been emitted: by a round, or by the prompt, whose tree is only a root.
-
-        Args:
-            call ([`DraftingCall`]): The call.
-            tree ([`DraftTree`]): The verified draft.
-            scored ([`Scored`]): The target's logits and features at its nodes.
-            walk ([`Walk`]): The kept nodes and the emitted tokens.
-            pairs ([`Pairs`]): What the target has learned by it; for a prompt, what `on_prompt` was told last.
-        """
-
-    def on_generate_end(self, call: DraftingCall) -> None:
-        """A call has returned its text; its statistics are complete."""
 
 
 class Listeners(DraftingCallback):
@@ -228,10 +166,4 @@ class TrackerCallback(DraftingCallback):
         self.calls += 1
 
 
-__all__ = [
-    "DraftingCall",
-    "DraftingCallback",
-    "JsonlTrace",
-    "StatisticsLogger",
-    "TrackerCallback",
-]
+__all__ = ["JsonlTrace", "StatisticsLogger", "TrackerCallback"]

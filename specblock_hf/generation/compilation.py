@@ -35,10 +35,10 @@ from transformers import PreTrainedModel, StaticCache, cache_utils
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
 from ..drafters.common.block import BlockDrafter, BlockState
+from ..drafters.common.cache import BlockCache
 from ..drafters.eagle3.drafting import Eagle3Drafter
-from ..drafters.lookup import JoinedState
+from ..drafters.joined import JoinedState
 from ..drafters.specblock.drafting import SpecBlockDrafter
-from ..drafters.specblock.modeling import BlockCache
 from ..drafting.drafter import DraftState, TreeDrafter
 from ..target.features import decoder_layers, tap
 from ..target.masks import TreeMasks

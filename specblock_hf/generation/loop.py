@@ -15,78 +15,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import replace
-from functools import wraps
-from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
-from ..drafting.drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter
+from ..drafting.pairs import Pairs
+from ..drafting.plan import DraftingPlan, Limits, round_limits
 from ..drafting.proposal import propose, scored_nodes
 from ..drafting.statistics import Clock, GenerationStatistics
 from ..target.cache import is_users
 from ..target.model import TargetModel
-from ..target.support import check_target
 from ..trees.rejection_sampling import SampledVerifier
 from ..trees.tree import DraftTree
 from ..trees.verification import Verifier, sample_and_walk
-from .callbacks import DraftingCall, Listeners
+from .callbacks import Listeners
+from .requests import drafting_plan
 from .token_selector import TokenChoice
 
 
 if TYPE_CHECKING:
     from .compilation import CompiledRounds
-
-
-# Sources of drafts that `generate()` has itself, and its lossy verification. Together with a drafter they would be
-# ignored.
-RIVAL_OPTIONS = (
-    "assistant_early_exit",
-    "assistant_ensemble_weight",
-    "prompt_lookup_num_tokens",
-    "speculation_type",
-    "use_mtp",
-)
-
-
-def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, device: torch.device) -> DraftingPlan:
-    """
-    How much the rounds of a call draft: what the call's `generation_config.drafting_plan` says, otherwise what the
-    drafter was given or calibrated to, otherwise its default for the device.
-    """
-    # A field of ours, which a configuration has only where somebody set it.
-    return vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
-
-
-def round_limits(
-    plan: DraftingPlan, remaining: Sequence[int], room: int | None = None, depth: int | None = None
-) -> Limits:
-    """
-    How large a round's tree may be.
-
-    Args:
-        plan ([`DraftingPlan`]): What a round may cost.
-        remaining (sequence of `int`):
-            Tokens that each row may still emit; the last of them is always the target's own.
-        room (`int`, *optional*): Nodes that the target's cache has room for, the root counted.
-        depth (`int`, *optional*): Most levels below the root that the target can verify.
-
-    Returns:
-        [`Limits`]: No drafts for a row that has one token left.
-    """
-    depths = tuple(max(tokens - 1, 0) if depth is None else min(max(tokens - 1, 0), depth) for tokens in remaining)
-    most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
-    nodes = tuple(most if depth else 0 for depth in depths)
-    return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
 
 
 @without_cudnn_attention
@@ -242,126 +198,3 @@ def generate_with_drafter(
         verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
     return choice.output(scorer.cache, scorer.token_outputs())
-
-
-def check_request(
-    target: PreTrainedModel,
-    drafter: TreeDrafter,
-    mode: GenerationMode,
-    generation_config: GenerationConfig,
-    mode_kwargs: dict[str, Any],
-) -> None:
-    """
-    Refuse what cannot be decoded exactly with a drafter, before any work.
-
-    Raises:
-        ValueError: In one sentence: what, why and what to do.
-    """
-    check_target(target)
-    drafter.check_target(target)
-    if mode != GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            "a tree drafter speeds up greedy decoding and sampling and this call asks for "
-            f"{mode.value.replace('_', ' ')}; set num_beams=1 and leave out penalty_alpha, dola_layers and "
-            "constraints, or drop assistant_model."
-        )
-    rivals = [option for option in RIVAL_OPTIONS if getattr(generation_config, option)]
-    if rivals:
-        raise ValueError(
-            f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
-        )
-    plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
-    if generation_config.do_sample and plan.draft_sampling != "topk" and not drafter.can_sample:
-        raise ValueError(
-            f"{drafter.label} drafts the likeliest tokens only and the drafting plan asks for drawn ones; leave out "
-            f"draft_sampling={plan.draft_sampling!r}."
-        )
-    if generation_config.use_cache is False:
-        raise ValueError(
-            "draft trees are verified against the target's cache, which this call or the target's configuration turns "
-            "off; pass use_cache=True."
-        )
-    if generation_config.cache_implementation not in (None, "dynamic", "static"):
-        raise ValueError(
-            f"cache_implementation={generation_config.cache_implementation!r} keeps rows that a draft tree cannot "
-            'rearrange; leave it out or pass "dynamic" or "static".'
-        )
-    if mode_kwargs.get("synced_gpus"):
-        raise ValueError(
-            "synced_gpus needs the same number of forwards on every device and rounds of a tree drafter differ; drop "
-            "assistant_model."
-        )
-
-
-def install() -> None:
-    """
-    Let `generate(assistant_model=drafter)` run [`TreeDrafter`]s, by wrapping two methods of
-    [`~transformers.GenerationMixin`]. Everything else passes through untouched. Importing the package does this;
-    calling it again does nothing. A package that is imported afresh has drafters of a class of its own, for which it
-    wraps what it finds; those made before keep what was wrapped for them.
-    """
-    for name, wrap in (("_validate_generation_mode", _wrap_validate), ("_assisted_decoding", _wrap_assisted_decoding)):
-        method = getattr(GenerationMixin, name)
-        if not _leads_to_ours(method):
-            wrapper = wrap(method, TreeDrafter)
-            wrapper._specblock_hook = (wrapper, TreeDrafter)
-            setattr(GenerationMixin, name, wrapper)
-
-
-def is_installed() -> bool:
-    """Whether `generate()` runs [`TreeDrafter`]s, others' wrappers around ours included."""
-    methods = (GenerationMixin._validate_generation_mode, GenerationMixin._assisted_decoding)
-    return all(map(_leads_to_ours, methods))
-
-
-def uninstall() -> None:
-    """
-    Give [`~transformers.GenerationMixin`] its own methods back. Where someone has wrapped ours since, both stay:
-    ours cannot be taken out from under theirs.
-    """
-    for name in ("_validate_generation_mode", "_assisted_decoding"):
-        method = getattr(GenerationMixin, name)
-        while _drafters_of(method) is not None:
-            method = method.__wrapped__
-        setattr(GenerationMixin, name, method)
-
-
-def _drafters_of(method: Any) -> type | None:
-    """The drafters that a method was wrapped for, by this package or by one that was imported before it."""
-    hook, drafters = method.__dict__.get("_specblock_hook", (None, None))
-    # Compared with itself, because `functools.wraps` copies the mark onto wrappers around ours.
-    return drafters if hook is method else None
-
-
-def _is_ours(method: Any) -> bool:
-    return _drafters_of(method) is TreeDrafter
-
-
-def _leads_to_ours(method: Any) -> bool:
-    return _is_ours(unwrap(method, stop=_is_ours))
-
-
-def _wrap_validate(original: Any, drafters: type) -> Any:
-    @wraps(original)
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        drafter = generation_mode_kwargs.get("assistant_model")
-        if isinstance(drafter, drafters):
-            check_request(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
-            # Several sequences of a prompt are a batch like any other, which transformers' own assistants cannot take.
-            generation_config = copy(generation_config)
-            generation_config.num_return_sequences = 1
-        return original(self, generation_mode, generation_config, generation_mode_kwargs)
-
-    return _validate_generation_mode
-
-
-def _wrap_assisted_decoding(original: Any, drafters: type) -> Any:
-    @wraps(original)
-    def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, drafters):
-            return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
-        for ignored in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer"):
-            kwargs.pop(ignored, None)
-        return generate_with_drafter(self, assistant_model, input_ids, *args, **kwargs)
-
-    return _assisted_decoding

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache, cache_utils
 
 from ..compat import crop
-from ..upload import on_device
+from ..devices import on_device
 from .cache_layer import RoomyLayer
 
 

@@ -19,17 +19,16 @@ caches and masks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..compat import CACHE
-from ..devices import without_cudnn_attention
-from ..drafting.drafter import Pairs, TokenTable
+from ..devices import on_device, without_cudnn_attention
+from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..trees.tree import DraftTree
-from ..upload import on_device
 from .cache import TargetCache
 from .features import FeatureTaps
 from .inputs import TargetInputs
@@ -46,24 +45,6 @@ if TYPE_CHECKING:
 
 # What plain decoding hands back of every token, if `output_...` asks for it.
 _TOKEN_OUTPUTS = ("hidden_states", "attentions")
-
-
-@dataclass
-class Scored:
-    """
-    What a forward of the target says.
-
-    Args:
-        logits (`torch.Tensor` of shape `[R, N, V]`):
-            At every node; at the last position only for a prompt. Of the R rows that had not been retired.
-        features (`tuple` of `torch.Tensor` of shape `[B, N, d]`):
-            One for each of the drafter's `feature_layers`; those of retired rows mean nothing.
-        rows (sequence of `int`): Which rows of the batch the logits belong to.
-    """
-
-    logits: torch.Tensor
-    features: tuple[torch.Tensor, ...]
-    rows: Sequence[int]
 
 
 class TargetModel:

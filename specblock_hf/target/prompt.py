@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..drafting.drafter import Pairs, TokenTable
+from ..drafting.pairs import Pairs, TokenTable
 
 
 class PromptPairs:

@@ -23,7 +23,7 @@ import torch
 
 from ..data.examples import Example
 from ..drafters.common.head import DraftHead
-from ..drafting.drafter import TokenTable
+from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
 from .target_views import TargetView
 

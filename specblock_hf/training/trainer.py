@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.saving import save_folder_whole, save_text_whole
 from ..data.examples import Example
 from ..devices import without_cudnn_attention
-from ..drafting.drafter import TokenTable
+from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of

@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..upload import on_device
+from ..devices import on_device
 
 
 # An odd multiplier with well-mixed bits (2^64 divided by the golden ratio, as a signed number).

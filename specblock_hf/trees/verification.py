@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from ..upload import upload
+from ..devices import upload
 from .tree import DraftTree
 
 

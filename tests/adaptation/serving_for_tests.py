@@ -19,7 +19,7 @@ import torch
 from conftest import prompt_of, tiny_target
 
 from specblock_hf.adaptation import OnlineAdaptationCallback
-from specblock_hf.generation.callbacks import DraftingCallback
+from specblock_hf.drafting.drafter import DraftingCallback
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

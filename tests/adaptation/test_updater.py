@@ -30,7 +30,7 @@ from specblock_hf import JoinedDrafter, LookupDrafter
 from specblock_hf.adaptation import DrafterUpdater, UpdateSettings
 from specblock_hf.adaptation.windows import WindowBuffer
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
-from specblock_hf.generation.callbacks import DraftingCallback
+from specblock_hf.drafting.drafter import DraftingCallback
 
 
 def filled_buffer(texts: int = 4) -> WindowBuffer:

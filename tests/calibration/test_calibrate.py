@@ -30,16 +30,8 @@ from transformers import GenerationConfig
 from specblock_hf import CostCurves, DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate
 from specblock_hf.calibration import calibrate as calibration
 from specblock_hf.calibration import trial
-from specblock_hf.calibration.calibrate import (
-    ATTEMPTS,
-    NODES,
-    NOISY,
-    _rising,
-    choose_plan,
-    interpolate,
-    shortlist,
-    slowest_tau,
-)
+from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
+from specblock_hf.calibration.costs import NODES, choose_plan, interpolate, shortlist, slowest_tau
 
 
 CURVES = CostCurves(

@@ -27,7 +27,7 @@ from hub_server import OWNER, READER, Fault, HubServer, Repo
 from test_loading import assert_same, small_drafter
 
 from specblock_hf import AutoDrafter, SpecBlockConfig
-from specblock_hf.checkpoints.hub import CardFacts, model_card
+from specblock_hf.checkpoints.card import CardFacts, model_card
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "conformance"

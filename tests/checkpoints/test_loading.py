@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from specblock_hf import AutoDrafter, Eagle3Config, Eagle3Drafter, SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.checkpoints.hub import DrafterFiles
+from specblock_hf.checkpoints.files import DrafterFiles
 
 
 def small_drafter(kind: str = "specblock") -> SpecBlockDrafter | Eagle3Drafter:

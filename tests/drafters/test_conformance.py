@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from specblock_hf.drafters.auto import AutoDrafter
-from specblock_hf.drafters.specblock.modeling import BlockPath, GraphCache
-from specblock_hf.drafting.drafter import Pairs, TokenTable
+from specblock_hf.drafters.common.cache import BlockPath, GraphCache
+from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.trees.expansion import Starts
 
 

@@ -28,7 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training_for_tests import Told, tiny_drafter
 
 from specblock_hf import DraftState, DraftTree, Limits, Pairs, TokenTable
-from specblock_hf.drafters.lookup import JoinedDrafter, LookupDrafter
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LookupDrafter
 
 
 HERE, THERE = torch.device("cpu"), torch.device("cpu:1")

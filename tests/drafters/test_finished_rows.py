@@ -25,7 +25,8 @@ from test_baselines import assert_same_paths, paths_of
 from training_for_tests import Told, tiny_drafter
 
 from specblock_hf import DraftingCallback, DraftingPlan, Limits
-from specblock_hf.drafters.lookup import JoinedDrafter, LookupDrafter
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LookupDrafter
 
 
 ALL = ("specblock", *BASELINES, "dflash", "lookup", "joined")

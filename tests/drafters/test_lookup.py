@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specblock_hf import Limits, Pairs, SpecBlockConfig, SpecBlockDrafter, TokenTable
-from specblock_hf.drafters.lookup import LATEST_PLACES, LONGEST_MATCH, FoundText, JoinedDrafter, LookupDrafter
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LATEST_PLACES, LONGEST_MATCH, FoundText, LookupDrafter
 
 
 TABLE = TokenTable(torch.nn.Embedding(VOCAB, 4), torch.nn.Identity(), VOCAB)

@@ -20,7 +20,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specblock_hf.drafting.target_batch import TargetBatch, rank_buckets, rank_cross_entropy, soft_cross_entropy
+from specblock_hf.drafters.common.losses import soft_cross_entropy
+from specblock_hf.drafters.specblock.rank_loss import rank_buckets, rank_cross_entropy
+from specblock_hf.drafting.target_batch import TargetBatch
 
 
 ROWS, VOCAB, TOP = 7, 19, 6

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.checkpoints.hub import CardFacts
+from specblock_hf.checkpoints.card import CardFacts
 from specblock_hf.evaluation import plots
 from specblock_hf.evaluation.plots import draw_benchmark, require_matplotlib
 from specblock_hf.evaluation.report import describe_plan, main_table, markdown

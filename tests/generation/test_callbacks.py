@@ -26,7 +26,8 @@ from conftest import VOCAB, prompt_of
 from drafters_for_tests import GarbageDrafter, OracleDrafter
 
 from specblock_hf import JoinedDrafter, LookupDrafter
-from specblock_hf.generation.callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback
+from specblock_hf.drafting.drafter import DraftingCallback
+from specblock_hf.generation.callbacks import JsonlTrace, StatisticsLogger, TrackerCallback
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

@@ -42,8 +42,8 @@ from transformers.generation.streamers import BaseStreamer
 import specblock_hf
 from specblock_hf import GenerationStatistics
 from specblock_hf.compat import CACHE
-from specblock_hf.drafting.drafter import DraftingPlan
-from specblock_hf.generation.loop import is_installed, round_limits
+from specblock_hf.drafting.plan import DraftingPlan, round_limits
+from specblock_hf.generation.hook import is_installed
 from specblock_hf.generation.token_selector import _decided_on_host
 
 

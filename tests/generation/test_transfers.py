@@ -27,10 +27,11 @@ from training_for_tests import tiny_drafter
 from transfers_for_tests import DEVICE, HOST, Transfer, TwoDevices
 
 from specblock_hf import DraftingCallback, DraftingPlan, TreeDrafter
-from specblock_hf.drafters.lookup import JoinedDrafter, LookupDrafter
+from specblock_hf.devices import on_device, upload
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LookupDrafter
 from specblock_hf.drafting.statistics import Clock
 from specblock_hf.generation import loop as generation
-from specblock_hf.upload import on_device, upload
 
 
 def joined() -> JoinedDrafter:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_models_for_tests import ToyModel, all_trees, distinct
 
-from specblock_hf.drafting.drafter import Limits
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.target.masks import likeliest_chain
 from specblock_hf.trees.sampling import (
     SampledGrowth,

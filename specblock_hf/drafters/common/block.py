@@ -22,11 +22,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...drafting.drafter import DraftState, Pairs, TokenTable
+from ...devices import upload
+from ...drafting.drafter import DraftState
+from ...drafting.pairs import Pairs, TokenTable
 from ...trees.expansion import Starts
 from ...trees.tree import DraftTree
-from ...upload import upload
-from ..specblock.modeling import BlockCache, BlockPath, committed_mask
+from .cache import BlockCache, BlockPath, committed_mask
 from .network import NetworkDrafter
 
 

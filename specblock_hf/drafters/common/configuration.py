@@ -20,8 +20,6 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from ...drafting.drafter import UNRECORDED_LAYER, default_feature_layers
-
 
 # What families call it that do not call it as Llama does.
 _NAMES = {
@@ -33,6 +31,15 @@ _NAMES = {
     "eos_token_id": ("eos_token_id",),
     "pad_token_id": ("pad_token_id",),
 }
+
+
+UNRECORDED_LAYER = -1
+"""Stands in `feature_layers` where a checkpoint does not say what it reads; see [`TreeDrafter.feature_layers_for`]."""
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, ...]:
+    """What EAGLE-3 and SpecBlock read of a target of N layers: hidden states 2, N // 2 and N - 3."""
+    return (2, num_layers // 2, num_layers - 3)
 
 
 def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:

@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...drafting.drafter import CPU_BUDGET, DraftingPlan, Limits, Pairs, TreeDrafter
+from ...drafting.drafter import CPU_BUDGET, TreeDrafter
+from ...drafting.pairs import Pairs
+from ...drafting.plan import DraftingPlan, Limits
 from ...trees.expansion import BlockOutputs, Starts, best_first
 from ...trees.tree import DraftTree
 

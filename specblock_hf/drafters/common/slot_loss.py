@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...drafting.target_batch import TargetBatch, soft_cross_entropy
+from ...drafting.target_batch import TargetBatch
 from .head import DraftHead
+from .losses import soft_cross_entropy
 
 
 @dataclass

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, Qwen3Config
 
-from ...drafting.drafter import UNRECORDED_LAYER
-from ..common.configuration import fields_for_target
+from ..common.configuration import UNRECORDED_LAYER, fields_for_target
 
 
 def spread_feature_layers(num_features: int, target_num_layers: int) -> list[int]:

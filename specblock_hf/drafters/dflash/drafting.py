@@ -22,14 +22,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...drafting.drafter import UNRECORDED_LAYER, DraftingPlan, Limits, Pairs, TokenTable
+from ...drafting.pairs import Pairs, TokenTable
+from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.expansion import BlockOutputs, Children, Starts, best_first
 from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ...trees.tree import DraftTree
 from ..common.block import BlockState
+from ..common.cache import BlockCache
+from ..common.configuration import UNRECORDED_LAYER
 from ..common.network import NetworkDrafter
-from ..specblock.modeling import BlockCache
 from .configuration import spread_feature_layers
 from .loss import BlockDiffusionObjective, block_diffusion_loss
 from .modeling import BlockDiffusionModel

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ...drafting.drafter import UNRECORDED_LAYER
+from ..common.configuration import UNRECORDED_LAYER
 from ..layouts import Layout, Tensors, rope_parameters_of, target_fields, write_folder
 from .configuration import BlockDiffusionConfig, spread_feature_layers
 

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...drafting.target_batch import TargetBatch, soft_cross_entropy
-from ..specblock.modeling import GraphCache
+from ...drafting.target_batch import TargetBatch
+from ..common.cache import GraphCache
+from ..common.losses import soft_cross_entropy
 
 
 if TYPE_CHECKING:

@@ -44,8 +44,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from ...checkpoints.loading import StrictPreTrainedModel
-from ...drafting.drafter import TokenTable
-from ..specblock.modeling import BlockCache, GraphCache
+from ...drafting.pairs import TokenTable
+from ..common.cache import BlockCache, GraphCache
 from .configuration import BlockDiffusionConfig
 
 

@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import torch
 
-from ...drafting.drafter import DraftingPlan, Limits, Pairs, TokenTable
+from ...drafting.pairs import Pairs, TokenTable
+from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
-from ..specblock.modeling import BlockPath
+from ..common.cache import BlockPath
 from .loss import Eagle3Objective, eagle3_loss
 from .modeling import Eagle3Model
 

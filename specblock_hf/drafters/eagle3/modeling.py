@@ -37,9 +37,9 @@ from transformers.models.llama.modeling_llama import (
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
+from ..common.cache import BlockCache
 from ..common.head import DraftHead
 from ..common.path_attention import PathCache
-from ..specblock.modeling import BlockCache
 from .configuration import Eagle3Config
 
 

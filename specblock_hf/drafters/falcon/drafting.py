@@ -31,13 +31,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...drafting.drafter import UNRECORDED_LAYER, Limits, Pairs, TokenTable
+from ...devices import on_device
+from ...drafting.pairs import Pairs, TokenTable
+from ...drafting.plan import Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.static_shape import TreeShape, likely_shape
 from ...trees.tree import DraftTree
-from ...upload import on_device
 from ..common.block import BlockDrafter, BlockState
-from ..specblock.modeling import BlockPath
+from ..common.cache import BlockPath
+from ..common.configuration import UNRECORDED_LAYER
 from .loss import FalconObjective, falcon_loss
 from .modeling import FalconModel, Memory
 

@@ -34,8 +34,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
+from ..common.cache import BlockCache
 from ..common.head import DraftHead
-from ..specblock.modeling import BlockCache
 from .configuration import FalconDrafterConfig
 
 

@@ -29,9 +29,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ...drafting.drafter import UNRECORDED_LAYER, DraftState, Limits, Pairs, TokenTable
+from ...drafting.drafter import DraftState
+from ...drafting.pairs import Pairs, TokenTable
+from ...drafting.plan import Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.tree import DraftTree
+from ..common.configuration import UNRECORDED_LAYER
 from ..common.network import NetworkDrafter
 from ..common.slot_loss import guesses, score_slots, weighted_loss
 from .modeling import MedusaModel

@@ -28,13 +28,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...drafting.drafter import Limits, Pairs
+from ...drafting.pairs import Pairs
+from ...drafting.plan import Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.tree import DraftTree
 from ..common.block import PREFILL_PAIRS, BlockDrafter, BlockState
+from ..common.cache import committed_mask
 from ..common.path_attention import PathCache
 from ..common.slot_loss import guesses, score_slots, weighted_loss
-from ..specblock.modeling import committed_mask
 from .modeling import ParallelSpecModel
 
 

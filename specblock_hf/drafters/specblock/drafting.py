@@ -20,14 +20,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ...drafting.drafter import DraftingPlan, Limits, Pairs
+from ...drafting.pairs import Pairs
+from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
 from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
+from ..common.cache import BlockPath
 from .loss import SpecBlockObjective, specblock_loss
-from .modeling import BlockPath, SpecBlockModel
+from .modeling import SpecBlockModel
 from .release_loss import release_loss
 
 

@@ -18,40 +18,13 @@ output adds nothing, and training wants that output of few slots: those of answe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward, rotate_half
 
-
-@dataclass
-class OpenBlock:
-    """
-    A block before the last layer's output, S slots in B texts.
-
-    Args:
-        hidden (`torch.Tensor` of shape `[B, S, d]`): What enters the last layer.
-        position_embeddings (`tuple` of `torch.Tensor` of shape `[B, S, head_dim]`): Cosines and sines.
-        keys, values (`torch.Tensor` of shape `[B, heads, columns, head_dim]`): The last layer's, earlier blocks' too.
-        attention_mask (`torch.BoolTensor` of shape `[B, 1, S, columns]`, *optional*): As the block was given it.
-    """
-
-    hidden: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    keys: torch.Tensor
-    values: torch.Tensor
-    attention_mask: torch.BoolTensor | None
-
-    def visible(self, slots: torch.LongTensor) -> torch.BoolTensor:
-        """What slots `[B, Q]` of each text see: `[B, 1, Q, columns]`."""
-        if self.attention_mask is None:
-            seen = torch.arange(self.keys.shape[2], device=slots.device) <= slots.unsqueeze(-1)
-        else:
-            rows = torch.arange(len(slots), device=slots.device).unsqueeze(1)
-            seen = self.attention_mask[:, 0].expand(len(slots), -1, -1)[rows, slots]
-        return seen.unsqueeze(1)
+from ..common.cache import OpenBlock, backend_mask
 
 
 class SpecBlockLayer(LlamaDecoderLayer):
@@ -106,11 +79,4 @@ class SpecBlockLayer(LlamaDecoderLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-def backend_mask(mask: torch.BoolTensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as an attention backend wants it: the eager one adds it to the scores."""
-    if implementation != "eager":
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-__all__ = ["OpenBlock", "SpecBlockLayer", "backend_mask"]
+__all__ = ["SpecBlockLayer"]

@@ -23,14 +23,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...drafting.target_batch import (
-    TargetBatch,
-    ordinal_rank_loss,
-    rank_buckets,
-    rank_cross_entropy,
-    soft_cross_entropy,
-)
-from .modeling import BlockPath, GraphCache, OpenBlock
+from ...drafting.target_batch import TargetBatch
+from ..common.cache import BlockPath, GraphCache, OpenBlock
+from ..common.losses import soft_cross_entropy
+from .rank_loss import ordinal_rank_loss, rank_buckets, rank_cross_entropy
 
 
 if TYPE_CHECKING:

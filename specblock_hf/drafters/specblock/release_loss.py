@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...drafting.target_batch import TargetBatch, ordinal_rank_loss, rank_buckets, soft_cross_entropy
+from ...drafting.target_batch import TargetBatch
+from ..common.cache import GraphCache
+from ..common.losses import soft_cross_entropy
 from .loss import SpecBlockObjective, TrainingBlock, first_block, later_block
-from .modeling import GraphCache
+from .rank_loss import ordinal_rank_loss, rank_buckets
 
 
 if TYPE_CHECKING:
