@@ -27,11 +27,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from specblock_hf import Calibration, TreeDrafter, calibrate
+from specblock_hf import calibrate
+from specblock_hf.calibration.calibrate import Calibration
 from specblock_hf.calibration.trial import Batch, answers, batches_of
 from specblock_hf.cli.demo import PROMPTS, describe_setting
 from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_prompts, own_prompts
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.benchmark import evenly
 
 

@@ -23,10 +23,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import CompileConfig, PreTrainedModel
 
-from specblock_hf import TreeDrafter, calibrate, compile_rounds
+from specblock_hf import calibrate, compile_rounds
 from specblock_hf.cli.demo import describe_setting
 from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_prompts, own_prompts
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.benchmark import evenly
 
 

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from specblock_hf import DraftingPlan, DraftTree, Limits, Pairs, SpecBlockDrafter, TreeDrafter
+from specblock_hf import DraftingPlan, SpecBlockDrafter
 from specblock_hf.drafters.auto import TRAINABLE
-from specblock_hf.drafting.drafter import DraftState
+from specblock_hf.drafting.drafter import DraftState, TreeDrafter
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 LLAMA3_ROPE = {

@@ -37,12 +37,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from specblock_hf import DraftingPlan, DraftTree, Pairs, TreeDrafter
+from specblock_hf import DraftingPlan
 from specblock_hf.compat import CACHE
 from specblock_hf.drafters.auto import TRAINABLE
+from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import round_limits
 from specblock_hf.generation.loop import draft
 from specblock_hf.target.model import TargetModel
+from specblock_hf.trees.tree import DraftTree
 from specblock_hf.trees.verification import Walk, sample_and_walk
 
 

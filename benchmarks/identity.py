@@ -24,10 +24,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specblock_hf import TreeDrafter
 from specblock_hf.cli.demo import describe_setting
 from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, ask, encode, load_models
 from specblock_hf.data.suites import load_suite
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.divergence import divergence_between
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specblock_hf import AutoDrafter, TokenTable
+from specblock_hf import AutoDrafter
 from specblock_hf.cli.models import DEFAULT_DRAFTER, load_target
 from specblock_hf.cli.options import read_pairs
 from specblock_hf.cli.train import TOP_K
 from specblock_hf.data.examples import load_examples
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import collate
 from specblock_hf.training.cpu_attention import NAME as CPU_ATTENTION

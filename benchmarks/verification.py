@@ -24,14 +24,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, set_seed
 
-from specblock_hf import DraftingPlan, DraftTree, Pairs, TokenTable, TreeDrafter
+from specblock_hf import DraftingPlan
 from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 from specblock_hf.compat import CACHE
 from specblock_hf.data.suites import load_suite
 from specblock_hf.devices import without_cudnn_attention
+from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.plan import round_limits
 from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.generation.loop import draft
+from specblock_hf.trees.tree import DraftTree
 
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "verification.json"

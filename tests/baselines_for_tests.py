@@ -12,8 +12,8 @@ import torch
 from conftest import VOCAB, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf import Pairs
 from specblock_hf.drafters.auto import DRAFTERS
+from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.target_batch import TargetBatch
 
 

@@ -12,7 +12,11 @@ from conftest import VOCAB, prompt_of
 from drafters_for_tests import GarbageDrafter, OracleDrafter, ToldDrafter
 from transformers import PreTrainedConfig
 
-from specblock_hf import DraftingPlan, DraftState, DraftTree, Limits, Pairs, TreeDrafter
+from specblock_hf import DraftingPlan
+from specblock_hf.drafting.drafter import DraftState, TreeDrafter
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 @dataclass

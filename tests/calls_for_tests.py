@@ -35,9 +35,10 @@ from verdicts_for_tests import (
     time_limit,
 )
 
-from specblock_hf import DraftingPlan, TreeDrafter
+from specblock_hf import DraftingPlan
 from specblock_hf.compat import CACHE
 from specblock_hf.custom_generate import generate_without_hook
+from specblock_hf.drafting.drafter import TreeDrafter
 
 
 def judge(case: Case) -> Verdict:

@@ -26,23 +26,18 @@ from specblock_hf import (
     DraftingPlan,
     Eagle3Config,
     Eagle3Drafter,
-    FalconDrafter,
-    FalconDrafterConfig,
     JoinedDrafter,
-    JsonlTrace,
     LookupDrafter,
-    MedusaConfig,
-    MedusaDrafter,
     OnlineAdaptationCallback,
-    ParallelSpecConfig,
-    ParallelSpecDrafter,
     SpecBlockConfig,
     SpecBlockDrafter,
-    StatisticsLogger,
-    TrackerCallback,
-    TreeDrafter,
 )
 from specblock_hf.adaptation.updater import UpdateSettings
+from specblock_hf.drafters.falcon import FalconDrafter, FalconDrafterConfig
+from specblock_hf.drafters.medusa import MedusaConfig, MedusaDrafter
+from specblock_hf.drafters.parallelspec import ParallelSpecConfig, ParallelSpecDrafter
+from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.generation.callbacks import JsonlTrace, StatisticsLogger, TrackerCallback
 
 
 BEYOND_TEXT = [0] * 200  # so that an oracle that is asked about what nobody writes has something to say

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
-from specblock_hf import DraftingPlan, DraftState, DraftTree, Limits, Pairs, TreeDrafter
-from specblock_hf.drafting.drafter import DrafterLock
+from specblock_hf import DraftingPlan
+from specblock_hf.drafting.drafter import DrafterLock, DraftState, TreeDrafter
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 def make_tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:

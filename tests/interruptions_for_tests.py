@@ -13,7 +13,8 @@ from targets_for_tests import config_of
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from specblock_hf import DraftingCallback, TreeDrafter
+from specblock_hf import DraftingCallback
+from specblock_hf.drafting.drafter import TreeDrafter
 
 
 class Broken(RuntimeError):

@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_for_tests import example_of, tiny_drafter
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, TokenTable, calibrate, compile_rounds
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, calibrate, compile_rounds
 from specblock_hf.devices import without_cudnn_attention
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.held_out import held_out_rates
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.regeneration.answering import Answering, Prompt

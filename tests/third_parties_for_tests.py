@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from drafters_for_tests import Told, ToldDrafter
 
-from specblock_hf import DraftTree, Limits
-from specblock_hf.trees.tree import DraftLaws
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftLaws, DraftTree
 
 
 class ThirdPartyDrafter(ToldDrafter):

@@ -12,9 +12,10 @@ from conftest import VOCAB, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specblock_hf import Pairs, SpecBlockConfig, SpecBlockDrafter, TokenTable
+from specblock_hf import SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.data.examples import Example
 from specblock_hf.drafters.common.cache import GraphCache
+from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.target_batch import TargetBatch
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from serving_for_tests import GREEDY
 from training_for_tests import example_of, table_of, tiny_drafter
 
-from specblock_hf import Walk
 from specblock_hf.adaptation.windows import CallRecorder, Window, WindowBuffer, collate, rejection_signal
 from specblock_hf.drafting.drafter import DraftingCallback
 from specblock_hf.training.batches import collate as collate_for_training
 from specblock_hf.training.target_views import view_target
+from specblock_hf.trees.verification import Walk
 
 
 LAYERS = (0, 2, 4)

@@ -13,8 +13,10 @@ import pytest
 from conftest import prompt_of, tiny_target
 from models_for_tests import save_models, tiny_drafter
 
-from specblock_hf import Calibration, CostCurves, DraftingPlan, calibrate
+from specblock_hf import DraftingPlan, calibrate
 from specblock_hf.calibration import trial
+from specblock_hf.calibration.calibrate import Calibration
+from specblock_hf.calibration.costs import CostCurves
 from specblock_hf.calibration.trial import padded
 from specblock_hf.cli.demo import PROMPTS
 

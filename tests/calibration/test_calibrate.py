@@ -16,11 +16,11 @@ from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import OracleDrafter
 from transformers import GenerationConfig
 
-from specblock_hf import CostCurves, DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate
+from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate
 from specblock_hf.calibration import calibrate as calibration
 from specblock_hf.calibration import trial
 from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
-from specblock_hf.calibration.costs import NODES, choose_plan, interpolate, shortlist, slowest_tau
+from specblock_hf.calibration.costs import NODES, CostCurves, choose_plan, interpolate, shortlist, slowest_tau
 
 
 CURVES = CostCurves(

@@ -23,8 +23,6 @@ from specblock_hf import (
     GenerationStatistics,
     JoinedDrafter,
     LookupDrafter,
-    MedusaConfig,
-    MedusaDrafter,
     SpecBlockConfig,
     cli,
 )
@@ -32,6 +30,7 @@ from specblock_hf.cli import demo
 from specblock_hf.cli import models as terminal
 from specblock_hf.cli.doctor import describe_reading, diagnose
 from specblock_hf.cli.models import Answer
+from specblock_hf.drafters.medusa import MedusaConfig, MedusaDrafter
 from specblock_hf.drafters.specblock.drafting import SpecBlockDrafter
 from specblock_hf.evaluation.divergence import Divergence
 

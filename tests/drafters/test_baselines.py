@@ -15,9 +15,10 @@ from conftest import VOCAB, prompt_of, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
-from specblock_hf import AutoDrafter, DraftingPlan, Limits
+from specblock_hf import AutoDrafter, DraftingPlan
 from specblock_hf.drafters.auto import DRAFTERS
 from specblock_hf.drafters.common.block import PREFILL_PAIRS
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.training.cpu_attention import NAME as CHUNKED
 from specblock_hf.trees.tree import DraftTree
 

@@ -17,17 +17,11 @@ from hypothesis import strategies as st
 from test_best_first import nodes_of
 from transformers import AutoModel, MambaConfig, MambaForCausalLM
 
-from specblock_hf import (
-    AutoDrafter,
-    BlockDiffusionConfig,
-    BlockDiffusionDrafter,
-    DraftingPlan,
-    Limits,
-    Pairs,
-    TokenTable,
-)
+from specblock_hf import AutoDrafter, BlockDiffusionConfig, BlockDiffusionDrafter, DraftingPlan
 from specblock_hf.drafters.dflash.configuration import spread_feature_layers
 from specblock_hf.drafters.dflash.drafting import Block
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
 
 
 GREEDY = {"do_sample": False}

@@ -11,8 +11,9 @@ import torch
 from block_drafters_for_tests import VARIANTS, block_drafter
 from conftest import ATTENTIONS, VOCAB, prompt_of, tiny_target
 
-from specblock_hf import BlockDiffusionConfig, BlockDiffusionDrafter, Pairs, TokenTable
+from specblock_hf import BlockDiffusionConfig, BlockDiffusionDrafter
 from specblock_hf.drafters.dflash.loss import BlockDiffusionObjective, _draw_anchors, _run_blocks
+from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.target_batch import TargetBatch
 from specblock_hf.training.cpu_attention import NAME as CPU_ATTENTION
 

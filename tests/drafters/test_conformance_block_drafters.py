@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from test_best_first import nodes_of
 from transformers import AutoModelForCausalLM
 
-from specblock_hf import AutoDrafter, BlockDiffusionDrafter, DraftingPlan, Limits, Pairs, TokenTable
+from specblock_hf import AutoDrafter, BlockDiffusionDrafter, DraftingPlan
 from specblock_hf.drafters.dflash.drafting import Block
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.trees.expansion import Children
 
 

@@ -16,9 +16,12 @@ from conftest import prompt_of, tiny_target
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_for_tests import Told, tiny_drafter
 
-from specblock_hf import DraftState, DraftTree, Limits, Pairs, TokenTable
 from specblock_hf.drafters.joined import JoinedDrafter
 from specblock_hf.drafters.lookup import LookupDrafter
+from specblock_hf.drafting.drafter import DraftState
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 HERE, THERE = torch.device("cpu"), torch.device("cpu:1")

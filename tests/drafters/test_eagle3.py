@@ -14,10 +14,12 @@ import torch
 from conftest import SIZES, VOCAB, prompt_of, tiny_target
 from safetensors.torch import load_file
 
-from specblock_hf import AutoDrafter, Limits, Pairs, TokenTable
+from specblock_hf import AutoDrafter
 from specblock_hf.drafters.common.cache import BlockCache
 from specblock_hf.drafters.eagle3.configuration import Eagle3Config
 from specblock_hf.drafters.eagle3.drafting import Eagle3Drafter
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.trees.tree import DraftTree
 from specblock_hf.trees.verification import sample_and_walk
 

@@ -8,10 +8,10 @@ import torch
 from baselines_for_tests import baseline, batch_for, favouring, listening, pairs_for
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf import Limits
 from specblock_hf.drafters.common.cache import GraphCache
 from specblock_hf.drafters.common.path_attention import PathCache
 from specblock_hf.drafters.eagle3.loss import Eagle3Objective, eagle3_loss, unrolled_states
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 

@@ -8,9 +8,9 @@ import torch
 from baselines_for_tests import baseline, batch_for, favouring, listening, pairs_for
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf import Limits
 from specblock_hf.drafters.falcon import loss as objective
 from specblock_hf.drafters.falcon.loss import FalconObjective, block_states, blocks_of
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.training.cpu_attention import NAME as CHUNKED
 from specblock_hf.trees.static_shape import likely_shape
 

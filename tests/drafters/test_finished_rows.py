@@ -13,9 +13,10 @@ from conftest import tiny_target
 from test_baselines import assert_same_paths, paths_of
 from training_for_tests import Told, tiny_drafter
 
-from specblock_hf import DraftingCallback, DraftingPlan, Limits
+from specblock_hf import DraftingCallback, DraftingPlan
 from specblock_hf.drafters.joined import JoinedDrafter
 from specblock_hf.drafters.lookup import LookupDrafter
+from specblock_hf.drafting.plan import Limits
 
 
 ALL = ("specblock", *BASELINES, "dflash", "lookup", "joined")

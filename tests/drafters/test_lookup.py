@@ -8,9 +8,11 @@ from conftest import VOCAB, prompt_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specblock_hf import Limits, Pairs, SpecBlockConfig, SpecBlockDrafter, TokenTable
+from specblock_hf import SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.drafters.joined import JoinedDrafter
 from specblock_hf.drafters.lookup import LATEST_PLACES, LONGEST_MATCH, FoundText, LookupDrafter
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
 
 
 TABLE = TokenTable(torch.nn.Embedding(VOCAB, 4), torch.nn.Identity(), VOCAB)

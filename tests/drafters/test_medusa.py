@@ -11,8 +11,9 @@ from baselines_for_tests import baseline, batch_for, favouring, listening, pairs
 from conftest import tiny_target
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf import Limits, MedusaConfig, MedusaDrafter
+from specblock_hf.drafters.medusa import MedusaConfig, MedusaDrafter
 from specblock_hf.drafters.medusa.drafting import MedusaObjective
+from specblock_hf.drafting.plan import Limits
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)

@@ -8,8 +8,8 @@ import torch
 from baselines_for_tests import baseline, batch_for, listening, pairs_for
 from training_for_tests import Told
 
-from specblock_hf import Limits
 from specblock_hf.drafters.common.cache import GraphCache
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 

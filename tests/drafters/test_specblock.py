@@ -11,10 +11,12 @@ import torch
 from conftest import tiny_target
 from training_for_tests import Told, naive_states, tiny_drafter
 
-from specblock_hf import DraftingPlan, DraftTree, Limits, SpecBlockConfig, SpecBlockDrafter
+from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.drafters.common import block as block_drafter
 from specblock_hf.drafters.common.cache import GraphCache
 from specblock_hf.drafters.specblock.loss import first_block, later_block
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # of states of order 1 to 10 in fp32

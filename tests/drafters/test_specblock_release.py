@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specblock_hf import AutoDrafter, TokenTable
+from specblock_hf import AutoDrafter
 from specblock_hf.drafters.common.cache import GraphCache
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective, TrainingBlock, first_block, later_block
 from specblock_hf.drafters.specblock.rank_loss import rank_buckets
 from specblock_hf.drafters.specblock.release_loss import release_loss
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.drafting.target_batch import TargetBatch
 
 

@@ -18,18 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
-from specblock_hf import (
-    DraftingCallback,
-    DraftingPlan,
-    DraftState,
-    DraftTree,
-    JoinedDrafter,
-    Limits,
-    Pairs,
-    TokenTable,
-)
+from specblock_hf import DraftingCallback, DraftingPlan, JoinedDrafter
+from specblock_hf.drafting.drafter import DraftState
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
 from specblock_hf.drafting.proposal import scored_nodes, within
-from specblock_hf.trees.tree import DraftLaws
+from specblock_hf.trees.tree import DraftLaws, DraftTree
 
 
 GREEDY = {"do_sample": False}

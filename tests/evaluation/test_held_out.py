@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_target
 from training_for_tests import Told, example_of, tiny_drafter
 
-from specblock_hf import TokenTable
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.held_out import held_out_rates
 from specblock_hf.evaluation.simulate import SimulatedAcceptance
 from specblock_hf.training.batches import collate, draft_ids_of

@@ -12,7 +12,8 @@ from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
 from training_for_tests import example_of, tiny_drafter
 
-from specblock_hf import DraftingPlan, TokenTable
+from specblock_hf import DraftingPlan
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import SimulatedAcceptance, simulate_acceptance
 from specblock_hf.training.target_views import view_target
 

@@ -17,16 +17,9 @@ from drafters_for_tests import OracleDrafter
 from models_for_tests import tiny_drafter
 from transformers import DynamicCache
 
-from specblock_hf import (
-    DraftingCallback,
-    DraftingPlan,
-    FalconDrafter,
-    FalconDrafterConfig,
-    JoinedDrafter,
-    LookupDrafter,
-    compile_rounds,
-)
+from specblock_hf import DraftingCallback, DraftingPlan, JoinedDrafter, LookupDrafter, compile_rounds
 from specblock_hf.compat import CACHE
+from specblock_hf.drafters.falcon import FalconDrafter, FalconDrafterConfig
 from specblock_hf.generation.compilation import ROWS
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from specblock_hf import DraftingPlan, TreeDrafter
+from specblock_hf import DraftingPlan
 from specblock_hf.drafters.auto import TRAINABLE
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.divergence import divergence_between
 
 

@@ -15,10 +15,11 @@ from conftest import tiny_target
 from training_for_tests import tiny_drafter
 from transfers_for_tests import DEVICE, HOST, Transfer, TwoDevices
 
-from specblock_hf import DraftingCallback, DraftingPlan, TreeDrafter
+from specblock_hf import DraftingCallback, DraftingPlan
 from specblock_hf.devices import on_device, upload
 from specblock_hf.drafters.joined import JoinedDrafter
 from specblock_hf.drafters.lookup import LookupDrafter
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.drafting.statistics import Clock
 from specblock_hf.generation import loop as generation
 

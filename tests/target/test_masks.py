@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf import DraftTree
 from specblock_hf.target.masks import likeliest_chain
+from specblock_hf.trees.tree import DraftTree
 
 
 @st.composite

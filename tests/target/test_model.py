@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from specblock_hf import Walk
 from specblock_hf.compat import CACHE
 from specblock_hf.target.cache import TargetCache
 from specblock_hf.target.features import FeatureTaps
 from specblock_hf.target.model import TargetModel
+from specblock_hf.trees.verification import Walk
 
 
 LAYERS = (0, 1, 2, 4)

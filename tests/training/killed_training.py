@@ -18,8 +18,9 @@ import torch
 from conftest import tiny_target
 from training_for_tests import Told, example_of, tiny_drafter
 
-from specblock_hf import DraftingPlan, TokenTable
+from specblock_hf import DraftingPlan
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.target_views import view_target

@@ -11,7 +11,10 @@ import torch
 from conftest import VOCAB, prompt_of, tiny_target
 from training_for_tests import Told, char_tokenizer
 
-from specblock_hf import AutoDrafter, Eagle3Drafter, FalconDrafter, MedusaDrafter, ParallelSpecDrafter, cli
+from specblock_hf import AutoDrafter, Eagle3Drafter, cli
+from specblock_hf.drafters.falcon import FalconDrafter
+from specblock_hf.drafters.medusa import MedusaDrafter
+from specblock_hf.drafters.parallelspec import ParallelSpecDrafter
 
 
 @pytest.fixture(scope="module")

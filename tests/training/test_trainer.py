@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
 
-from specblock_hf import SpecBlockDrafter, TokenTable, cli
+from specblock_hf import SpecBlockDrafter, cli
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
 from specblock_hf.training.target_views import view_target

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models_for_tests import tiny_tokenizer
 
-from specblock_hf import DraftTree
 from specblock_hf.trees.picture import (
     COLOURS,
     FOUND_COLOUR,
@@ -22,7 +21,7 @@ from specblock_hf.trees.picture import (
     place_nodes,
     save_trees,
 )
-from specblock_hf.trees.tree import FOUND
+from specblock_hf.trees.tree import FOUND, DraftTree
 
 
 pytest.importorskip("matplotlib")

@@ -38,7 +38,7 @@ class FalconDrafterConfig(LastStateConfig):
     Example:
 
     ```python
-    >>> from specblock_hf import FalconDrafterConfig
+    >>> from specblock_hf.drafters.falcon import FalconDrafterConfig
 
     >>> config = FalconDrafterConfig.for_target(target.config, draft_vocab_size=16384)
     ```

@@ -31,7 +31,7 @@ class MedusaConfig(LastStateConfig):
     Example:
 
     ```python
-    >>> from specblock_hf import MedusaConfig
+    >>> from specblock_hf.drafters.medusa import MedusaConfig
 
     >>> config = MedusaConfig.for_target(target.config, draft_vocab_size=16384)
     ```

@@ -30,7 +30,7 @@ class ParallelSpecConfig(DrafterConfig):
     Example:
 
     ```python
-    >>> from specblock_hf import ParallelSpecConfig
+    >>> from specblock_hf.drafters.parallelspec import ParallelSpecConfig
 
     >>> config = ParallelSpecConfig.for_target(target.config, draft_vocab_size=16384)
     ```
