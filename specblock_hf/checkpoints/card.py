@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
@@ -53,10 +53,21 @@ class CardFacts:
             )
 
 
+class Paper(NamedTuple):
+    """What a card cites: the `paper` of a drafter's configuration class."""
+
+    method: str
+    key: str
+    title: str
+    authors: str
+    arxiv: str
+    year: int
+
+
 def model_card(config: PreTrainedConfig, name: str, facts: CardFacts, parameters: int | None = None) -> ModelCard:
     """
     Args:
-        config ([`SpecBlockConfig`] or [`Eagle3Config`]): The drafter's.
+        config ([`~transformers.PreTrainedConfig`]): The drafter's, of a class with a `paper` ([`Paper`] or `None`).
         name (`str`): Hub id, for the title and the example.
         facts (`CardFacts`): What the configuration does not say.
         parameters (`int`, *optional*): How many weights the drafter has; without, the card says that there are none.

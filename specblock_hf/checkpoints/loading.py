@@ -45,6 +45,8 @@ def refuse_misfits(name: object, kind: str, missing: Iterable, unexpected: Itera
 class StrictPreTrainedModel(HubModel):
     """A [`~transformers.PreTrainedModel`] that refuses a checkpoint which does not fit it tensor by tensor."""
 
+    _supports_sdpa = True  # also of networks without attention, which any implementation of it suits
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
