@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from specblock_hf import DraftingPlan, SpecBlockDrafter
-from specblock_hf.drafters.auto import TRAINABLE
+from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.drafting.drafter import DraftState, TreeDrafter
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import Limits
@@ -168,7 +168,7 @@ class DrawnRanks(SpecBlockDrafter):
 
 def random_drafter(candidate: Candidate, target: PreTrainedModel) -> TreeDrafter:
     """A drafter with random weights, of the target's dtype and on its device."""
-    kind, fields = TRAINABLE[candidate.kind]
+    kind, fields = trainable_drafters()[candidate.kind]
     hidden_size = target.config.hidden_size
     if candidate.kind == "dflash":  # its head is the target's
         fields = fields | {"output_multiplier": SPREAD / (target.config.initializer_range * hidden_size**0.5)}

@@ -39,7 +39,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from specblock_hf import DraftingPlan
 from specblock_hf.compat import CACHE
-from specblock_hf.drafters.auto import TRAINABLE
+from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import round_limits
@@ -362,7 +362,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--target", nargs="+", choices=TARGETS, default=["llama-3.1-8b", "qwen3-8b"], help="default: both of 8B")
     add("--context", type=int, nargs="+", default=[512, 4096], help="tokens of the prompt (default: 512 4096)")
     add("--batch", type=int, nargs="+", default=[1], help="prompts at once (default: 1)")
-    add("--drafter", nargs="+", choices=list(TRAINABLE), default=list(TRAINABLE), help="kinds (default: all)")
+    add(
+        "--drafter",
+        nargs="+",
+        choices=list(trainable_drafters()),
+        default=list(trainable_drafters()),
+        help="kinds (default: all)",
+    )
     add("--tiny", action="store_true", help="the same architectures in tiny, to try the script")
     add("--repeats", type=int, default=5, help="of every measurement; the median counts (default: %(default)s)")
     add("--rounds", type=int, default=16, help="of a call with a forced accepted length (default: %(default)s)")

@@ -12,7 +12,7 @@ import torch
 from conftest import VOCAB, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf.drafters.auto import DRAFTERS
+from specblock_hf.drafters.common.registry import drafter_kinds
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.target_batch import TargetBatch
 
@@ -49,7 +49,7 @@ def baseline(
         base (`type`, *optional*): A subclass of its class.
         **fields: Of its configuration.
     """
-    made = base or DRAFTERS[name]
+    made = base or drafter_kinds()[name]
     sizes = {"draft_vocab_size": DRAFT_VOCAB} | _SIZES[name] | fields
     drafter = made(made.config_class.for_target(tiny_target(kind).config, **sizes))
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def favouring(drafter, told: Told) -> None:
 def listening(name: str) -> type:
     """The drafter's class, keeping in `heard` the states of every forward that drafts."""
 
-    class Listening(DRAFTERS[name]):
+    class Listening(drafter_kinds()[name]):
         def best_tokens(self, hidden, width):
             self.__dict__.setdefault("heard", []).append(hidden)
             return super().best_tokens(hidden, width)

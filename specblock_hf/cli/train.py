@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.examples import Example, load_examples, split_examples
-from ..drafters.auto import TRAINABLE, AutoDrafter
+from ..drafters.auto import AutoDrafter
 from ..drafters.common.head import DraftHead
+from ..drafters.common.registry import trainable_drafters
 from ..drafters.joined import JoinedDrafter
 from ..drafters.lookup import LookupDrafter
 from ..drafting.pairs import TokenTable
@@ -45,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="folder or Hub id (default: the default target, from a wheel)")
     parser.add_argument("--device-map", help="spread the target over devices, such as `auto`; one process only")
     parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
-    parser.add_argument("--drafter", choices=sorted(TRAINABLE), default="specblock", help="default: %(default)s")
+    kinds = trainable_drafters()
+    parser.add_argument("--drafter", choices=sorted(kinds), default="specblock", help="default: %(default)s")
     parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
     parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
     parser.add_argument(
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in TRAINABLE),
+        help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in kinds),
     )
     parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
     parser.add_argument("--views", help="keep the target's states here, each text's once: for small targets")
@@ -136,7 +138,7 @@ def _silent(*values: object) -> None:
 
 
 def _known_objective(name: str) -> str:
-    kind = TRAINABLE[name][0].objective_class
+    kind = trainable_drafters()[name][0].objective_class
     return "nothing" if kind is None else ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind))
 
 
@@ -165,7 +167,7 @@ def _make_drafter(
         if args.config:
             raise ValueError("--config shapes a new drafter and --init-from brings a shape along; give one of them.")
         return AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
-    kind, fields = TRAINABLE[args.drafter]
+    kind, fields = trainable_drafters()[args.drafter]
     known = [f.name for f in dataclasses.fields(kind.config_class)]
     vocab_size = target.config.get_text_config().vocab_size
     if issubclass(kind, DraftHead):

@@ -5,39 +5,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles, read_tensors
 from ..checkpoints.loading import refuse_misfits
-from .dflash.drafting import BlockDiffusionDrafter
+from ..drafting.drafter import TreeDrafter
+from .common.registry import drafter_kind, register_drafter
 from .dflash.layouts import read_block_config
-from .eagle3.drafting import Eagle3Drafter
-from .falcon.drafting import FalconDrafter
 from .layouts import Layout, Tensors, layout_of, read_config, read_tensors_of
-from .medusa.drafting import MedusaDrafter
-from .parallelspec.drafting import ParallelSpecDrafter
-from .specblock.drafting import SpecBlockDrafter
-
-
-Drafter = (
-    SpecBlockDrafter | Eagle3Drafter | MedusaDrafter | ParallelSpecDrafter | FalconDrafter | BlockDiffusionDrafter
-)
-DRAFTERS: dict[str, type[Drafter]] = {kind.config_class.model_type: kind for kind in get_args(Drafter)}
-"""Class of a drafter by its configuration's `model_type`."""
-
-TRAINABLE: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
-    "specblock": (SpecBlockDrafter, {}),
-    "eagle3": (Eagle3Drafter, {}),
-    "medusa": (MedusaDrafter, {}),
-    "parallelspec": (ParallelSpecDrafter, {}),
-    "falcon": (FalconDrafter, {}),
-    "dflash": (BlockDiffusionDrafter, {}),
-    "jetspec": (BlockDiffusionDrafter, {"causal": True}),
-}
-"""What `specblock train --drafter` makes: the class, and the fields of its configuration that make it that form."""
 
 
 class AutoDrafter:
@@ -64,7 +41,7 @@ class AutoDrafter:
         *,
         target: PreTrainedModel | PreTrainedConfig | None = None,
         **kwargs,
-    ) -> Drafter:
+    ) -> TreeDrafter:
         """
         Load a drafter: SpecBlock in our layout or the authors' own, EAGLE-3 in ours, SafeAILab's, SGLang's or that of
         `speculators`, and DFlash, DFlash 2, JetSpec and DSpark as published. No code of a repository is ever run.
@@ -86,7 +63,7 @@ class AutoDrafter:
         files = DrafterFiles.of(name, kwargs)
         layout = layout_of(files.config, name)
         if layout == Layout.OURS:
-            drafter = DRAFTERS[files.config["model_type"]].from_pretrained(name, **kwargs)
+            drafter = drafter_kind(files.config["model_type"]).from_pretrained(name, **kwargs)
         else:
             config = target.config if isinstance(target, PreTrainedModel) else target
             drafter = _load_foreign(files, layout, config, kwargs)
@@ -95,7 +72,7 @@ class AutoDrafter:
         return drafter
 
 
-def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> Drafter:
+def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> TreeDrafter:
     found = files.tensors()
     if layout in (Layout.DFLASH, Layout.DSPARK):
         return _load_tensors(files, read_block_config(files.config, files.name, found, target), found, kwargs)
@@ -105,9 +82,9 @@ def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig 
     return _load_tensors(files, config, read_tensors_of(config, layout, files.name, found, vocabulary), kwargs)
 
 
-def _load_tensors(files: DrafterFiles, config: PreTrainedConfig, tensors: Tensors, kwargs: dict) -> Drafter:
+def _load_tensors(files: DrafterFiles, config: PreTrainedConfig, tensors: Tensors, kwargs: dict) -> TreeDrafter:
     config._name_or_path = os.fspath(files.name)
-    kind = DRAFTERS[config.model_type]
+    kind = drafter_kind(config.model_type)
     with torch.device("meta"):
         wanted = {key: value.shape for key, value in kind(config).state_dict().items()}
     # Said before the loader says it, because it knows only our names and not the checkpoint's.
@@ -122,4 +99,4 @@ def _load_tensors(files: DrafterFiles, config: PreTrainedConfig, tensors: Tensor
     return kind.from_pretrained(None, config=config, state_dict=tensors, **options)
 
 
-__all__ = ["AutoDrafter"]
+__all__ = ["AutoDrafter", "register_drafter"]

@@ -21,11 +21,8 @@ from transformers import PreTrainedConfig
 from ..checkpoints.files import WEIGHTS
 from ..checkpoints.saving import save_folder_whole
 from .common.configuration import UNRECORDED_LAYER, default_feature_layers
-from .dflash.configuration import BlockDiffusionConfig
+from .common.registry import drafter_kind
 from .eagle3.configuration import Eagle3Config
-from .falcon.configuration import FalconDrafterConfig
-from .medusa.configuration import MedusaConfig
-from .parallelspec.configuration import ParallelSpecConfig
 from .specblock.configuration import SpecBlockConfig
 
 
@@ -44,17 +41,6 @@ class Layout(StrEnum):
     DSPARK = "dspark"
 
 
-_OURS = {
-    config.model_type
-    for config in (
-        SpecBlockConfig,
-        Eagle3Config,
-        MedusaConfig,
-        ParallelSpecConfig,
-        FalconDrafterConfig,
-        BlockDiffusionConfig,
-    )
-}
 # Fields that every layout names as transformers' LlamaConfig does.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps")
 _OPTIONAL = (
@@ -94,7 +80,7 @@ def layout_of(config: Mapping[str, Any], name: object) -> Layout:
         ValueError: It is not a drafter that can be read.
     """
     architectures = config.get("architectures") or []
-    if config.get("model_type") in _OURS:
+    if drafter_kind(config.get("model_type")) is not None:
         return Layout.OURS
     for architecture in architectures:
         if architecture in _BLOCK_DRAFTERS:

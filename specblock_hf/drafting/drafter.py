@@ -29,7 +29,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..drafters.common.configuration import UNRECORDED_LAYER, default_feature_layers
 from .pairs import Pairs, TokenTable
 
 # At run time, because transformers resolves the annotations of models.
@@ -185,7 +184,7 @@ class TreeDrafter(ABC):
         feature_layers (`tuple[int, ...]`):
             Which of the target's `hidden_states` the drafter reads, in transformers' indexing: 0 is the embedding, i
             the output of decoder layer i - 1, and the number of layers the state after the final norm.
-            `UNRECORDED_LAYER` where that follows from the target's depth.
+            Where that depends on the target's depth, see `feature_layers_for`.
         drafting_plan ([`DraftingPlan`], *optional*):
             How much a round drafts; `None` asks `default_plan`. A call's own `generation_config.drafting_plan` goes
             first.
@@ -261,10 +260,8 @@ class TreeDrafter(ABC):
         """Raise a `ValueError` with one sentence if the drafter cannot draft for `target`."""
 
     def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
-        """`feature_layers`, or the usual ones for this target's depth where the checkpoint does not record them."""
-        if UNRECORDED_LAYER not in self.feature_layers:
-            return self.feature_layers
-        return default_feature_layers(target.config.get_text_config().num_hidden_layers)
+        """`feature_layers`, or what they are for this target where that depends on its depth."""
+        return self.feature_layers
 
     @abstractmethod
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> DraftState:
@@ -296,7 +293,7 @@ class TreeDrafter(ABC):
     ) -> dict[str, torch.Tensor]:
         """
         The drafter's training objective and its parts, for the trainer and the online updater alike. `specblock train
-        --drafter NAME` trains whatever implements this and is listed in `specblock_hf.drafters.auto.TRAINABLE`: the
+        --drafter NAME` trains whatever implements this and is registered, see [`register_drafter`]: the
         configuration class makes a drafter for a target (`config_class.for_target(target.config, **overrides)`), the
         drafter has the draft vocabulary of [`DraftHead`] or says all that the target can.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -28,12 +28,26 @@ from .token_outputs import TokenOutputs
 
 
 if TYPE_CHECKING:
-    from ..generation.compilation import CompiledTarget
     from ..trees.verification import Walk
 
 
 # What plain decoding hands back of every token, if `output_...` asks for it.
 _TOKEN_OUTPUTS = ("hidden_states", "attentions")
+
+
+class TreeScorer(Protocol):
+    """Scores trees of a few sizes in memory of its own, faster than the model itself."""
+
+    def size_for(self, nodes: int) -> int | None:
+        """The size that so many nodes are padded to; `None` if none is large enough."""
+
+    def __call__(
+        self, ids: torch.LongTensor, positions: torch.LongTensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """
+        Logits `[B, N, V]` and a feature `[B, N, d]` for each layer that the drafter reads, of ids `[B, N]` at
+        positions `[B, N]` with a mask `[B, 1, N, columns]`.
+        """
 
 
 class TargetModel:
@@ -51,7 +65,7 @@ class TargetModel:
         returns_cache (`bool`, *optional*, defaults to `True`):
             Somebody goes on with the cache, so that a row that has stopped stays in it. Otherwise it is retired and
             costs nothing any more.
-        compiled ([`CompiledTarget`], *optional*):
+        compiled ([`TreeScorer`], *optional*):
             Scores the trees that fit it; the call's cache is its own, and rows stay when they have stopped, because
             they are part of its shapes.
 
@@ -72,7 +86,7 @@ class TargetModel:
         mask_length: int | None = None,
         chunk_size: int | None = None,
         returns_cache: bool = True,
-        compiled: CompiledTarget | None = None,
+        compiled: TreeScorer | None = None,
     ):
         self.target = target
         self._compiled = compiled

@@ -16,8 +16,8 @@ from training_for_tests import DRAFT_VOCAB, Told
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from specblock_hf import AutoDrafter, DraftingPlan
-from specblock_hf.drafters.auto import DRAFTERS
 from specblock_hf.drafters.common.block import PREFILL_PAIRS
+from specblock_hf.drafters.common.registry import drafter_kinds
 from specblock_hf.drafting.plan import Limits
 from specblock_hf.training.cpu_attention import NAME as CHUNKED
 from specblock_hf.trees.tree import DraftTree
@@ -161,7 +161,7 @@ def test_an_oracle_is_accepted(llama, name):
     """Told what comes, the drafter's best tokens are kept as deep as it reaches."""
     text = llama.generate(prompt_of(7), max_new_tokens=26, do_sample=False)[0].tolist()
 
-    class Oracle(DRAFTERS[name]):
+    class Oracle(drafter_kinds()[name]):
         def propose(self, state, pairs, limits):
             self.root, self.forwards = int(pairs.positions[0, int(pairs.lengths[0]) - 1]) + 1, 0
             return super().propose(state, pairs, limits)
@@ -193,12 +193,12 @@ def test_saved_and_loaded(name, tmp_path, llama):
     drafter.config.acceptance = [[8, 1, 0, 1.5, 1.75], [12, 2, 4, 2.0, 2.25]]
     drafter.save_pretrained(tmp_path)
     loaded = [
-        DRAFTERS[name].from_pretrained(tmp_path),
+        drafter_kinds()[name].from_pretrained(tmp_path),
         AutoDrafter.from_pretrained(tmp_path, target=llama),
         AutoModel.from_pretrained(tmp_path),
     ]
     for other in loaded:
-        assert type(other) is DRAFTERS[name]
+        assert type(other) is drafter_kinds()[name]
         assert other.feature_layers == drafter.feature_layers
         for (key, ours), theirs in zip(drafter.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), key
@@ -223,7 +223,7 @@ def test_at_most_45_megabytes_for_the_default_target(name):
         num_attention_heads=9,
         num_key_value_heads=3,
     )
-    kind = DRAFTERS[name]
+    kind = drafter_kinds()[name]
     with torch.device("meta"):
         drafter = kind(kind.config_class.for_target(target, draft_vocab_size=16384))
     megabytes = 2 * sum(weight.numel() for weight in drafter.parameters()) / 1e6

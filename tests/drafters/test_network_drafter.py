@@ -8,11 +8,11 @@ import pytest
 from conftest import tiny_target
 
 from specblock_hf import DraftingPlan
-from specblock_hf.drafters.auto import TRAINABLE
+from specblock_hf.drafters.common.registry import trainable_drafters
 
 
 def drafter_of(name: str, **fields):
-    kind, form = TRAINABLE[name]
+    kind, form = trainable_drafters()[name]
     return kind(kind.config_class.for_target(tiny_target("llama").config, **(form | fields)))
 
 

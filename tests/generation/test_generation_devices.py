@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from specblock_hf import DraftingPlan
-from specblock_hf.drafters.auto import TRAINABLE
+from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.divergence import divergence_between
 
@@ -20,7 +20,7 @@ GPU = torch.cuda.is_available()
 DEVICES = ["cpu", *(["cuda"] if GPU else [])]
 # The other tests run on the CPU: here it only shows that these would fail. Flex attention wants heads of 16 or more.
 PLACES = [("cpu", "sdpa"), *[("cuda", attention) for attention in ("sdpa", "eager", "flex_attention") if GPU]]
-DRAFTERS = sorted(TRAINABLE) if GPU else ["specblock"]
+DRAFTERS = sorted(trainable_drafters()) if GPU else ["specblock"]
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -48,7 +48,7 @@ def target_on(device: str, attention: str, kind: str, dtype: torch.dtype) -> Pre
 
 def drafter_for(target: PreTrainedModel, kind: str) -> TreeDrafter:
     """A random drafter, of whose many guesses a few are right."""
-    made, fields = TRAINABLE[kind]
+    made, fields = trainable_drafters()[kind]
     torch.manual_seed(1)
     drafter = made(made.config_class.for_target(target.config, **fields)).to(target.device, target.dtype).eval()
     if kind not in ("dflash", "jetspec"):

@@ -108,7 +108,7 @@ class BlockDrafter(NetworkDrafter):
     def _first_block(self, state: BlockState, pairs: Pairs) -> tuple[DraftTree, torch.Tensor, torch.LongTensor]:
         """Take `pairs` in; a tree of roots, and the states `[B, 1, K, d]` and positions `[B, 1]` of the last pairs."""
         hidden, positions = self._last_rows(self._commit(state, pairs), pairs)
-        return self._root(pairs), hidden, positions
+        return self.root_of(pairs), hidden, positions
 
     def _commit(self, state: BlockState, pairs: Pairs) -> Iterator[torch.Tensor]:
         """

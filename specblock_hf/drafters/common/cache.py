@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers import LlamaConfig
 
 from ...devices import on_device
-from ..specblock.configuration import SpecBlockConfig
 
 
 @dataclass
@@ -55,16 +55,14 @@ class BlockCache:
     forwards that draft, which the next committed forward overwrites. Written in place; it grows by doubling.
 
     Args:
-        config ([`SpecBlockConfig`]): For the number of layers and the geometry of the heads.
+        config ([`~transformers.LlamaConfig`]): For the number of layers and the geometry of the heads.
         batch_size (`int`): Rows of the batch.
         columns (`int`): Columns to make room for at first (one slot of one position is one column).
         dtype (`torch.dtype`): Of keys and values.
         device (`torch.device`): Of keys and values.
     """
 
-    def __init__(
-        self, config: SpecBlockConfig, batch_size: int, columns: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, config: LlamaConfig, batch_size: int, columns: int, dtype: torch.dtype, device: torch.device):
         shape = (batch_size, config.num_key_value_heads, columns, config.head_dim)
         # Zeros, because a ragged batch attends over columns that it masks and has not written: NaN would come through.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
+
+from ...checkpoints.card import Paper
 
 
 # What families call it that do not call it as Llama does.
@@ -107,6 +109,9 @@ class DrafterConfig(LlamaConfig):
             Measured tau of several plans, in the rows that [`SpecBlockConfig`] describes.
     """
 
+    num_blocks = 1  # forwards of a round
+    paper: ClassVar[Paper | None] = None  # what cards cite
+
     vocab_size: int = 32000
     num_hidden_layers: int = 1
     draft_vocab_size: int = 32000
@@ -129,8 +134,7 @@ class DrafterConfig(LlamaConfig):
                 f"({self.vocab_size}); pass a draft vocabulary that is a subset of the target's."
             )
 
-    @staticmethod
-    def usual_feature_layers(num_layers: int | None) -> list[int]:
+    def usual_feature_layers(self, num_layers: int | None) -> list[int]:
         """What the drafter reads of a target of N layers if nothing else is said; `None` for an unknown N."""
         return [UNRECORDED_LAYER] * 3 if num_layers is None else list(default_feature_layers(num_layers))
 
@@ -172,8 +176,7 @@ class LastStateConfig(DrafterConfig):
                 f"feature_layers is {self.feature_layers}; a {self.model_type} drafter reads one state of the target."
             )
 
-    @staticmethod
-    def usual_feature_layers(num_layers: int | None) -> list[int]:
+    def usual_feature_layers(self, num_layers: int | None) -> list[int]:
         return [UNRECORDED_LAYER if num_layers is None else num_layers]
 
 

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 class DraftHead:
@@ -18,10 +21,18 @@ class DraftHead:
         t2d (`torch.BoolTensor` of shape `[vocab_size]`): Buffer: whether a target id is in the draft vocabulary.
     """
 
+    config: PreTrainedConfig
     norm: nn.Module
     lm_head: nn.Linear
+    register_buffer: Callable[..., None]
     d2t: torch.Tensor
     t2d: torch.Tensor
+
+    def register_draft_vocabulary(self) -> None:
+        """Add the buffers, at first with the target's first tokens; of the constructor."""
+        size = self.config.draft_vocab_size
+        self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("t2d", torch.arange(self.config.vocab_size) < size)
 
     def set_draft_vocabulary(self, target_ids: torch.LongTensor) -> None:
         """

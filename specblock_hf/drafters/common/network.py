@@ -16,6 +16,7 @@ from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...trees.expansion import BlockOutputs, Starts, best_first
 from ...trees.tree import DraftTree
+from .configuration import UNRECORDED_LAYER
 
 
 def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
@@ -67,6 +68,12 @@ class NetworkDrafter(TreeDrafter):
     def feature_layers(self) -> tuple[int, ...]:
         return tuple(self.config.feature_layers)
 
+    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
+        """`feature_layers`, or the usual ones for this target's depth where the checkpoint does not record them."""
+        if UNRECORDED_LAYER not in self.feature_layers:
+            return self.feature_layers
+        return tuple(self.config.usual_feature_layers(target.config.get_text_config().num_hidden_layers))
+
     def check_target(self, target: PreTrainedModel) -> None:
         refuse_other_target(self.config, target)
 
@@ -94,11 +101,11 @@ class NetworkDrafter(TreeDrafter):
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
         return list((self.lm_head if scope == "head" else self).parameters())
 
-    def _root(self, pairs: Pairs) -> DraftTree:
+    def root_of(self, pairs: Pairs) -> DraftTree:
         """Each row's last token; any valid id in a finished row, whose tokens are -1."""
         return DraftTree.root(pairs.last_tokens().to(self.device))
 
-    def _product_tree(self, tree: DraftTree, hidden: torch.Tensor, limits: Limits) -> DraftTree:
+    def product_tree(self, tree: DraftTree, hidden: torch.Tensor, limits: Limits) -> DraftTree:
         """
         Grow roots by what K slots say that know nothing of each other's tokens: the paths whose product is largest.
 

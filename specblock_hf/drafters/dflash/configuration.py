@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, Qwen3Config
 
+from ...checkpoints.card import Paper
 from ..common.configuration import UNRECORDED_LAYER, fields_for_target
 
 
@@ -81,6 +82,14 @@ class BlockDiffusionConfig(Qwen3Config):
     """
 
     model_type = "block_diffusion"
+    paper = Paper(
+        method="DFlash",
+        key="dflash2026",
+        title="DFlash: Block Diffusion for Flash Speculative Decoding",
+        authors="",
+        arxiv="2602.06036",
+        year=2026,
+    )
     num_blocks = 1  # forwards of a round
 
     num_hidden_layers: int = 5
@@ -114,10 +123,14 @@ class BlockDiffusionConfig(Qwen3Config):
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         if self.feature_layers is None:
-            count, depth = self.num_hidden_layers, self.target_num_layers
-            self.feature_layers = [UNRECORDED_LAYER] * count if depth is None else spread_feature_layers(count, depth)
+            self.feature_layers = self.usual_feature_layers(self.target_num_layers)
         super().__post_init__(**kwargs)
         self._check()
+
+    def usual_feature_layers(self, num_layers: int | None) -> list[int]:
+        """What the drafter reads of a target of N layers if nothing else is said; `None` for an unknown N."""
+        count = len(self.feature_layers or ()) or self.num_hidden_layers
+        return [UNRECORDED_LAYER] * count if num_layers is None else spread_feature_layers(count, num_layers)
 
     def _check(self) -> None:
         if self.num_predictions < 1:

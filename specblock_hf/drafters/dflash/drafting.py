@@ -19,9 +19,7 @@ from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_gener
 from ...trees.tree import DraftTree
 from ..common.block import BlockState
 from ..common.cache import BlockCache
-from ..common.configuration import UNRECORDED_LAYER
 from ..common.network import NetworkDrafter
-from .configuration import spread_feature_layers
 from .loss import BlockDiffusionObjective, block_diffusion_loss
 from .modeling import BlockDiffusionModel
 
@@ -91,12 +89,6 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         config = self.config
         return not (config.selector_rank or config.markov_rank or config.confidence_threshold)
 
-    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
-        if UNRECORDED_LAYER not in self.feature_layers:
-            return self.feature_layers
-        depth = target.config.get_text_config().num_hidden_layers
-        return tuple(spread_feature_layers(len(self.feature_layers), depth))
-
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         # There never is a second forward.
         return [point for point in super().acceptance(with_lookup) if point[0].num_forwards == 1]
@@ -135,7 +127,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         self.extend(state, pairs)
-        tree = self._root(pairs)
+        tree = self.root_of(pairs)
         budget = max(limits.nodes)
         depth = min(self.config.num_predictions, max(limits.depth), budget)
         if depth == 0:

@@ -174,7 +174,6 @@ class BlockDiffusionModel(StrictPreTrainedModel):
     base_model_prefix = ""
     main_input_name = "block_embeds"
     _no_split_modules = ["BlockDiffusionLayer"]
-    _supports_sdpa = True
     _supports_flash_attn = False  # windows and ragged batches need masks that FlashAttention cannot take
 
     def __init__(self, config: BlockDiffusionConfig):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from ...checkpoints.card import Paper
 from ..common.configuration import DrafterConfig
 
 
@@ -49,6 +50,14 @@ class Eagle3Config(DrafterConfig):
     """
 
     model_type = "eagle3"
+    paper = Paper(
+        method="EAGLE-3",
+        key="li2025eagle3",
+        title="EAGLE-3: Scaling up Inference Acceleration of Large Language Models via Training-Time Test",
+        authors="Li, Yuhui and Wei, Fangyun and Zhang, Chao and Zhang, Hongyang",
+        arxiv="2503.01840",
+        year=2025,
+    )
     block_size = 1  # tokens that one forward predicts: what this drafter shares with SpecBlock is counted in blocks
 
     norm_before_residual: bool = False

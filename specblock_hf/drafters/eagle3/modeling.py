@@ -98,7 +98,6 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
     base_model_prefix = ""
     main_input_name = "token_embeds"
     _no_split_modules = ["Eagle3Layer"]
-    _supports_sdpa = True
     _supports_flash_attn = False  # a level of the tree needs a mask that FlashAttention cannot take
 
     def __init__(self, config: Eagle3Config):
@@ -113,8 +112,7 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.register_draft_vocabulary()
         self.post_init()
 
     def get_input_embeddings(self) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from ...checkpoints.card import Paper
 from ..common.configuration import LastStateConfig
 
 
@@ -45,6 +46,17 @@ class FalconDrafterConfig(LastStateConfig):
     """
 
     model_type = "falcon_drafter"  # "falcon" is a language model of transformers
+    paper = Paper(
+        method="Falcon",
+        key="gao2024falcon",
+        title=(
+            "Falcon: Faster and Parallel Inference of Large Language Models through Enhanced Semi-"
+            "Autoregressive Drafting and Custom-Designed Decoding Tree"
+        ),
+        authors="Gao, Xiangxiang and Xie, Weisheng and Xiang, Yiwei and Ji, Feng",
+        arxiv="2412.12639",
+        year=2024,
+    )
 
     block_size: int = 2
     num_lstm_layers: int = 2

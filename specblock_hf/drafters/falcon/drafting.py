@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ...devices import on_device
 from ...drafting.pairs import Pairs, TokenTable
@@ -28,7 +27,6 @@ from ...trees.static_shape import TreeShape, likely_shape
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
 from ..common.cache import BlockPath
-from ..common.configuration import UNRECORDED_LAYER
 from .loss import FalconObjective, falcon_loss
 from .modeling import FalconModel, Memory
 
@@ -97,11 +95,6 @@ class FalconDrafter(BlockDrafter, FalconModel):
     def columns_per_pair(self) -> int:
         return 1
 
-    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
-        if UNRECORDED_LAYER in self.feature_layers:
-            return (target.config.get_text_config().num_hidden_layers,)
-        return self.feature_layers
-
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> FalconState:
         state = super().begin(table, batch_size, max_length, first_position=first_position)
         recent = torch.zeros(
@@ -136,7 +129,7 @@ class FalconDrafter(BlockDrafter, FalconModel):
 
     def propose(self, state: FalconState, pairs: Pairs, limits: Limits) -> DraftTree:
         self.extend(state, pairs)
-        size, tree = self.config.block_size, self._root(pairs)
+        size, tree = self.config.block_size, self.root_of(pairs)
         shape = likely_shape(
             self.config.rank_weights,
             max(limits.nodes),

@@ -45,7 +45,6 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
     base_model_prefix = ""
     main_input_name = "states"
     _no_split_modules = ["LlamaDecoderLayer"]
-    _supports_sdpa = True
     _supports_flash_attn = False  # blocks need masks that FlashAttention cannot take
 
     def __init__(self, config: FalconDrafterConfig):
@@ -56,8 +55,7 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
         self.norm = nn.Identity()  # what is predicted are normed states
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.register_draft_vocabulary()
         self.post_init()
 
     def get_input_embeddings(self) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from ...checkpoints.card import Paper
 from ..common.configuration import LastStateConfig
 
 
@@ -38,7 +39,17 @@ class MedusaConfig(LastStateConfig):
     """
 
     model_type = "medusa"
-    num_blocks = 1  # forwards of a round
+    paper = Paper(
+        method="Medusa",
+        key="cai2024medusa",
+        title="Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads",
+        authors=(
+            "Cai, Tianle and Li, Yuhong and Geng, Zhengyang and Peng, Hongwu and Lee, Jason D. and Chen, "
+            "Deming and Dao, Tri"
+        ),
+        arxiv="2401.10774",
+        year=2024,
+    )
 
     block_size: int = 5
     tree_width: int = 10

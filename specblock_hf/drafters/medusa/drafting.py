@@ -16,14 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from ...drafting.drafter import DraftState
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.tree import DraftTree
-from ..common.configuration import UNRECORDED_LAYER
 from ..common.network import NetworkDrafter
 from ..common.slot_loss import guesses, score_slots, weighted_loss
 from .modeling import MedusaModel
@@ -60,11 +58,6 @@ class MedusaDrafter(NetworkDrafter, MedusaModel):
 
     objective_class = MedusaObjective
 
-    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
-        if UNRECORDED_LAYER in self.feature_layers:
-            return (target.config.get_text_config().num_hidden_layers,)
-        return self.feature_layers
-
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> DraftState:
         return DraftState(table, batch_size, max_length, first_position=first_position)
 
@@ -77,7 +70,7 @@ class MedusaDrafter(NetworkDrafter, MedusaModel):
         features = features.gather(1, last.to(features.device).expand(-1, -1, features.shape[-1]))
         state.calls += 1
         state.forward_rows += len(features)
-        return self._product_tree(self._root(pairs), self(features.to(self.device, self.dtype)), limits)
+        return self.product_tree(self.root_of(pairs), self(features.to(self.device, self.dtype)), limits)
 
     def loss(
         self,

@@ -41,7 +41,6 @@ class MedusaModel(DraftHead, StrictPreTrainedModel):
     base_model_prefix = ""
     main_input_name = "features"
     _no_split_modules = ["MedusaBlock"]
-    _supports_sdpa = True  # in that there is no attention
 
     def __init__(self, config: MedusaConfig):
         super().__init__(config)
@@ -53,8 +52,7 @@ class MedusaModel(DraftHead, StrictPreTrainedModel):
         )
         self.norm = nn.Identity()  # the target's last state is normed
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.register_draft_vocabulary()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

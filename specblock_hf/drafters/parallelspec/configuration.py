@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from ...checkpoints.card import Paper
 from ..common.configuration import DrafterConfig
 
 
@@ -37,7 +38,14 @@ class ParallelSpecConfig(DrafterConfig):
     """
 
     model_type = "parallelspec"
-    num_blocks = 1  # forwards of a round
+    paper = Paper(
+        method="ParallelSpec",
+        key="parallelspec2024",
+        title="ParallelSpec: Parallel Drafter for Efficient Speculative Decoding",
+        authors="",
+        arxiv="2410.05589",
+        year=2024,
+    )
     # Of an EAGLE-3 network's variants, none.
     norm_before_residual = norm_before_fc = own_embedding = False
 

@@ -67,7 +67,7 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
         before, last = _split(pairs, PREFILL_PAIRS)
         if before is not None:
             self.extend(state, before)
-        return self._product_tree(self._root(pairs), self._forward_with_masks(state, last), limits)
+        return self.product_tree(self.root_of(pairs), self._forward_with_masks(state, last), limits)
 
     def _forward_with_masks(self, state: BlockState, pairs: Pairs) -> torch.Tensor:
         """One forward over new pairs and, behind each row's last one, the masks: its K states `[B, 1, K, d]`."""

@@ -4,33 +4,22 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, PreTrainedConfig
-
-from ..common.configuration import fields_for_target
+from ...checkpoints.card import Paper
+from ..common.configuration import DrafterConfig
 
 
 NUM_LISTED_LOG_PROBS = 10
 """Log-probabilities of the likeliest tokens that the rank head reads (section 3.2)."""
 
 
-class SpecBlockConfig(LlamaConfig):
+class SpecBlockConfig(DrafterConfig):
     r"""
     Configuration of a [`SpecBlockDrafter`] (SpecBlock, https://huggingface.co/papers/2605.07243). The decoder layers
-    are Llama-type
-    layers with the geometry of the target's, so every field of [`~transformers.LlamaConfig`] keeps its meaning.
+    are Llama-type layers with the geometry of the target's; the fields of [`DrafterConfig`] keep their meaning.
 
     Args:
-        vocab_size (`int`): The **target's** vocabulary, which `generate()` compares with the target's own.
-        draft_vocab_size (`int`, *optional*, defaults to 32000): Rows of the drafter's own head (paper: 32000).
         block_size (`int`, *optional*, defaults to 4): K, the tokens that one drafter forward predicts (paper: 4).
         num_hidden_layers (`int`, *optional*, defaults to 2): Decoder layers of the drafter (paper: 2).
-        feature_layers (`list[int]`, *optional*):
-            Indices into the target's `hidden_states` (0 is the embedding, i the output of layer i - 1). Defaults to
-            `[2, N // 2, N - 3]` for a target of N layers, as in the authors' release.
-        target_hidden_size (`int`, *optional*, defaults to `hidden_size`): Width of the target's states.
-        target_num_layers (`int`, *optional*): N, to refuse a target of another depth.
-        target_name_or_path (`str`, *optional*): The target that the drafter was trained for; written into the model
-            card.
         num_rank_classes (`int`, *optional*, defaults to 4): Buckets of the rank head: rank 1, 2-4, 5-10, beyond
             (section 3.2).
         rank_hidden_size (`int`, *optional*, defaults to 256): Width of the rank head's hidden layer.
@@ -45,7 +34,6 @@ class SpecBlockConfig(LlamaConfig):
             How a block grows the tree: `"rank_guided"` (Algorithm 2 of the paper) or `"best_first"`, which gives
             children to the likeliest nodes, alternatives included, and leaves the rank head out.
         probability_cuts (`bool`, *optional*, defaults to `False`): Narrow confident slots as the authors' runner does.
-        tree_budget (`int`, *optional*, defaults to 60): Most drafted nodes of a tree.
         max_starts (`int`, *optional*): Most starts of a later block; `None` takes them all, as the release does.
         prefix_broadcast (`bool`, *optional*, defaults to `True`):
             Condition and token enter every slot and not only the first; `False` is an ablation of the paper's.
@@ -66,15 +54,17 @@ class SpecBlockConfig(LlamaConfig):
     """
 
     model_type = "specblock"
+    paper = Paper(
+        method="SpecBlock",
+        key="specblock2026",
+        title="SpecBlock: Block-Iterative Speculative Decoding with Dynamic Tree Drafting",
+        authors="",
+        arxiv="2605.07243",
+        year=2026,
+    )
 
-    vocab_size: int = 32000
     num_hidden_layers: int = 2
-    draft_vocab_size: int = 32000
     block_size: int = 4
-    feature_layers: list[int] | None = None
-    target_hidden_size: int | None = None
-    target_num_layers: int | None = None
-    target_name_or_path: str | None = None
     num_rank_classes: int = 4
     rank_hidden_size: int = 256
     rank_top_k: int = 20
@@ -83,20 +73,13 @@ class SpecBlockConfig(LlamaConfig):
     root_width: int = 10
     expansion: str = "rank_guided"
     probability_cuts: bool = False
-    tree_budget: int = 60
     max_starts: int | None = None
     prefix_broadcast: bool = True
     layer_shift: bool = True
-    acceptance: list[list[float]] | None = None
 
     def __post_init__(self, **kwargs):
         if self.branching is None:
             self.branching = [2, 4, 10, 0]
-        if self.target_hidden_size is None:
-            self.target_hidden_size = self.hidden_size
-        if self.feature_layers is None:
-            layers = self.target_num_layers
-            self.feature_layers = [2, layers // 2, layers - 3] if layers else [2, 4, 5]
         super().__post_init__(**kwargs)
         if self.block_size < 1:
             raise ValueError(
@@ -114,14 +97,9 @@ class SpecBlockConfig(LlamaConfig):
                 f"branching has {len(self.branching)} entries but the rank head has {self.num_rank_classes} buckets; "
                 "give one number of children per bucket."
             )
-        self._check_draft_vocabulary()
+        self._check_widths()
 
-    def _check_draft_vocabulary(self) -> None:
-        if self.draft_vocab_size > self.vocab_size:
-            raise ValueError(
-                f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocabulary of "
-                f"{self.vocab_size} tokens; pass a draft vocabulary that is a subset of the target's."
-            )
+    def _check_widths(self) -> None:
         for name, needed in (
             ("rank_top_k", self.rank_top_k),
             ("root_width", self.root_width),
@@ -132,19 +110,6 @@ class SpecBlockConfig(LlamaConfig):
                     f"{name} asks for {needed} tokens of a slot but draft_vocab_size is {self.draft_vocab_size}; "
                     f"enlarge the draft vocabulary or lower {name}."
                 )
-
-    @classmethod
-    def for_target(cls, target_config: PreTrainedConfig, **overrides) -> SpecBlockConfig:
-        """
-        The default drafter for a target: its hidden size, head geometry, RoPE and special tokens, two layers deep.
-
-        Args:
-            target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
-            **overrides: Any field of this class.
-        """
-        fields = fields_for_target(target_config)
-        fields["draft_vocab_size"] = min(32000, fields["vocab_size"])
-        return cls(**(fields | overrides))
 
 
 __all__ = ["SpecBlockConfig"]

@@ -77,7 +77,6 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
     base_model_prefix = ""
     main_input_name = "token_embeds"
     _no_split_modules = ["SpecBlockLayer"]
-    _supports_sdpa = True
     _supports_flash_attn = False  # later blocks need masks that FlashAttention cannot take
 
     def __init__(self, config: SpecBlockConfig):
@@ -97,8 +96,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
             nn.Linear(config.rank_hidden_size, config.num_rank_classes, bias=False),
         )
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.register_draft_vocabulary()
         self.post_init()
 
     def get_input_embeddings(self) -> None:
