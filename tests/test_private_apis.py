@@ -394,6 +394,36 @@ def test_forward_of_an_instance():
     assert "forward" in vars(layer)
 
 
+def test_execution_device():
+    """`_hf_hook.execution_device`: where accelerate puts the weights of an offloaded module for a forward."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    cpu_offload(model, execution_device="cpu")
+    assert has_offloaded_params(model[0]) and model[0].weight.is_meta
+    assert torch.device(model[0]._hf_hook.execution_device) == torch.device("cpu")
+    with align_module_device(model[0]):
+        assert not model[0].weight.is_meta
+    assert model[0].weight.is_meta
+
+
+def test_what_a_prompt_alone_brings():
+    """`MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL`: what `generate()` passes to the first forward and to no other."""
+    assert {"pixel_values", "mm_encoder_outputs"} <= set(utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
+
+
+def test_adapters_of_weights_are_noted_on_the_model():
+    """`peft_config` on a model that peft has put weights into, and peft's own method where it adds to the prompt."""
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert set(vars(peft.get_peft_model(deepcopy(tiny_target("llama")), lora).get_base_model())["peft_config"]) == {
+        "default"
+    }
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(deepcopy(tiny_target("llama")), prompts)
+    owners = []
+    wrapped.base_model.generate = lambda: owners.append(wrapped.base_model.prepare_inputs_for_generation.__self__)
+    wrapped.generate()
+    assert owners == [wrapped] and wrapped.active_peft_config.is_prompt_learning
+
+
 def test_mark_static_address():
     """`torch._dynamo.mark_static_address`: memory that a CUDA graph may read in place."""
     assert parameters(torch._dynamo.mark_static_address) == ["t", "guard"]
@@ -432,6 +462,7 @@ def test_no_other_private_name_is_used():
         "_initialize_missing_keys",
         "_modules",
         "_dynamo",
+        "_hf_hook",
         "_ArgumentGroup",  # argparse's, in annotations
         "_specblock_hook",  # ours, on what it wraps
     }
