@@ -15,7 +15,9 @@ from types import FunctionType
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import has_offloaded_params
 from conftest import SIZES, VOCAB, prompt_of, tiny_target
 from torch import nn
 from transformers import (
@@ -394,6 +396,12 @@ def test_forward_of_an_instance():
     assert "forward" in vars(layer)
 
 
+def test_hf_hook():
+    """`_hf_hook.execution_device`: where a module computes whose weights accelerate keeps elsewhere."""
+    layer = cpu_offload(nn.Linear(2, 2), execution_device=torch.device("cpu"))
+    assert (has_offloaded_params(layer), layer._hf_hook.execution_device) == (True, torch.device("cpu"))
+
+
 def test_mark_static_address():
     """`torch._dynamo.mark_static_address`: memory that a CUDA graph may read in place."""
     assert parameters(torch._dynamo.mark_static_address) == ["t", "guard"]
@@ -432,6 +440,7 @@ def test_no_other_private_name_is_used():
         "_initialize_missing_keys",
         "_modules",
         "_dynamo",
+        "_hf_hook",
         "_ArgumentGroup",  # argparse's, in annotations
         "_specblock_hook",  # ours, on what it wraps
     }
