@@ -42,9 +42,10 @@ def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
         target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
 
     Raises:
-        ValueError: No rotary positions fit the heads.
+        ValueError: The target's embedding is narrower than its states, or no rotary positions fit the heads.
     """
     text = target_config.get_text_config()
+    refuse_projected_embedding(text)
     hidden, heads = text.hidden_size, text.num_attention_heads
     fields = {
         "vocab_size": text.vocab_size,
@@ -63,6 +64,22 @@ def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     if _first_of(text, ("multi_query",)) and not _first_of(text, ("new_decoder_architecture",)):
         fields["num_key_value_heads"] = 1  # whatever Falcon's num_kv_heads says
     return fields
+
+
+def refuse_projected_embedding(text: PreTrainedConfig) -> None:
+    """
+    Args:
+        text ([`~transformers.PreTrainedConfig`]): Of a target's decoder.
+
+    Raises:
+        ValueError: Its embedding is not as wide as its states, so that a drafter could not read both.
+    """
+    width = _first_of(text, ("word_embed_proj_dim",))
+    if width not in (None, text.hidden_size):
+        raise ValueError(
+            f"The target's embedding is {width} wide and its states {text.hidden_size}, which no drafter here can read "
+            "together; use a LookupDrafter, which reads neither."
+        )
 
 
 def _first_of(config: PreTrainedConfig, names: Sequence[str]) -> Any:
