@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig, PreTrainedConfig
 
 from ...checkpoints.card import Paper
+from ...checkpoints.configuration_checks import CheckedConfig
 
 
 # What families call it that do not call it as Llama does.
@@ -76,8 +77,8 @@ def refuse_projected_embedding(text: PreTrainedConfig) -> None:
     width = _first_of(text, ("word_embed_proj_dim",))
     if width not in (None, text.hidden_size):
         raise ValueError(
-            f"The target's embedding is {width} wide and its states {text.hidden_size}, which no drafter here can read "
-            "together; use a LookupDrafter, which reads neither."
+            f"The target's embedding is {width} wide and its states {text.hidden_size}, which no drafter here can "
+            "read together; use a LookupDrafter, which reads neither."
         )
 
 
@@ -105,7 +106,7 @@ def _rope_theta(text: PreTrainedConfig) -> float:
     return (rope.get("full_attention") or rope).get("rope_theta", 10000.0)
 
 
-class DrafterConfig(LlamaConfig):
+class DrafterConfig(CheckedConfig, LlamaConfig):
     r"""
     Base of the configurations of drafters that are made of Llama-type layers and a head over a part of the target's
     vocabulary; every field of [`~transformers.LlamaConfig`] keeps its meaning.

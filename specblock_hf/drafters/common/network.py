@@ -96,7 +96,7 @@ class NetworkDrafter(TreeDrafter):
         if not rows:
             return super().acceptance(with_lookup)
         return [
-            (DraftingPlan(int(nodes), int(forwards), int(starts) or None), taus[with_lookup])
+            (DraftingPlan(int(nodes), int(forwards), int(starts) or None), taus[-1 if with_lookup else 0])
             for nodes, forwards, starts, *taus in rows
         ]
 
