@@ -238,13 +238,13 @@ def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
     lines = [
         "# What `generate(assistant_model=drafter)` accepts",
         "",
-        "Written by `pytest tests/generation/test_generate_matrix.py --write-docs` and checked without it: every row is",
-        "compared with plain `generate()` on tiny random targets in fp32, with a drafter that knows the answer and with",
-        "one that knows nothing. *exact*: the very tokens of plain decoding (sampling: under the same seed). *exact in",
-        "law*: each token follows the target's law, but a seed gives other tokens than it gives plain sampling.",
-        "Anything else is the sentence of the refusal. (Laws are enumerated in `tests/generation/test_sampled_calls.py`",
-        "and `tests/generation/test_batches.py`; combinations of options are drawn in",
-        "`tests/generation/test_generate_fuzz.py`.)",
+        "Written by `pytest tests/generation/test_generate_matrix.py --write-docs` and checked without it: every",
+        "row is compared with plain `generate()` on tiny random targets in fp32, with a drafter that knows the",
+        "answer and with one that knows nothing. *exact*: the very tokens of plain decoding (sampling: under the",
+        "same seed). *exact in law*: each token follows the target's law, but a seed gives other tokens than it",
+        "gives plain sampling. Anything else is the sentence of the refusal. (Laws are enumerated in",
+        "`tests/generation/test_sampled_calls.py` and `tests/generation/test_batches.py`; combinations of options",
+        "are drawn in `tests/generation/test_generate_fuzz.py`.)",
     ]
     for title, rows in sections.items():
         lines += ["", f"## {title}", "", "| | one prompt | padded batch | test |", "|---|---|---|---|"]
