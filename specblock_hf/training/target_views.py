@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.saving import save_file_whole, save_text_whole
 from ..data.examples import Example
 from ..devices import without_cudnn_attention
+from ..target.features import FeatureTaps
 
 
 @dataclass
@@ -53,8 +54,14 @@ def view_target(
     ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
     for row, example in enumerate(examples):
         ids[row, : lengths[row]] = torch.tensor(example.input_ids)
-    out = target.get_decoder()(ids.to(target.device), use_cache=False, output_hidden_states=True)
-    hidden = out.hidden_states
+    decoder = target.get_decoder()
+    taps = FeatureTaps(decoder, feature_layers)  # what the drafter will be told while it drafts
+    try:
+        with taps.armed():
+            out = decoder(ids.to(target.device), use_cache=False)
+        hidden = taps.take()
+    finally:
+        taps.remove()
     head = target.get_output_embeddings()
     views = []
     for row, example in enumerate(examples):
@@ -63,7 +70,7 @@ def view_target(
         values, top_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         top_probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
         # A target that is spread over devices has its states where its layers are.
-        states = [hidden[i][row, : lengths[row]].to(logits.device) for i in feature_layers]
+        states = [state[row, : lengths[row]].to(logits.device) for state in hidden]
         features = torch.stack(states, dim=1)
         views.append(TargetView(features, top_ids.to(torch.int32), top_probs.to(torch.float32)))
     return views
