@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCAB
-from training_for_tests import DRAFT_VOCAB, Told, naive_states, tiny_drafter
+from training_for_tests import DRAFT_VOCAB, Told, logits_below, naive_states, tiny_drafter
 
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective, specblock_loss
 from specblock_hf.drafting.target_batch import TargetBatch
@@ -74,7 +74,10 @@ def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: l
                     ids, probs = batch.top_ids[row, at], batch.top_probs[row, at]
                     if ids[0] < 0:
                         break
-                    normed, logits = drafter.draft_logits(states[slot])
+                    normed, logits = (
+                        drafter.norm(states[slot]),
+                        logits_below(drafter, states[slot], slot, text[at - 1]),
+                    )
                     target = torch.zeros(DRAFT_VOCAB)
                     for index, prob in zip(ids.tolist(), probs.tolist(), strict=True):
                         if index >= 0:
@@ -102,11 +105,14 @@ def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: l
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "cuts", "block_size"),
-    [(1, [], 4), (2, [1], 4), (2, [4], 4), (3, [2, 1], 4), (3, [1, 3], 4), (3, [3, 3], 3), (2, [1], 1)],
+    ("num_blocks", "cuts", "block_size", "markov_rank"),
+    [
+        *((1, [], 4, 0), (2, [1], 4, 0), (2, [4], 4, 0), (3, [2, 1], 4, 0), (3, [1, 3], 4, 0), (3, [3, 3], 3, 0)),
+        *((2, [1], 1, 0), (1, [], 4, 3), (3, [2, 1], 4, 3)),
+    ],
 )
-def test_loss_counts_and_gradients_equal_the_naive_ones(num_blocks, cuts, block_size):
-    drafter = lively_drafter(block_size=block_size)
+def test_loss_counts_and_gradients_equal_the_naive_ones(num_blocks, cuts, block_size, markov_rank):
+    drafter = lively_drafter(block_size=block_size, markov_rank=markov_rank)
     told = favoured_text(drafter)
     batch = batch_of(drafter, told)
     out = specblock_loss(drafter, batch, SpecBlockObjective(num_blocks, rank_weight=0.7), cuts)

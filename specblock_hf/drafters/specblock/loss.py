@@ -249,7 +249,8 @@ def _score_block(
         counted = batch.counted[row, places[row, column]]
         row, column = row[counted], column[counted]
         place = places[row, column]
-        normed, logits = drafter.draft_logits(states[counted])
+        before = batch.tokens[row, place - 1] if slot else None
+        normed, logits = drafter.draft_logits(states[counted], before)
         best = logits.detach().topk(drafter.config.rank_top_k)
         ids = batch.top_ids[row, place]
         right = drafter.draft_to_target[best.indices[:, 0]] == batch.tokens[row, place]
