@@ -14,8 +14,8 @@ Everything that is worth measuring and training on one GPU, step by step, in the
     python benchmarks/gpu.py --output DIR --only train --kinds specblock --data answers/ --train-seconds 360
     python benchmarks/gpu.py --output DIR --tiny --device cpu
 
-With --train-seconds a run trains at the rate of the machine. While it trains it puts its newest weights into DIR once a
-minute, from which another run goes on with `--init-from DIR/train-specblock.json`.
+With --train-seconds a run trains at the rate of the machine. Its newest weights are put into DIR once a minute, from
+which another run goes on with `--init-from DIR/train-specblock.json`.
 
 DIR/STEP.json says what each command of a step did; commands that are done are not run again, and one that was killed
 or ran out of its time goes on with the next call. Small results are put beside it, large files stay in `--work`.
