@@ -8,8 +8,9 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_target
+from conftest import prompt_of, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told, logits_below, naive_states, tiny_drafter
+from transformers import set_seed
 
 from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.drafters.common import block as block_drafter
@@ -407,3 +408,22 @@ def test_a_markov_term_comes_back_from_disk(tmp_path):
 
 def test_trees_are_drawn_only_where_slots_know_nothing_of_each_other():
     assert tiny_drafter().can_sample and not tiny_drafter(markov_rank=3).can_sample
+
+
+@pytest.mark.parametrize("expansion", ["rank_guided", "best_first"])
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 1.3}])
+def test_a_markov_term_never_changes_the_text(expansion, sampling):
+    target, drafter = tiny_target("llama"), tiny_drafter(markov_rank=3, expansion=expansion)
+    options = sampling | {"max_new_tokens": 20, "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    set_seed(3)
+    plain = target.generate(prompt_of(6), **options)
+    set_seed(3)
+    assert torch.equal(target.generate(prompt_of(6), assistant_model=drafter, **options), plain)
+    assert drafter.last_statistics.rounds < plain.shape[1] - 6
+
+
+def test_drawn_trees_are_refused_with_a_markov_term():
+    drafter = tiny_drafter(markov_rank=3)
+    drafter.drafting_plan = DraftingPlan(8, 2, draft_sampling="sampled")
+    with pytest.raises(ValueError, match="drafts the likeliest tokens only and the drafting plan asks for drawn ones"):
+        tiny_target("llama").generate(prompt_of(6), do_sample=True, max_new_tokens=4, assistant_model=drafter)
