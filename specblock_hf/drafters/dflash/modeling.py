@@ -287,8 +287,8 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         The logits `[..., vocab_size]` of normed states `[..., d]`, in float32 whatever the head is in: rounded ones
         tie.
         """
-        head = table.embedding.weight
-        logits = table.head(hidden.to(head.device, head.dtype)).to(self.device).float()
+        hidden = hidden.to(table.device, table.embedding.weight.dtype)
+        logits = table.head(hidden).to(self.device).float()
         if self.config.output_multiplier != 1:
             logits = logits * self.config.output_multiplier
         if self.config.final_logit_softcapping:
