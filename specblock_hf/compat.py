@@ -28,7 +28,7 @@ import transformers
 
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -104,4 +104,27 @@ def layer_types(target: PreTrainedModel) -> list[str]:
     return types + ["dummy"] * (config.num_hidden_layers - len(types))
 
 
-__all__ = ["CACHE", "HTTP", "NEWEST", "OLDEST", "RELEASE", "check_transformers", "crop", "layer_types"]
+def take_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """
+    Give a tokenizer the EOS and padding tokens of its model. 5.17 reads others from a GGUF file and 5.23 the right
+    ones; can go once that is the oldest.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Changed in place.
+        model ([`~transformers.PreTrainedModel`]): Its configuration names both.
+    """
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+
+
+__all__ = [
+    "CACHE",
+    "HTTP",
+    "NEWEST",
+    "OLDEST",
+    "RELEASE",
+    "check_transformers",
+    "crop",
+    "layer_types",
+    "take_special_tokens",
+]

@@ -25,7 +25,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -41,7 +40,8 @@ from .drafters.eagle3 import Eagle3Drafter
 from .drafters.lookup import JoinedState
 from .drafters.specblock import SpecBlockDrafter
 from .modeling_specblock import BlockCache
-from .target import check_target, decoder_layers, tap
+from .target_checks import check_target
+from .target_features import decoder_layers, tap
 from .target_mask import TreeMasks
 
 
@@ -82,7 +82,7 @@ class CompiledTarget:
         twin, layers = _twin(target), tuple(layers)
         states: dict[int, torch.Tensor] = {}
         for index in set(layers):
-            tap(twin.get_decoder(), index, partial(states.__setitem__, index))
+            tap(twin.get_decoder(), index, _kept(states, index))
 
         def score(
             ids: torch.LongTensor, positions: torch.LongTensor, mask: torch.Tensor, cache: StaticCache
@@ -344,6 +344,15 @@ def _filled_cache(target: PreTrainedModel, batch_size: int, columns: int) -> Sta
         )
     target(input_ids=torch.zeros(batch_size, 1, dtype=torch.long, device=target.device), **{CACHE: cache})
     return cache
+
+
+def _kept(states: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tensor], None]:
+    """What writes a state down; a plain function, because torch 2.11 cannot trace a partial of a method of `dict`."""
+
+    def keep(state: torch.Tensor) -> None:
+        states[index] = state
+
+    return keep
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
@@ -22,33 +23,72 @@ from transformers import LlamaConfig, PreTrainedConfig
 from .drafter import UNRECORDED_LAYER, default_feature_layers
 
 
+# What families call it that do not call it as Llama does.
+_NAMES = {
+    "intermediate_size": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "rms_norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "bos_token_id": ("bos_token_id",),
+    "eos_token_id": ("eos_token_id",),
+    "pad_token_id": ("pad_token_id",),
+}
+
+
 def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     """
-    What every drafter's configuration takes over from its target's: width, head geometry, RoPE base, special tokens.
+    What every drafter's configuration takes over from its target's, by whatever names it goes there: width, head
+    geometry, RoPE base, special tokens. The layers stay Llama-type: RMSNorm, rotary positions, a gated SiLU.
 
     Args:
         target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
+
+    Raises:
+        ValueError: No rotary positions fit the heads.
     """
     text = target_config.get_text_config()
+    hidden, heads = text.hidden_size, text.num_attention_heads
     fields = {
         "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "rms_norm_eps": text.rms_norm_eps,
-        "max_position_embeddings": text.max_position_embeddings,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": _head_dim(text),
         "target_num_layers": text.num_hidden_layers,
         "target_name_or_path": target_config.name_or_path or None,
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
-        "pad_token_id": text.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(text)},
     }
-    if text.hidden_size % text.num_attention_heads == 0:
-        fields["head_dim"] = text.hidden_size // text.num_attention_heads
-    theta = (text.rope_parameters or {}).get("rope_theta", 10000.0)
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    fields |= {field: value for field, names in _NAMES.items() if (value := _first_of(text, names)) is not None}
+    if isinstance(fields["intermediate_size"], list):  # one for each layer
+        fields["intermediate_size"] = max(fields["intermediate_size"])
+    if _first_of(text, ("multi_query",)) and not _first_of(text, ("new_decoder_architecture",)):
+        fields["num_key_value_heads"] = 1  # whatever Falcon's num_kv_heads says
     return fields
+
+
+def _first_of(config: PreTrainedConfig, names: Sequence[str]) -> Any:
+    """The first that is there and says something."""
+    said = (getattr(config, name) for name in names if hasattr(config, name))
+    return next((value for value in said if value is not None), None)
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    """The share of the width that a head has, or the target's own where that is odd."""
+    share, rest = divmod(text.hidden_size, text.num_attention_heads)
+    size = share if rest == 0 and share % 2 == 0 else _first_of(text, ("head_dim",))
+    if size is None or size % 2:
+        raise ValueError(
+            f"The target's {text.num_attention_heads} heads share a width of {text.hidden_size}, which leaves none an "
+            "even size for rotary positions; pass num_attention_heads and head_dim."
+        )
+    return size
+
+
+def _rope_theta(text: PreTrainedConfig) -> float:
+    """The base of the layers that see the whole text; that of Llama's without rotary positions."""
+    rope = _first_of(text, ("rope_parameters",)) or {}
+    return (rope.get("full_attention") or rope).get("rope_theta", 10000.0)
 
 
 class DrafterConfig(LlamaConfig):

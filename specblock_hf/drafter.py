@@ -25,15 +25,16 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers import PreTrainedConfig
 
 # At run time, because transformers resolves the annotations of models.
 from .callbacks import DraftingCallback
-from .sampled_expansion import DraftSampling
+from .plan import DraftingPlan, Limits
 from .statistics import GenerationStatistics
 from .upload import on_device
 
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
     from .verification import Walk
 
 
-Verification = Literal["walk", "token", "block"]
-"""How drafted tokens are accepted; see [`DraftingPlan`]."""
+BUDGET, CPU_BUDGET = 60, 12
+"""Nodes of a tree where nothing else is said: a verified node is almost free on a GPU and costs real time on a CPU."""
 
 UNRECORDED_LAYER = -1
 """Stands in `feature_layers` where a checkpoint does not say what it reads; see [`TreeDrafter.feature_layers_for`]."""
@@ -91,9 +92,10 @@ class TokenTable:
             `torch.Tensor` of shape `[*ids.shape, d]` in the target's dtype, on its device.
         """
         ids = ids.to(self.device)
-        if raw:
+        if not raw:
+            return self.embedding(ids)
+        with align_module_device(self.embedding):
             return nn.functional.embedding(ids, self.embedding.weight)
-        return self.embedding(ids)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The target's logits `[..., vocab_size]` of final hidden states `[..., d]`."""
@@ -101,6 +103,9 @@ class TokenTable:
 
     @property
     def device(self) -> torch.device:
+        """Where embeddings come from, wherever accelerate keeps their weights between forwards."""
+        if has_offloaded_params(self.embedding):
+            return torch.device(self.embedding._hf_hook.execution_device)
         return self.embedding.weight.device
 
 
@@ -136,6 +141,11 @@ class Pairs:
         if self.given_embeds is not None:
             return self.given_embeds
         return self.table.embed(self.tokens.clamp_min(0))
+
+    def last_tokens(self) -> torch.LongTensor:
+        """The last token of each row, `[B]`; any valid id for a row that has learned nothing."""
+        last = (self.lengths - 1).clamp_min(0).unsqueeze(1)
+        return self.tokens.gather(1, last).clamp_min(0).squeeze(1)
 
     def host_tokens(self) -> list[list[int]]:
         """The tokens of each row on the host, without padding; read from the device for a prompt only."""
@@ -195,96 +205,6 @@ class Pairs:
             lengths=kept.lengths,
             table=table,
             read=[row[:length] for row, length in zip(walk.tokens.tolist(), walk.lengths.tolist(), strict=True)],
-        )
-
-
-@dataclass(frozen=True)
-class DraftingPlan:
-    """
-    How much a round drafts. Larger plans accept more and cost more; [`calibrate`] finds the one that pays.
-
-    Args:
-        tree_budget (`int`): Most drafted nodes of a tree.
-        num_forwards (`int`): Most forwards of the drafter in a round (SpecBlock: blocks M).
-        max_starts (`int`, *optional*):
-            Most rows of a forward after the first; `None` for as many as the drafter's rule asks.
-        min_probability (`float`, *optional*, defaults to 0.0):
-            Path probability, by the drafter, below which a node is not worth verifying. Rounds with a sure draft thus
-            verify more nodes than those with a vague one. Drawn trees are left whole.
-        min_start_probability (`float`, *optional*, defaults to 0.0):
-            Path probability below which a node is not worth a row of the drafter's next forward; a round in which no
-            node is goes without that forward.
-        draft_sampling (`str`, *optional*, defaults to `"topk"`):
-            How calls that sample choose the tokens of a tree, see `DraftSampling`: the likeliest, or drawn ones.
-            Greedy calls draft the likeliest.
-        verification (`str`, *optional*):
-            `"walk"` follows the target's own draws, which a seed determines. For drawn trees also `"token"` and
-            `"block"`, which compare the laws (see [`SampledVerifier`]) and keep the target's law but not a seed's
-            tokens. Defaults to `"walk"` for the likeliest tokens and to `"block"` for drawn ones.
-    """
-
-    tree_budget: int
-    num_forwards: int
-    max_starts: int | None = None
-    min_probability: float = 0.0
-    min_start_probability: float = 0.0
-    draft_sampling: DraftSampling = "topk"
-    verification: Verification | None = None
-
-    @property
-    def rule(self) -> Verification:
-        """`verification`, or its default."""
-        return self.verification or ("walk" if self.draft_sampling == "topk" else "block")
-
-    def __post_init__(self) -> None:
-        for name, way, known in (
-            ("draft_sampling", self.draft_sampling, get_args(DraftSampling)),
-            ("verification", self.rule, get_args(Verification)),
-        ):
-            if way not in known:
-                raise ValueError(f"{name} is {way!r}; give one of {', '.join(known)}.")
-        if self.draft_sampling == "topk" and self.rule != "walk":
-            raise ValueError(
-                f"verification={self.rule!r} compares drawn tokens with the laws that they were drawn from, which "
-                'draft_sampling="topk" does not have; draw them with draft_sampling="sampled", or leave it out.'
-            )
-        if self.tree_budget < 0 or self.num_forwards < 1 or (self.max_starts is not None and self.max_starts < 1):
-            raise ValueError(
-                f"{self} cannot be drafted; give a budget of 0 or more and at least one forward and start."
-            )
-        for name, value in (
-            ("min_probability", self.min_probability),
-            ("min_start_probability", self.min_start_probability),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; give a probability from 0 to 1.")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """
-    How large this round's tree may be. Kept on the host: the loop knows both numbers without asking the device.
-
-    Args:
-        nodes (`tuple[int, ...]`): Most drafted nodes of each row, the root not counted; 0 asks for no draft.
-        depth (`tuple[int, ...]`): Deepest drafted node of each row; a deeper one could never be emitted.
-        num_forwards (`int`): As in [`DraftingPlan`].
-        max_starts (`int`, *optional*): As in [`DraftingPlan`].
-        min_start_probability (`float`, *optional*, defaults to 0.0): As in [`DraftingPlan`].
-        draft_sampling (`str`, *optional*, defaults to `"topk"`): As in [`DraftingPlan`].
-    """
-
-    nodes: tuple[int, ...]
-    depth: tuple[int, ...]
-    num_forwards: int = 1
-    max_starts: int | None = None
-    min_start_probability: float = 0.0
-    draft_sampling: DraftSampling = "topk"
-
-    def of_rows(self, rows: Sequence[int]) -> Limits:
-        """The limits of these rows of the batch."""
-        return replace(
-            self, nodes=tuple(self.nodes[row] for row in rows), depth=tuple(self.depth[row] for row in rows)
         )
 
 
@@ -372,20 +292,27 @@ class TreeDrafter(ABC):
         objective_class (`type`, *optional*):
             A frozen dataclass of what may be chosen about the objective beside the batch, with a default for
             everything; `specblock train --objective NAME=VALUE` sets its fields. `None` if there is nothing to choose.
-        lock (`DrafterLock`): Held around `propose` and around any in-place change of the weights.
+        lock (`DrafterLock`):
+            Held around `propose` and around any in-place change of the weights. Every drafter has one from the start.
         can_sample (`bool`): Whether it can draw trees, see [`DraftingPlan`].
         callbacks (`tuple` of [`DraftingCallback`]): Who listens to its calls; see `add_callback`.
     """
 
     config: PreTrainedConfig
+    lock: DrafterLock
     feature_layers: tuple[int, ...] = ()
     objective_class: type | None = None
     drafting_plan: DraftingPlan | None = None
     compiled_rounds: Any = None
     last_statistics: GenerationStatistics | None = None
-    lock: DrafterLock
     can_sample: bool = False
     callbacks: tuple[DraftingCallback, ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        drafter = super().__new__(cls)
+        # Here, so that it is there whatever a subclass does in its `__init__`, and is one whichever thread asks first.
+        vars(drafter)["lock"] = DrafterLock()
+        return drafter
 
     @property
     def label(self) -> str:
@@ -416,7 +343,7 @@ class TreeDrafter(ABC):
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         """What to draft on a device that was not calibrated for."""
-        return DraftingPlan(self.config.tree_budget, 1)
+        return DraftingPlan(CPU_BUDGET if device.type == "cpu" else BUDGET, 1)
 
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         """
@@ -450,7 +377,9 @@ class TreeDrafter(ABC):
         see [`~DraftState.keep_rows`].
 
         Returns:
-            [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow.
+            [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow, none deeper
+            than `limits.depth`. What goes beyond is cut off, and what cannot be scored is left out; see
+            `specblock_hf.proposal`.
         """
 
     def loss(

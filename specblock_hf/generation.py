@@ -32,11 +32,13 @@ from .callbacks import DraftingCall, Listeners
 from .choice import TokenChoice
 from .compat import CACHE
 from .devices import without_cudnn_attention
-from .drafter import DraftingPlan, DraftState, Limits, Pairs, TreeDrafter
+from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
+from .proposal import propose, scored_nodes
 from .sampled_verification import SampledVerifier
 from .statistics import Clock, GenerationStatistics
-from .target import TargetModel, check_target
+from .target import TargetModel
 from .target_cache import is_users
+from .target_checks import check_target
 from .tree import DraftTree
 from .verification import Verifier, sample_and_walk
 
@@ -65,7 +67,9 @@ def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, dev
     return vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
 
 
-def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None = None) -> Limits:
+def round_limits(
+    plan: DraftingPlan, remaining: Sequence[int], room: int | None = None, depth: int | None = None
+) -> Limits:
     """
     How large a round's tree may be.
 
@@ -74,11 +78,12 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
         remaining (sequence of `int`):
             Tokens that each row may still emit; the last of them is always the target's own.
         room (`int`, *optional*): Nodes that the target's cache has room for, the root counted.
+        depth (`int`, *optional*): Most levels below the root that the target can verify.
 
     Returns:
         [`Limits`]: No drafts for a row that has one token left.
     """
-    depths = tuple(max(tokens - 1, 0) for tokens in remaining)
+    depths = tuple(max(tokens - 1, 0) if depth is None else min(max(tokens - 1, 0), depth) for tokens in remaining)
     most = plan.tree_budget if room is None else min(plan.tree_budget, max(room - 1, 0))
     nodes = tuple(most if depth else 0 for depth in depths)
     return Limits(nodes, depths, plan.num_forwards, plan.max_starts, plan.min_start_probability, plan.draft_sampling)
@@ -87,8 +92,8 @@ def round_limits(plan: DraftingPlan, remaining: Sequence[int], room: int | None 
 @without_cudnn_attention
 def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
     """
-    A tree for each row that may still draft and a root for the others. Those have stopped, or have one token left, or
-    never were to draft, and will not again: the drafter does not hear of them any more.
+    A tree within its limits for each row that may still draft, and a root for the others. Those have stopped, or have
+    one token left, or never were to draft, and will not again: the drafter does not hear of them any more.
 
     Args:
         drafter ([`TreeDrafter`]): Held by its lock while it drafts.
@@ -98,15 +103,13 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
     """
     rows = [row for row, nodes in enumerate(limits.nodes) if nodes]
     if rows and len(rows) == len(limits.nodes):
-        with drafter.lock:
-            return drafter.propose(state, pairs, limits)
-    roots = pairs.tokens.gather(1, (pairs.lengths - 1).clamp_min(0).unsqueeze(1)).clamp_min(0).squeeze(1)
+        return propose(drafter, state, pairs, limits)
+    roots = pairs.last_tokens()
     if not rows:
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    with drafter.lock:
-        return drafter.propose(state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
+    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
 
 
 def decode(
@@ -165,14 +168,17 @@ def decode(
 
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
-        limits = round_limits(plan, choice.remaining, target.room())
+        limits = round_limits(plan, choice.remaining, target.room(), target.depth())
+        if target.pauses():
+            with drafter.lock:
+                drafter.extend(state, pairs)
         tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
         listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")
         listeners.on_verify(call, tree, scored)
-        read = choice.see(tree, scored.logits, scored.rows)
+        read = scored_nodes(choice.see(tree, scored.logits, scored.rows))
         walk = verify(read, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
@@ -207,8 +213,10 @@ def generate_with_drafter(
     Raises:
         ValueError: As [`TokenChoice`] and [`TargetModel`] do.
     """
-    # All ones: `generate()` dropped the mask and noted its length.
-    mask_length = generation_config._mask_length if model_kwargs.get("attention_mask") is None else None
+    # As it comes out of plain decoding, which appends to it.
+    input_ids = input_ids.long()
+    # All ones: `generate()` dropped the mask and noted its length, unless it knows of no mask.
+    mask_length = vars(generation_config).get("_mask_length") if model_kwargs.get("attention_mask") is None else None
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
     # Their cache is not the call's to give away.
@@ -226,6 +234,7 @@ def generate_with_drafter(
             compiled and compiled.target,
         ) as scorer,
     ):
+        scorer.check_length(max(choice.remaining))
         plan = drafting_plan(drafter, generation_config, scorer.device)
         # A chain is cut out by likelihood, by which a drawn tree must not be cut.
         if not generation_config.do_sample or scorer.chains_only:
@@ -261,14 +270,17 @@ def check_request(
         raise ValueError(
             f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
         )
-    plan = drafting_plan(drafter, generation_config, target.device)
+    plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
     if generation_config.do_sample and plan.draft_sampling != "topk" and not drafter.can_sample:
         raise ValueError(
             f"{drafter.label} drafts the likeliest tokens only and the drafting plan asks for drawn ones; leave out "
             f"draft_sampling={plan.draft_sampling!r}."
         )
     if generation_config.use_cache is False:
-        raise ValueError("draft trees are verified against the target's cache; leave out use_cache=False.")
+        raise ValueError(
+            "draft trees are verified against the target's cache, which this call or the target's configuration turns "
+            "off; pass use_cache=True."
+        )
     if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError(
             f"cache_implementation={generation_config.cache_implementation!r} keeps rows that a draft tree cannot "
@@ -285,13 +297,14 @@ def install() -> None:
     """
     Let `generate(assistant_model=drafter)` run [`TreeDrafter`]s, by wrapping two methods of
     [`~transformers.GenerationMixin`]. Everything else passes through untouched. Importing the package does this;
-    calling it again does nothing.
+    calling it again does nothing. A package that is imported afresh has drafters of a class of its own, for which it
+    wraps what it finds; those made before keep what was wrapped for them.
     """
     for name, wrap in (("_validate_generation_mode", _wrap_validate), ("_assisted_decoding", _wrap_assisted_decoding)):
         method = getattr(GenerationMixin, name)
         if not _leads_to_ours(method):
-            wrapper = wrap(method)
-            wrapper._specblock_hook = wrapper
+            wrapper = wrap(method, TreeDrafter)
+            wrapper._specblock_hook = (wrapper, TreeDrafter)
             setattr(GenerationMixin, name, wrapper)
 
 
@@ -308,24 +321,31 @@ def uninstall() -> None:
     """
     for name in ("_validate_generation_mode", "_assisted_decoding"):
         method = getattr(GenerationMixin, name)
-        if _is_ours(method):
-            setattr(GenerationMixin, name, method.__wrapped__)
+        while _drafters_of(method) is not None:
+            method = method.__wrapped__
+        setattr(GenerationMixin, name, method)
+
+
+def _drafters_of(method: Any) -> type | None:
+    """The drafters that a method was wrapped for, by this package or by one that was imported before it."""
+    hook, drafters = method.__dict__.get("_specblock_hook", (None, None))
+    # Compared with itself, because `functools.wraps` copies the mark onto wrappers around ours.
+    return drafters if hook is method else None
 
 
 def _is_ours(method: Any) -> bool:
-    # Compared with itself, because `functools.wraps` copies the mark onto wrappers around ours.
-    return method.__dict__.get("_specblock_hook") is method
+    return _drafters_of(method) is TreeDrafter
 
 
 def _leads_to_ours(method: Any) -> bool:
     return _is_ours(unwrap(method, stop=_is_ours))
 
 
-def _wrap_validate(original: Any) -> Any:
+def _wrap_validate(original: Any, drafters: type) -> Any:
     @wraps(original)
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         drafter = generation_mode_kwargs.get("assistant_model")
-        if isinstance(drafter, TreeDrafter):
+        if isinstance(drafter, drafters):
             check_request(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
             # Several sequences of a prompt are a batch like any other, which transformers' own assistants cannot take.
             generation_config = copy(generation_config)
@@ -335,10 +355,10 @@ def _wrap_validate(original: Any) -> Any:
     return _validate_generation_mode
 
 
-def _wrap_assisted_decoding(original: Any) -> Any:
+def _wrap_assisted_decoding(original: Any, drafters: type) -> Any:
     @wraps(original)
     def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, TreeDrafter):
+        if not isinstance(assistant_model, drafters):
             return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
         for ignored in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(ignored, None)

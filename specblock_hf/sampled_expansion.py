@@ -49,6 +49,9 @@ Draw = Callable[[torch.Tensor, int, bool], torch.LongTensor]
 order.
 """
 
+LARGEST_LOGIT = 1e4
+"""More than any network says, and little enough to be divided by a temperature."""
+
 SIBLING_ACCEPTANCE = (
     (0.32, 0.12, 0.06, 0.04, 0.03, 0.025),
     (0.50, 0.12, 0.05, 0.04, 0.03, 0.02),
@@ -176,7 +179,9 @@ def tree_shape(
 
 
 @lru_cache(maxsize=256)
-def path_shape(budget: int, depth: int, block_size: int, num_forwards: int = 1) -> Shape:
+def path_shape(
+    budget: int, depth: int, block_size: int, num_forwards: int = 1, max_starts: int | None = None
+) -> Shape:
     """
     Paths side by side, as long as at least three of them fit.
 
@@ -185,11 +190,14 @@ def path_shape(budget: int, depth: int, block_size: int, num_forwards: int = 1) 
         depth (`int`): Depth of the deepest node.
         block_size (`int`): Slots K of a forward; a later forward goes on where the slots end.
         num_forwards (`int`, *optional*, defaults to 1): Forwards of the drafter.
+        max_starts (`int`, *optional*):
+            Most rows of a forward after the first, without which the other paths end; `None` for all.
     """
     length = min(depth, block_size * num_forwards, max(1, budget // 3))
     grown: list[tuple[int, int, tuple[int, int, int]]] = [(-1, -1, (0, 0, -1))]
     for path in range(budget // length):
-        for step in range(length):
+        goes_on = max_starts is None or path < max_starts
+        for step in range(length if goes_on else min(length, block_size)):
             forward, slot = divmod(step, block_size)
             parent, sibling = (len(grown) - 1, 0) if step else (0, path)
             grown.append((parent, sibling, (forward, path if forward else 0, slot)))
@@ -383,13 +391,29 @@ def shape_for(limits: ShapeLimits, sampling: DraftSampling, block_size: int, log
     """
     budget, depth = min(nodes for nodes in limits.nodes if nodes), max(limits.depth)
     if sampling == "paths":
-        return path_shape(budget, depth, block_size, limits.num_forwards)
+        return path_shape(budget, depth, block_size, limits.num_forwards, limits.max_starts)
     plan = (budget, depth, block_size, limits.num_forwards, limits.max_starts)
     if sampling == "independent":
         return tree_shape(*plan)
     # Nobody has that many siblings; without the cap every number of tokens would be a shape of its own.
     supports = tuple(min(support, budget) for support in supports_of(log_probs))
     return tree_shape(*plan, supports, log_probs.shape[-1])
+
+
+def laws_of(logits: torch.Tensor, warp: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """
+    The laws of a request, which are laws whatever a drafter says: NaN counts as 0, and nothing as larger than
+    `LARGEST_LOGIT`.
+
+    Args:
+        logits (`torch.Tensor` of shape `[..., D]`): The drafter's.
+        warp (`Callable`): See [`DraftState`].
+
+    Returns:
+        `torch.Tensor` of shape `[..., D]`: Log-probs in float32.
+    """
+    sane = logits.float().nan_to_num(nan=0.0).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    return warp(sane).log_softmax(-1)
 
 
 def supports_of(log_probs: torch.Tensor) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ every processor and stopping rule in between would see it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -214,23 +215,27 @@ class _RowVerification:
         last one was rejected, which changes what is owed.
         """
         children = self._children.get(node, [])
+        drawn = [child for child in children if self._law_of[child] >= 0]
+        q = self._draft_law(drawn[0], len(owed.mass)) if drawn else None
         # What follows from the text before may be tried in any order: it goes first.
-        for child in (child for child in children if self._law_of[child] < 0):
+        for child in (child for child in children if q is None or child not in drawn):
             token = self._tokens[child]
             acceptance = min(1.0, float(owed.mass[token]))
             yield child, acceptance
             left = owed.mass.clone()
             left[token] = (left[token] - 1).clamp_min(0)
             owed.settle(left)
-        drawn = [child for child in children if self._law_of[child] >= 0]
-        if drawn:
+        if q is not None:
             attempt = self._independent if self._laws.independent else self._without_replacement
-            yield from attempt(drawn, self._draft_law(drawn[0], len(owed.mass)).to(owed.mass.device), owed)
+            yield from attempt(drawn, q.to(owed.mass.device), owed)
 
     def _without_replacement(self, drawn: list[int], q: torch.Tensor, owed: _Owed) -> Iterator[tuple[int, float]]:
         for child in drawn:
             token = self._tokens[child]
-            yield child, min(1.0, float(owed.mass[token] / q[token]))
+            weight = float(owed.mass[token] / q[token])
+            if not math.isfinite(weight):
+                return  # no draw of this law, of which nothing is left
+            yield child, min(1.0, weight)
             owed.settle((owed.mass - q).clamp_min(0))
             q[token] = 0
             q = q / q.sum()
@@ -241,7 +246,9 @@ class _RowVerification:
         total = float(share.sum())
         for child in drawn:
             token = self._tokens[child]
-            yield child, min(1.0, float(owed.mass[token] / (ratio * q[token])))
+            weight = float(owed.mass[token] / (ratio * q[token]))
+            if math.isfinite(weight):
+                yield child, min(1.0, weight)
         if total > 0:
             accepted = 1 - (1 - total) ** len(drawn)
             owed.settle((owed.mass - share * (accepted / total)).clamp_min(0))
@@ -250,10 +257,15 @@ class _RowVerification:
         path = [self._tokens[inner] for inner in self._path(node)[1:]]
         return _Owed(self._target.law(self._row, node, path), weight)
 
-    def _draft_law(self, child: int, vocab_size: int) -> torch.Tensor:
-        """The law `[V]` in float64 that the first of some siblings was drawn from; 0 where the drafter never draws."""
-        log_probs = self._laws.log_probs[self._row, self._law_of[child]].double()
-        return log_probs.new_zeros(vocab_size).index_copy_(0, self._laws.token_ids, log_probs.softmax(0))
+    def _draft_law(self, child: int, vocab_size: int) -> torch.Tensor | None:
+        """
+        The law `[V]` in float64 that the first of some siblings was drawn from; 0 where the drafter never draws.
+        `None` if it is none, or one of other tokens: then its draws count as if they followed from the text before.
+        """
+        ids, probs = self._laws.token_ids, self._laws.log_probs[self._row, self._law_of[child]].double().softmax(0)
+        if not (probs.isfinite().all() & (ids.amin() >= 0) & (ids.amax() < vocab_size)):
+            return None
+        return probs.new_zeros(vocab_size).index_copy_(0, ids, probs)
 
     def _path(self, node: int) -> list[int]:
         nodes = [node]

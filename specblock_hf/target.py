@@ -12,30 +12,28 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The adapter around a stock transformers model: the only place that knows transformers' caches, masks and version
-differences.
+The adapter around a stock transformers model: with the other `target*.py` the only place that knows transformers'
+caches and masks.
 """
 
 from __future__ import annotations
 
-import inspect
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from .compat import CACHE, layer_types
+from .compat import CACHE
 from .devices import without_cudnn_attention
 from .drafter import Pairs, TokenTable
 from .outputs import TokenOutputs
 from .prompt import PromptPairs
-from .target_cache import TargetCache, check_cache
+from .target_cache import TargetCache
+from .target_checks import check_length, rope_limits
+from .target_features import FeatureTaps
+from .target_inputs import TargetInputs
 from .target_mask import TreeMasks, layer_windows, likeliest_chain
 from .tree import DraftTree
 from .upload import on_device
@@ -46,77 +44,8 @@ if TYPE_CHECKING:
     from .verification import Walk
 
 
-logger = logging.get_logger(__name__)
-
-# What `generate()` hands on to the target and this adapter handles. Anything else would be dropped or go stale inside
-# a round.
-_KNOWN_INPUTS = {
-    CACHE,
-    "attention_mask",
-    "inputs_embeds",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-    "position_ids",
-    "use_cache",
-}
-
-
 # What plain decoding hands back of every token, if `output_...` asks for it.
 _TOKEN_OUTPUTS = ("hidden_states", "attentions")
-
-
-def check_target(target: PreTrainedModel) -> None:
-    """
-    Refuse targets whose trees cannot be verified exactly.
-
-    Raises:
-        ValueError: In one sentence: what, why and what to do.
-    """
-    name = type(target).__name__
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is an encoder-decoder and draft trees need a decoder-only target; drop assistant_model."
-        )
-    if target._is_stateful:
-        raise ValueError(
-            f"{name} keeps a recurrent state that cannot return to an earlier token of a draft tree; drop "
-            "assistant_model."
-        )
-    decoder = target.get_decoder()
-    taken = inspect.signature(target.forward).parameters
-    config = target.config.get_text_config(decoder=True)
-    needed = {"attention_mask", CACHE, "position_ids"}
-    if not needed <= taken.keys() or len(decoder_layers(decoder)) != config.num_hidden_layers:
-        raise ValueError(
-            f"{name} takes no position_ids or no cache or does not list its layers as get_decoder().layers or "
-            ".h, which a draft tree needs; drop assistant_model."
-        )
-    if config.model_type == "gpt_neo" or (config.model_type == "falcon" and config.alibi):
-        raise ValueError(
-            f"{name} counts distances in columns of the cache, where siblings of a draft tree lie next to each other; "
-            "drop assistant_model."
-        )
-    if TreeMasks(target).chains_only:
-        logger.warning_once(
-            f"attn_implementation={decoder.config._attn_implementation!r} takes no mask that could show it a draft "
-            "tree, so only the likeliest path of every draft is verified and fewer tokens are accepted; "
-            'target.set_attn_implementation("sdpa") before generate() has whole trees verified.'
-        )
-    unknown = set(layer_types(target)) - {"full_attention", "sliding_attention", "dummy"}
-    if unknown:
-        raise ValueError(
-            f"{name} has layers of type {', '.join(sorted(unknown))}, which cannot score a draft tree exactly; drop "
-            "assistant_model."
-        )
-
-
-def decoder_layers(decoder: nn.Module) -> Sequence[nn.Module]:
-    """The decoder's layers, which GPT-2 and the families after it call `h`; none if it has another name for them."""
-    for name in ("layers", "h"):
-        if hasattr(decoder, name):
-            return getattr(decoder, name)
-    return ()
 
 
 @dataclass
@@ -135,69 +64,6 @@ class Scored:
     logits: torch.Tensor
     features: tuple[torch.Tensor, ...]
     rows: Sequence[int]
-
-
-def tap(decoder: nn.Module, index: int, keep: Callable[[torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-    """Hand a state of the decoder to `keep` in every forward; `index` is one of transformers' `hidden_states`."""
-    layers = decoder_layers(decoder)
-    if index == 0:
-        return layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    if index == len(layers):
-        return decoder.register_forward_hook(lambda _, args, output: keep(output[0]))
-    return layers[index - 1].register_forward_hook(
-        lambda _, args, output: keep(output[0] if isinstance(output, tuple) else output)
-    )
-
-
-class FeatureTaps:
-    """
-    Forward hooks that keep the target's states. A target may be called by others while a call is under way (another
-    thread; a processor such as classifier-free guidance), so the hooks listen only while armed and only to the thread
-    that armed them.
-
-    Args:
-        decoder (`nn.Module`): The target's decoder.
-        layers (sequence of `int`):
-            Indices into transformers' `hidden_states`: 0 is what enters the first layer, i what leaves layer i - 1,
-            and the number of layers the state after the final norm.
-    """
-
-    def __init__(self, decoder: nn.Module, layers: Sequence[int]):
-        self._layers = tuple(layers)
-        self._states: dict[int, torch.Tensor] = {}
-        self._thread: int | None = None
-        self._handles = [self._hook(decoder, index) for index in sorted(set(layers))]
-
-    def _hook(self, decoder: nn.Module, index: int) -> torch.utils.hooks.RemovableHandle:
-        def keep(state: torch.Tensor) -> None:
-            if self._thread == threading.get_ident():
-                self._states[index] = state
-
-        return tap(decoder, index, keep)
-
-    @contextmanager
-    def armed(self) -> Iterator[None]:
-        self._thread = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._thread = None
-
-    def take(self) -> tuple[torch.Tensor, ...]:
-        """The states of the last armed forward, in the order of `layers`; they are not kept any longer."""
-        states, self._states = self._states, {}
-        if len(states) < len(self._handles):
-            raise ValueError(
-                "the target's layers ran without the hooks that read their states, as they do once torch.compile has "
-                "seen them; pass the uncompiled model."
-            )
-        return tuple(states[index] for index in self._layers)
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 class TargetModel:
@@ -244,17 +110,14 @@ class TargetModel:
         self._rows = list(range(input_ids.shape[0]))
         self._index: torch.LongTensor | None = None  # `_rows` on the device, once some have been retired
         self._returns_cache = returns_cache
-        _check_inputs(model_kwargs, len(self._rows), returns_cache)
-        self.cache = model_kwargs[CACHE]
-        self._kwargs = model_kwargs
-        self._ids = input_ids
-        mask = model_kwargs.get("attention_mask")
-        self._new = self._count_new(mask.shape[1] if mask is not None else mask_length)
-        self._chunk_size = chunk_size or self._new
+        self._inputs = inputs = TargetInputs(target, input_ids, model_kwargs, mask_length, returns_cache)
+        self.cache, mask, width = inputs.cache, inputs.mask, inputs.cached + inputs.new
+        self._chunk_size = inputs.new if inputs.has_pictures or chunk_size is None else chunk_size
         visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
-        width = int(self.cache.get_seq_length()) + self._new
         self._committed = TargetCache(self.cache, input_ids.shape[0], width, visible)
-        self._next_position = model_kwargs["position_ids"][..., -1:].to(self.device) + 1
+        self._next_position = inputs.last_positions(self.device) + 1
+        self._limits = rope_limits(target)
+        self._ahead = int(self._next_position.max()) - width if self._limits else 0
         self._scored = 1
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
         self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
@@ -282,12 +145,31 @@ class TargetModel:
 
     def first_position(self) -> int:
         """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
-        cached, visible = self._committed.width - self._new, self._committed.visible
+        cached, visible = self._inputs.cached, self._committed.visible
         return cached if visible is None else int(visible[:, :cached].sum(1).min())
 
     def room(self) -> int | None:
         """Nodes that the cache has room for, the root counted; `None` if it grows."""
         return self._committed.room()
+
+    def depth(self) -> int | None:
+        """Most levels that the next tree may have below its root; `None` for as many as one likes."""
+        depths = [limit.depth(self._committed.width + self._ahead) for limit in self._limits]
+        return min((depth for depth in depths if depth is not None), default=None)
+
+    def check_length(self, remaining: int) -> None:
+        """
+        Refuse a call in which rotary positions change where rounds of drafts cannot follow; see [`check_length`].
+
+        Args:
+            remaining (`int`): Most tokens that a row may emit.
+        """
+        if self._limits:
+            check_length(self.target, self._inputs.last_positions(self.device), self._inputs.cached, remaining)
+
+    def pauses(self) -> bool:
+        """Whether the next tree can only be a root although later ones can be more."""
+        return self.depth() == 0 and any(limit.changes_once for limit in self._limits)
 
     def prefill(self) -> Iterator[tuple[Scored, Pairs]]:
         """
@@ -297,14 +179,13 @@ class TargetModel:
         """
         committed = self._committed
         committed.begin_prompt()
-        prompt = PromptPairs(
-            self.table, self._ids, self._kwargs.get("inputs_embeds"), self._new, committed.visible, committed.width
-        )
-        for start in range(0, self._new, self._chunk_size):
-            end = min(start + self._chunk_size, self._new)
-            scored = self._forward(**self._prompt_inputs(start, end))
-            committed.read_prompt(committed.width - self._new + end)
-            if end == self._new:
+        inputs = self._inputs
+        prompt = PromptPairs(self.table, inputs.ids, inputs.embeds, inputs.new, committed.visible, committed.width)
+        for start in range(0, inputs.new, self._chunk_size):
+            end = min(start + self._chunk_size, inputs.new)
+            scored = self._forward(**inputs.of_prompt(start, end))
+            committed.read_prompt(inputs.cached + end)
+            if end == inputs.new:
                 committed.begin_rounds()
                 self.base = self.base - 1
                 self._next_position = self._next_position - 1
@@ -353,7 +234,7 @@ class TargetModel:
             attention_mask=self._masks.mask(tree, depths, self._committed),
             use_cache=True,
             **{CACHE: self.cache},
-            **self._outputs.flags,
+            **self._inputs.of_tree(depths.shape[1], self._rows) | self._outputs.flags,
         )
 
     def _node_ids(self, tree: DraftTree) -> torch.LongTensor:
@@ -415,42 +296,6 @@ class TargetModel:
             self._committed.align_left()
         self._committed.secure(self._committed.width)
 
-    def _count_new(self, mask_length: int | None) -> int:
-        """Prompt tokens that the cache does not hold yet; `generate()` may be given all ids or only the new ones."""
-        embeds, cached = self._kwargs.get("inputs_embeds"), int(self.cache.get_seq_length())
-        if embeds is not None:
-            new = embeds.shape[1] - cached
-        elif self._ids.shape[1] == mask_length:
-            new = mask_length - cached
-        else:
-            new = self._ids.shape[1]
-        if new < 1:
-            raise ValueError(
-                f"the cache already holds {cached} tokens, which leaves nothing of the prompt to read; crop it "
-                "by one token or more, or pass a longer prompt."
-            )
-        return new
-
-    def _prompt_inputs(self, start: int, end: int) -> dict[str, Any]:
-        """The target's inputs for new prompt tokens `start` to `end`."""
-        mask, embeds = self._kwargs.get("attention_mask"), self._kwargs.get("inputs_embeds")
-        skipped, left = self._ids.shape[1] - self._new, self._new - end
-        ids = self._ids
-        if embeds is None:
-            ids = ids[:, skipped + start : skipped + end]
-        else:
-            embeds = embeds[:, embeds.shape[1] - self._new :][:, start:end]
-        return self.target.prepare_inputs_for_generation(
-            ids,
-            is_first_iteration=True,
-            **self._kwargs
-            | {
-                "inputs_embeds": embeds,
-                "attention_mask": mask if mask is None else mask[:, : mask.shape[1] - left],
-                "position_ids": self._kwargs["position_ids"][..., : self._kwargs["position_ids"].shape[-1] - left],
-            },
-        )
-
     def _forward(self, **inputs: Any) -> Scored:
         self.calls += 1
         with self._taps.armed(), without_cudnn_attention:
@@ -466,19 +311,3 @@ class TargetModel:
 def _spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.Tensor:
     """Some rows of a batch as a whole batch; the others mean nothing, but are numbers."""
     return values.new_zeros(batch, *values.shape[1:]).index_copy_(0, rows, values)
-
-
-def _check_inputs(model_kwargs: dict[str, Any], batch_size: int, returns_cache: bool) -> None:
-    check_cache(model_kwargs.get(CACHE), batch_size, returns_cache)
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
-    if unknown:
-        raise ValueError(
-            f"generate() got {', '.join(unknown)}, which tree drafting does not pass on to the target; leave it out, "
-            "or drop assistant_model."
-        )
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and not bool((mask[:, -1] != 0).all()):
-        raise ValueError(
-            "attention_mask hides the last token of a prompt, which the next one is chosen from; pad prompts on the "
-            'left, with padding_side="left".'
-        )

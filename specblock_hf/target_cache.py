@@ -30,8 +30,8 @@ from .upload import on_device
 @dataclass
 class _SafePoint:
     """
-    What a cache can go back to: so many columns. Layers that see all hold them as long as they hold more; of those that
-    slide, which drop columns, here are the keys, the values and the number of columns so far.
+    What a cache can go back to: so many columns. Layers that see all hold them as long as they hold more; of those
+    that slide, which drop columns, here are the keys, the values and the number of columns so far.
     """
 
     width: int

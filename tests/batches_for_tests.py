@@ -23,8 +23,7 @@ from conftest import VOCAB, prompt_of
 from drafters_for_tests import GarbageDrafter, OracleDrafter, ToldDrafter
 from transformers import PreTrainedConfig
 
-from specblock_hf import DraftState, DraftTree, Limits, Pairs, TreeDrafter
-from specblock_hf.drafter import DrafterLock
+from specblock_hf import DraftingPlan, DraftState, DraftTree, Limits, Pairs, TreeDrafter
 
 
 @dataclass
@@ -49,9 +48,10 @@ class RowWiseDrafter(TreeDrafter):
     def __init__(self, drafters: Sequence[ToldDrafter]):
         self.drafters = list(drafters)
         self.config = PreTrainedConfig(vocab_size=drafters[0].config.vocab_size)
-        self.config.tree_budget = drafters[0].config.tree_budget
         self.feature_layers = drafters[0].feature_layers
-        self.lock = DrafterLock()
+
+    def default_plan(self, device) -> DraftingPlan:
+        return self.drafters[0].default_plan(device)
 
     def check_target(self, target) -> None:
         self.drafters[0].check_target(target)

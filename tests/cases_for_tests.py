@@ -11,165 +11,183 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Random calls of `generate()`: options, targets, caches and drafters in any combination that is not refused."""
+"""
+Random conversations with `generate()`: target, prompt, options, cache, drafter, plan and what interrupts them. A case
+is a function of its seed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
-import torch
-from batches_for_tests import garbage, oracles, padded_batch
-from conftest import ATTENTIONS, KINDS, VOCAB, prompt_of, tiny_target
-from hypothesis import assume
-from hypothesis import strategies as st
-from transformers import DynamicCache, PreTrainedModel, set_seed
-
-from specblock_hf import SpecBlockConfig, SpecBlockDrafter, TreeDrafter
-from specblock_hf.compat import CACHE
+from targets_for_tests import (
+    TargetKind,
+)
 
 
-LAYERS = (0, 2, 4)
-# What is forced must not be forbidden as well.
-TOKENS, FORCED = st.integers(1, 15), st.integers(16, VOCAB - 1)
-# Of a batch, and of one prompt.
-OPTIONS: dict[str, st.SearchStrategy] = {
-    "bad_words_ids": st.lists(st.lists(TOKENS, min_size=1, max_size=2), min_size=1, max_size=4),
-    "begin_suppress_tokens": st.lists(TOKENS, min_size=1, max_size=4),
-    "encoder_no_repeat_ngram_size": st.integers(1, 2),
-    "exponential_decay_length_penalty": st.tuples(st.integers(1, 9), st.floats(1.01, 1.6)),
-    "forced_eos_token_id": FORCED,
-    "min_new_tokens": st.integers(1, 12),
-    "no_repeat_ngram_size": st.integers(2, 3),
-    "prefill_chunk_size": st.integers(1, 8),
-    "renormalize_logits": st.just(True),
-    "repetition_penalty": st.floats(0.8, 1.8),
-    "sequence_bias": st.dictionaries(st.tuples(TOKENS), st.floats(-5, 5).filter(bool), min_size=1, max_size=4),
-    "suppress_tokens": st.lists(TOKENS, min_size=1, max_size=4),
-}
-SAMPLING: dict[str, st.SearchStrategy] = {
-    "min_p": st.floats(0.01, 0.3),
-    "temperature": st.floats(0.3, 1.8),
-    "top_k": st.integers(1, VOCAB),
-    "top_p": st.floats(0.3, 1.0),
-    "typical_p": st.floats(0.3, 0.95),
-}
+SLIDING = ("mistral", "gemma2", "gemma3", "gemma3n", "gemma4", "gpt_oss", "cohere2", "exaone4", "gemma3 with images")
+NETWORKS = ("specblock", "best first", "eagle3", "medusa", "parallelspec", "falcon", "dflash", "jetspec", "dflash2")
+NETWORKS = (*NETWORKS, "dspark")
+DAMAGES = ("nan", "all nan", "inf", "huge", "d2t too high", "d2t negative", "bfloat16", "train")
+ABORTS = ("streamer", "criterion", "processor", "allowed tokens", "callback", "drafter", "target")
+EVENTS = ("on_generate_begin", "on_prompt", "on_draft", "on_verify", "on_commit", "on_generate_end")
+LISTENERS = (
+    *("adapting", "adapting to nan", "watcher raises", "clock raises", "bandit raises", "more tokens than there are"),
+    *("trace", "closed trace", "tracker raises", "log"),
+)
 
 
-@st.composite
-def cases(draw) -> dict[str, Any]:
-    """A call: `kind` and `attention` of the target, `lengths` of the prompts, `options`, `drafter`, and so on."""
-    kind, attention = draw(st.sampled_from(KINDS)), draw(st.sampled_from(ATTENTIONS))
-    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
-    names = draw(st.sets(st.sampled_from(sorted(OPTIONS)), max_size=3))
-    options = {name: draw(OPTIONS[name]) for name in sorted(names)}
-    options["max_new_tokens"] = draw(st.integers(1, 24))
-    options["eos_token_id"] = draw(st.sampled_from([12, [12, 21], [4]]))
-    options["do_sample"] = len(lengths) == 1 and draw(st.booleans())
-    if options["do_sample"]:
-        names = draw(st.sets(st.sampled_from(sorted(SAMPLING)), max_size=3))
-        options |= {"top_k": 0} | {name: draw(SAMPLING[name]) for name in sorted(names)}
-    returns = draw(st.booleans())
-    source = draw(st.sampled_from(["ids", "ids", "embeds"]))
-    if source == "embeds":
-        # The one looks at ids, and with the other plain decoding fails.
-        for name in ("encoder_no_repeat_ngram_size", "prefill_chunk_size"):
-            options.pop(name, None)
-    turns = draw(st.integers(1, 3)) if source == "ids" and len(lengths) == 1 else 1
-    if turns > 1:
-        # transformers 5.17 reads again in chunks what the cache holds already.
-        options.pop("prefill_chunk_size", None)
-    if kind in ("llama", "qwen3") and turns == 1 and not (returns and len(lengths) > 1):
-        options["cache_implementation"] = draw(st.sampled_from([None, "static"]))
-    plans = draw(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=6), min_size=4, max_size=4))
-    return {
-        "kind": kind,
-        "attention": attention,
-        "lengths": lengths,
-        "seed": draw(st.integers(0, 99)),
-        "source": source,
-        "turns": turns,
-        "returns": returns,
-        "options": options,
-        "drafter": draw(st.sampled_from(["oracle", "garbage", "block"])),
-        "plans": plans,
-    }
-
-
-def check(case: dict[str, Any]) -> int:
+@dataclass(frozen=True)
+class Plan:
     """
-    Compare a call with plain decoding.
+    The fields of a [`DraftingPlan`], and where it is set.
 
-    Returns:
-        `int`: Drafted tokens that were kept.
-
-    Raises:
-        AssertionError: The tokens, or what else is handed back, differ.
+    Args:
+        fields (`dict`): Keyword arguments.
+        place (`str`): "drafter", "call" (its generation configuration) or "part" of a joined drafter, after joining.
     """
-    target = tiny_target(case["kind"], case["attention"])
-    try:
-        plain, plain_columns = run(target, case, lambda batch, turn: None)
-    except RuntimeError as error:
-        # Penalties of what is forbidden anyway may add up to no number at all.
-        assume("probability tensor contains" not in str(error))
-        raise
-    drafters: list[TreeDrafter] = []
 
-    def drafter(batch: dict, turn: int) -> TreeDrafter:
-        drafters.append(make_drafter(case, target, batch, plain[turn]))
-        return drafters[-1]
-
-    drafted, columns = run(target, case, drafter)
-    for ours, theirs in zip(drafted, plain, strict=True):
-        assert torch.equal(ours, theirs), (ours.tolist(), theirs.tolist())
-    assert columns == plain_columns
-    return sum(sum(drafter.last_statistics.accepted) for drafter in drafters)
+    fields: dict[str, Any]
+    place: str
 
 
-def run(target: PreTrainedModel, case: dict[str, Any], make_drafter) -> tuple[list[torch.Tensor], list[int]]:
-    """The sequences of every turn of a case, and the columns of the caches that were handed back."""
-    batch, options = padded_batch(case["lengths"], case["seed"]), case["options"] | {"pad_token_id": 0}
-    if case["turns"] > 1:
-        options[CACHE] = DynamicCache(config=target.config)
-    if case["source"] == "embeds":
-        batch["inputs_embeds"] = target.get_input_embeddings()(batch.pop("input_ids"))
-    set_seed(case["seed"])
-    sequences, columns = [], []
-    for turn in range(case["turns"]):
-        output = target.generate(
-            **batch,
-            **options,
-            return_dict_in_generate=case["returns"],
-            assistant_model=make_drafter(batch, turn),
-        )
-        sequences.append(output.sequences if case["returns"] else output)
-        if case["returns"]:
-            columns.append(int(output[CACHE].get_seq_length()))
-        ids = torch.cat((sequences[-1], prompt_of(3, seed=turn)), dim=1) if case["turns"] > 1 else sequences[-1]
-        if turn + 1 < case["turns"]:
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return sequences, columns
+@dataclass(frozen=True)
+class DrafterKind:
+    """
+    A drafter.
+
+    Args:
+        name (`str`): "oracle", "garbage", "lookup", "third party" or one of `NETWORKS`.
+        detail (`str`): What is wrong with it: one of `FAULTS`, or of `DAMAGES` for a network.
+        layers (`str`): "none", "some" or "unrecorded", for one that reads the target's states.
+        joined (`bool`): A look-up goes with it.
+        sent (`str`): "", "copied" or "pickled" before the call.
+        listener (`str`): "" or one of `LISTENERS`.
+        depths (`list[list[int]]`): For an oracle: right tokens in each round, of each row.
+    """
+
+    name: str
+    detail: str = ""
+    layers: str = "none"
+    joined: bool = False
+    sent: str = ""
+    listener: str = ""
+    depths: list[list[int]] = field(default_factory=list)
 
 
-def make_drafter(case: dict[str, Any], target: PreTrainedModel, batch: dict, plain: torch.Tensor) -> TreeDrafter:
-    mask, layers = batch["attention_mask"], LAYERS if case["seed"] % 2 else ()
-    if case["drafter"] == "garbage":
-        return garbage(len(mask), layers)
-    if case["drafter"] == "block":
-        return block_drafter(case["kind"], case["attention"])
-    texts = torch.cat((torch.zeros_like(mask), plain), dim=1) if "inputs_embeds" in batch else plain
+@dataclass(frozen=True)
+class Abort:
+    """
+    What ends a call before its time.
 
-    def plan(numbers: Sequence[int]):
-        return lambda number: numbers[number % len(numbers)]
+    Args:
+        by (`str`): One of `ABORTS`.
+        turn (`int`): Of the conversation.
+        at (`int`): Which time it is called, from 0 on.
+        error (`str`): "error", "interrupt" or "exit".
+        event (`str`): One of `EVENTS`, for a callback.
+    """
 
-    return oracles(texts, mask, [plan(numbers) for numbers in case["plans"]], layers)
+    by: str
+    turn: int
+    at: int
+    error: str
+    event: str
 
 
-@cache
-def block_drafter(kind: str, attention: str) -> SpecBlockDrafter:
-    config = SpecBlockConfig.for_target(tiny_target(kind, attention).config, branching=[2, 4, 6, 4])
-    # It is made while the call under test is about to sample.
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return SpecBlockDrafter(config).eval()
+@dataclass(frozen=True)
+class Case:
+    """
+    A conversation.
+
+    Args:
+        seed (`int`): That it was drawn from.
+        target ([`TargetKind`]): The target.
+        lengths (`tuple[int, ...]`): Of the prompts.
+        source (`str`): "ids", "embeds", "image", "empty" or "nothing".
+        ids (`str`): Their dtype.
+        mask (`str`): A dtype, "absent", "holes" or "right" for padding on that side.
+        positions (`int`): Added to the positions that `generate()` counts; 0 leaves that to it.
+        turns (`int`): Calls.
+        more (`int`): Tokens that the user adds between them.
+        cache (`str`): "" for a new one each call, or the user's: "dynamic", "bare" (without configuration), "static".
+        options (`dict`): Of `generate()`.
+        returns (`tuple[str, ...]`): "dict" and what else is handed back.
+        entry (`str`): "hook" or "custom_generate".
+        drafter ([`DrafterKind`]): The drafter.
+        plan ([`Plan`], *optional*): How much it drafts.
+        abort ([`Abort`], *optional*): What ends one of the calls.
+    """
+
+    seed: int
+    target: TargetKind
+    lengths: tuple[int, ...]
+    source: str
+    ids: str
+    mask: str
+    positions: int
+    turns: int
+    more: int
+    cache: str
+    options: dict[str, Any]
+    returns: tuple[str, ...]
+    entry: str
+    drafter: DrafterKind
+    plan: Plan | None
+    abort: Abort | None
+
+    def draws(self) -> list[str]:
+        """What was drawn, to be counted."""
+        target, drafter = self.target, self.drafter
+        drawn = [
+            f"target: {target.family}",
+            f"layers: {target.layers}",
+            f"attention: {target.attention}",
+            f"RoPE: {target.rope}",
+            f"mode: {target.mode}",
+            f"rows: {len(self.lengths)}",
+            f"prompt: {self.source}",
+            f"ids: {self.ids}",
+            f"mask: {self.mask}",
+            f"turns: {self.turns}",
+            f"cache: {self.cache or 'of each call'}",
+            f"entry: {self.entry}",
+            f"drafter: {drafter.name}",
+            f"reads: {drafter.layers}",
+            *(f"option: {name}" for name in self.options),
+            *(f"returns: {name}" for name in self.returns),
+        ]
+        for name, value in (
+            ("target is", target.wrap),
+            ("flag", target.flag),
+            ("target has", target.damage),
+            ("target is", "tight" if target.tight else ""),
+            ("drafter has", drafter.detail),
+            ("drafter is", drafter.sent),
+            ("listener", drafter.listener),
+            ("drafter is", "joined with a look-up" if drafter.joined else ""),
+            ("positions", "given" if self.positions else ""),
+        ):
+            drawn += [f"{name}: {value}"] if value else []
+        if self.plan is not None:
+            fields = self.plan.fields
+            drawn += [f"plan: of the {self.plan.place}", f"plan: {fields['num_forwards']} forwards"]
+            drawn += ["plan: free starts"] * (fields["max_starts"] is None)
+            drawn += [f"plan: {fields.get('draft_sampling', 'topk')}, {fields.get('verification', 'default')}"]
+        if self.abort is not None:
+            drawn += [f"abort: {self.abort.by}", f"abort: {self.abort.error}"]
+            drawn += [f"abort: {self.abort.event}"] * (self.abort.by == "callback")
+        return drawn
+
+
+class Dice(Random):
+    """Draws of a case."""
+
+    def chance(self, probability: float) -> bool:
+        return self.random() < probability
+
+    def mostly(self, usual: Any, probability: float, *others: Any) -> Any:
+        """The usual value, but with some probability one of others."""
+        return self.choice(others) if self.chance(probability) else usual

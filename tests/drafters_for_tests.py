@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
-from specblock_hf import DraftState, DraftTree, Limits, Pairs, TreeDrafter
+from specblock_hf import DraftingPlan, DraftState, DraftTree, Limits, Pairs, TreeDrafter
 from specblock_hf.drafter import DrafterLock
 
 
@@ -86,10 +86,13 @@ class ToldDrafter(TreeDrafter):
 
     def __init__(self, vocab_size: int, feature_layers: tuple[int, ...] = (), tree_budget: int = 60):
         self.config = PreTrainedConfig(vocab_size=vocab_size)
-        self.config.tree_budget = tree_budget
+        self.tree_budget = tree_budget
         self.feature_layers = feature_layers
         self.lock = WatchedLock()
         self.states: list[Told] = []
+
+    def default_plan(self, device) -> DraftingPlan:
+        return DraftingPlan(self.tree_budget, 1)
 
     def check_target(self, target) -> None:
         if target.config.get_text_config().vocab_size != self.config.vocab_size:

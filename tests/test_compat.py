@@ -25,10 +25,11 @@ import pytest
 import torch
 from conftest import SIZES, VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3nTextConfig, StaticCache
+from options_for_tests import tiny_tokenizer
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3nTextConfig, LlamaConfig, StaticCache
 
 import specblock_hf
-from specblock_hf.compat import CACHE, check_transformers, crop, layer_types
+from specblock_hf.compat import CACHE, check_transformers, crop, layer_types, take_special_tokens
 
 
 def test_transformers_out_of_range_is_refused_or_warned_about():
@@ -98,3 +99,10 @@ def test_a_cache_comes_by_either_name(name):
     text = target.generate(prompt_of(6), **options, **{name: cache}, assistant_model=drafter)
     assert torch.equal(text, target.generate(prompt_of(6), **options, **{CACHE: plain}))
     assert cache.get_seq_length() == plain.get_seq_length() == 14
+
+
+def test_a_tokenizer_takes_its_models_special_tokens():
+    tokenizer, sizes = tiny_tokenizer(), SIZES | {"eos_token_id": 2, "pad_token_id": 3}
+    tokenizer.eos_token, tokenizer.pad_token = "ab", None
+    take_special_tokens(tokenizer, AutoModelForCausalLM.from_config(LlamaConfig(**sizes)))
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 3)

@@ -26,7 +26,7 @@ from batches_for_tests import garbage, oracles, padded_batch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import OracleDrafter
 from models_for_tests import tiny_drafter
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 from specblock_hf import (
     DraftingCallback,
@@ -289,3 +289,16 @@ def test_compiled_code_writes_the_same_text(llama):
     compile_rounds(llama, drafter, max_length=18, tree_sizes=(5,), backend="inductor")
     assert torch.equal(text, llama.generate(**inputs, **GREEDY, max_new_tokens=12, assistant_model=drafter))
     assert drafter.last_statistics.compiled_rounds == drafter.last_statistics.rounds
+
+
+@pytest.mark.parametrize("lengths", [(7,), (7, 4, 9)])
+def test_a_static_cache_that_plain_decoding_compiles_for(llama, graphs, lengths):
+    """As it does by itself on accelerators; the rounds of a drafter stay uncompiled, because trees change shape."""
+    llama = copy.deepcopy(llama)  # transformers keeps the compiled call on it
+    everywhere = CompileConfig(backend=lambda graph, inputs: graphs(graph, inputs), mode=None, fullgraph=False)
+    everywhere._compile_all_devices = True
+    batch, options = padded_batch(lengths), {"cache_implementation": "static", "compile_config": everywhere}
+    plain = llama.generate(**batch, **GREEDY, **options, max_new_tokens=12)
+    compiled = graphs.count
+    output = llama.generate(**batch, **GREEDY, **options, max_new_tokens=12, assistant_model=garbage(len(lengths)))
+    assert torch.equal(output, plain) and 0 < compiled == graphs.count

@@ -233,7 +233,7 @@ def test_dynamic_layer():
 def test_record_past():
     """
     `DynamicSlidingWindowLayer.record_past`: rows leave the window only when `crop` says which of them stay. There is a
-    method that turns it on and none that turns it off.
+    method that turns it on and none that turns it off. `cumulative_length` counts what came, as a number.
     """
     layer = cache_utils.DynamicSlidingWindowLayer(sliding_window=4)
     layer.record_past = True
@@ -241,7 +241,8 @@ def test_record_past():
     layer.update(rows(4, start=3), rows(4, start=3))
     seen = layer.keys.flatten().tolist()
     layer.crop(-2)
-    assert (seen, layer.keys.flatten().tolist()) == ([0, 1, 2, 3, 4, 5, 6], [2, 3, 4])
+    after = (layer.keys.flatten().tolist(), layer.cumulative_length)
+    assert (seen, after) == ([0, 1, 2, 3, 4, 5, 6], ([2, 3, 4], 5))
 
 
 def test_cumulative_length():

@@ -25,8 +25,9 @@ from transformers import DynamicCache
 
 from specblock_hf import Walk
 from specblock_hf.compat import CACHE
-from specblock_hf.target import FeatureTaps, TargetModel
+from specblock_hf.target import TargetModel
 from specblock_hf.target_cache import TargetCache
+from specblock_hf.target_features import FeatureTaps
 
 
 LAYERS = (0, 1, 2, 4)

@@ -37,6 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specblock_hf import DraftingCallback, target_cache, target_layer
 from specblock_hf import target as target_module
+from specblock_hf.compat import CACHE
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
@@ -116,15 +117,13 @@ def check_continued(
     options = GREEDY | {"attention_mask": torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)}
     options["max_new_tokens"] = 8
     plain = target.generate(ids, **options)
-    assert torch.equal(target.generate(ids, past_key_values=deepcopy(cache), **options), plain)
-    assert torch.equal(
-        target.generate(ids, past_key_values=cache, assistant_model=garbage(len(ids)), **options), plain
-    )
+    assert torch.equal(target.generate(ids, **{CACHE: deepcopy(cache)}, **options), plain)
+    assert torch.equal(target.generate(ids, **{CACHE: cache}, assistant_model=garbage(len(ids)), **options), plain)
 
 
 def break_off(target: PreTrainedModel, cache: DynamicCache | StaticCache, drafter, **options) -> None:
     ids = options.pop("input_ids", prompt_of(PROMPT))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache}
     with pytest.raises(Stop):
         target.generate(**GREEDY | inputs | options, assistant_model=drafter)
 
@@ -200,7 +199,7 @@ def test_a_cache_of_an_earlier_turn_keeps_it():
     target = tiny_target("gemma3")
     for forward in range(1, 8):
         cache = make_cache(target, "dynamic")
-        first = target.generate(prompt_of(9), attention_mask=ONE[:, :9], past_key_values=cache, **GREEDY)
+        first = target.generate(prompt_of(9), attention_mask=ONE[:, :9], **{CACHE: cache}, **GREEDY)
         ids = torch.cat((first, prompt_of(6, seed=1)), dim=1)
         counter = Counter(forward)
         handle = target.get_decoder().layers[2].register_forward_hook(lambda *args, counter=counter: counter.count())
@@ -212,7 +211,10 @@ def test_a_cache_of_an_earlier_turn_keeps_it():
 
 
 class Interrupts:
-    """Interrupts a call at the n-th line that it runs of the code that handles caches, as a key may."""
+    """
+    Interrupts a call at the n-th line that it runs of the code that handles caches, as a key may, before the cache is
+    given back.
+    """
 
     FILES = {module.__file__ for module in (cache_utils, target_cache, target_layer, target_module)}
 
@@ -226,6 +228,8 @@ class Interrupts:
         sys.settrace(None)
 
     def _call(self, frame: FrameType, event: str, arg: object):
+        if frame.f_code is target_module.TargetModel.__exit__.__code__:
+            sys.settrace(None)
         return self._line if frame.f_code.co_filename in self.FILES else None
 
     def _line(self, frame: FrameType, event: str, arg: object):
@@ -250,7 +254,7 @@ def test_a_call_may_end_at_any_line(kind, store, lengths):
         drafter = oracles(plain, batch["attention_mask"])
         with Interrupts(line):
             try:
-                target.generate(**batch, **GREEDY, past_key_values=cache, assistant_model=drafter)
+                target.generate(**batch, **GREEDY, **{CACHE: cache}, assistant_model=drafter)
                 break
             except Stop:
                 lines += 1

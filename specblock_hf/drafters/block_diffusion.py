@@ -27,7 +27,7 @@ from ..drafter import UNRECORDED_LAYER, DraftingPlan, Limits, Pairs, TokenTable
 from ..expansion import BlockOutputs, Children, Starts, best_first
 from ..modeling_block_diffusion import BlockDiffusionModel
 from ..modeling_specblock import BlockCache
-from ..sampled_expansion import SampledGrowth, gumbel_draw, private_generator, shape_for
+from ..sampled_expansion import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ..training.objective import TargetBatch
 from ..tree import DraftTree
 from .block_diffusion_loss import BlockDiffusionObjective, block_diffusion_loss
@@ -192,7 +192,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         """A tree drawn from the laws of the depths at the request's temperature."""
         if state.generator is None:
             state.generator = private_generator(self.device)
-        laws = state.warp(block.logits).log_softmax(-1)
+        laws = laws_of(block.logits, state.warp)
         shape = shape_for(replace(limits, num_forwards=1), limits.draft_sampling, laws.shape[1], laws)
         draw = gumbel_draw(state.generator)
         growth = SampledGrowth(roots.tokens[:, 0], self.draft_to_target, shape, draw, limits.draft_sampling)

@@ -75,12 +75,13 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         tree, hidden, positions = self._first_block(state, pairs)
-        width = min(self.config.beam_width, self.config.draft_vocab_size)
+        if max(limits.nodes) == 0:
+            return tree
+        beam = min(self.config.beam_width, self.config.draft_vocab_size)
+        width = min(beam, max(limits.nodes))  # of a node with more children some could not stay
         branching = Branching((width,), root_width=width)
-        beam = width if limits.max_starts is None else min(width, limits.max_starts)
-        levels = min(limits.num_forwards, max(limits.depth)) if max(limits.nodes) else 0
         first_width, starts, path = state.cache.width, Starts.root(tree), None
-        for level in range(levels):
+        for level in range(min(limits.num_forwards, max(limits.depth))):
             if level:
                 if path is None:
                     path = BlockPath(visible=state.committed_column + starts.slot)
@@ -88,7 +89,8 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
                     path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
                 hidden = self._later_block(state, hidden, starts, path, positions + level, first_width)
             tree, candidates = rank_guided(tree, starts, self._block_outputs(hidden, width), branching, level)
-            starts = limit_starts(candidates, tree, beam, limits.min_start_probability)
+            most = min(beam, limits.most_starts(level + 1))
+            starts = limit_starts(candidates, tree, most, limits.min_start_probability)
             if not starts.node.shape[1]:
                 break
         return tree.limit_depth(limits.depth).prune(limits.nodes)

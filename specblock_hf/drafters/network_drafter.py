@@ -22,12 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..drafter import DrafterLock, DraftingPlan, Limits, Pairs, TreeDrafter
+from ..drafter import CPU_BUDGET, DraftingPlan, Limits, Pairs, TreeDrafter
 from ..expansion import BlockOutputs, Starts, best_first
 from ..tree import DraftTree
-
-
-CPU_BUDGET = 12  # nodes: a verified one costs real time on a CPU
 
 
 def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
@@ -75,10 +72,6 @@ class NetworkDrafter(TreeDrafter):
     best_tokens: Callable[[torch.Tensor, int], tuple[torch.LongTensor, torch.Tensor]]
     __call__: Callable[..., torch.Tensor]
 
-    def __init__(self, config: Any):
-        super().__init__(config)  # type: ignore[call-arg]
-        self.lock = DrafterLock()
-
     @property
     def feature_layers(self) -> tuple[int, ...]:
         return tuple(self.config.feature_layers)
@@ -112,8 +105,7 @@ class NetworkDrafter(TreeDrafter):
 
     def _root(self, pairs: Pairs) -> DraftTree:
         """Each row's last token; any valid id in a finished row, whose tokens are -1."""
-        last = (pairs.lengths - 1).clamp_min(0).unsqueeze(1)
-        return DraftTree.root(pairs.tokens.gather(1, last).clamp_min(0).squeeze(1).to(self.device))
+        return DraftTree.root(pairs.last_tokens().to(self.device))
 
     def _product_tree(self, tree: DraftTree, hidden: torch.Tensor, limits: Limits) -> DraftTree:
         """

@@ -23,7 +23,7 @@ from torch import nn
 from ..drafter import DraftingPlan, Limits, Pairs
 from ..expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
 from ..modeling_specblock import BlockPath, SpecBlockModel
-from ..sampled_expansion import SampledGrowth, gumbel_draw, private_generator, shape_for
+from ..sampled_expansion import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ..training.objective import TargetBatch
 from ..tree import DraftTree
 from .block_drafter import BlockDrafter, BlockState
@@ -93,7 +93,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             tree, candidates = self._grow(tree, starts, hidden, forward, max(limits.nodes))
             if forward + 1 == limits.num_forwards or (forward + 1) * size > max(limits.depth):
                 break
-            starts = limit_starts(candidates, tree, limits.max_starts, limits.min_start_probability)
+            most = limits.most_starts(forward + 1)
+            starts = limit_starts(candidates, tree, most, limits.min_start_probability)
             if not starts.node.shape[1]:
                 break
             path = self._path_to(starts, path, state, hidden.shape[1])
@@ -127,7 +128,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
 
     def _laws(self, state: BlockState, hidden: torch.Tensor) -> torch.Tensor:
         """The request's log-probs `[B, R, D]` of slots with these states `[B, R, d]`."""
-        return state.warp(self.draft_logits(hidden)[1]).log_softmax(-1)
+        return laws_of(self.draft_logits(hidden)[1], state.warp)
 
     def _path_to(self, starts: Starts, path: BlockPath | None, state: BlockState, rows: int) -> BlockPath:
         """What new starts see, given the path of the block before, which had so many rows; `None` for the first."""
@@ -140,15 +141,17 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     def _grow(
         self, tree: DraftTree, starts: Starts, hidden: torch.Tensor, forward: int, budget: int
     ) -> tuple[DraftTree, Starts]:
-        """Append a block below every start, by the rule that the configuration names."""
+        """
+        Append a block below every start, by the rule that the configuration names; no node gets more children than the
+        tree could hold.
+        """
         config = self.config
         if config.expansion == "best_first":
             width = min(config.root_width, budget)
             children = self._block_outputs(hidden, width, ranked=False).children(width)
-            tree, candidates = best_first(tree, starts, children, config.block_size, budget, forward)
-            # Every new node may start a block; more of them than the tree can hold are never worth a forward's rows.
-            return tree, limit_starts(candidates, tree, budget)
-        branching = Branching(tuple(config.branching), config.root_width, config.probability_cuts)
+            return best_first(tree, starts, children, config.block_size, budget, forward)
+        widths = tuple(min(width, budget) for width in config.branching)
+        branching = Branching(widths, min(config.root_width, budget), config.probability_cuts)
         outputs = self._block_outputs(hidden, branching.most(forward == 0))
         return rank_guided(tree, starts, outputs, branching, forward)
 

@@ -271,7 +271,7 @@ def test_blocks_and_calls(forwards):
 @torch.no_grad()
 def test_limits_hold_and_save_forwards():
     drafter, told = tiny_drafter(), Told(1, 20)
-    for nodes, depth, calls in ((0, 9, 1), (5, 0, 1), (5, 3, 1), (5, 5, 2), (1, 9, 3)):
+    for nodes, depth, calls in ((0, 9, 1), (5, 0, 1), (5, 3, 1), (5, 5, 2), (5, 9, 3), (2, 9, 2), (1, 9, 1)):
         state = drafter.begin(told.table, 1, 40)
         tree = drafter.propose(state, told.pairs([0], [9]), Limits((nodes,), (depth,), 3))
         assert int(tree.num_nodes[0]) == 1 + (nodes if depth else 0)

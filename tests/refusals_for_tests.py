@@ -1,0 +1,76 @@
+# Copyright 2026 The specblock_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What may be refused: how each sentence begins or goes on, and what must have been drawn for it to be true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cases_for_tests import SLIDING, Case
+
+from specblock_hf import DraftingPlan
+
+
+CAN_SAMPLE = ("specblock", "best first", "dflash", "jetspec", "third party")
+
+
+def _static(case: Case) -> bool:
+    return "static" in (case.cache, case.options.get("cache_implementation"))
+
+
+def _draws(case: Case) -> bool:
+    """The plan asks for drawn tokens."""
+    fields = case.plan.fields if case.plan else {}
+    return case.options["do_sample"] and fields.get("draft_sampling", "topk") != "topk"
+
+
+def _aborted_by(*names: str) -> Callable[[Case], bool]:
+    return lambda case: len(case.lengths) > 1 and case.abort is not None and case.abort.by in names
+
+
+def _of_family(*names: str) -> Callable[[Case], bool]:
+    return lambda case: case.target.family in names
+
+
+REFUSALS: dict[str, Callable[[Case], bool]] = {
+    "draft trees are verified against the target's cache": lambda case: case.options.get("use_cache") is False,
+    "a tree drafter speeds up greedy decoding": lambda case: "num_beams" in case.options,
+    "prompt_lookup_num_tokens would be ignored": lambda case: "prompt_lookup_num_tokens" in case.options,
+    "cache_implementation='offloaded'": lambda case: case.options.get("cache_implementation") == "offloaded",
+    "this StaticCache has layers that slide": lambda case: _static(case) and case.target.family in SLIDING,
+    "the rows of a batch end at different rounds": lambda case: (
+        _static(case) and len(case.lengths) > 1 and bool(case.cache or case.returns)
+    ),
+    "drafts the likeliest tokens only": lambda case: _draws(case) and case.drafter.name not in CAN_SAMPLE,
+    "may remember how it was called, and comparing laws": lambda case: (
+        _draws(case) and DraftingPlan(**case.plan.fields).rule != "walk"
+    ),
+    "attention_mask hides the last token of a prompt": lambda case: case.mask == "right",
+    "a streamer takes the tokens of one prompt": _aborted_by("streamer"),
+    "may look at a whole batch at once": _aborted_by("criterion", "processor"),
+    "without eos_token_id plain decoding lets rows": lambda case: (
+        len(case.lengths) > 1 and "max_time" in case.options and case.options["eos_token_id"] is None
+    ),
+    "This drafter reads hidden state": lambda case: (
+        case.drafter.layers == "unrecorded" and case.drafter.name in ("specblock", "best first")
+    ),
+    "takes no position_ids or past_key_values": _of_family("bloom", "llama4"),
+    "keeps a recurrent state": _of_family("mamba"),
+    "has layers of type conv": _of_family("lfm2"),
+}
+
+
+def is_warranted(sentence: str, case: Case) -> bool:
+    """Whether one of the reasons above is what a sentence says and holds for a case."""
+    return any(part in sentence and holds(case) for part, holds in REFUSALS.items())
