@@ -29,9 +29,6 @@ _NAMES = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "rms_norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "max_position_embeddings": ("max_position_embeddings",),
-    "bos_token_id": ("bos_token_id",),
-    "eos_token_id": ("eos_token_id",),
-    "pad_token_id": ("pad_token_id",),
 }
 
 
@@ -55,6 +52,8 @@ def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": _head_dim(text),
+        # None where the target has none: pipelines compare them.
+        **{name: _first_of(text, (name,)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "target_num_layers": text.num_hidden_layers,
         "target_name_or_path": target_config.name_or_path or None,
         "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(text)},

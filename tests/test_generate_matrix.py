@@ -85,17 +85,27 @@ IN_OUT = "Other ways in and out"
 
 
 @pytest.fixture(scope="module")
-def table(request):
+def ran() -> set[str]:
+    """The tests of this file that this process has run, which may share them with others."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def note(request, ran):
+    ran.add(request.node.nodeid)
+
+
+@pytest.fixture(scope="module")
+def table(request, ran):
     """Sections of the table, filled by the tests; the page is compared with them, or written if the whole file ran."""
     sections: dict[str, dict[str, tuple[str, str, str]]] = {"Options": {}, IN_OUT: {}, "Targets": {}}
     failed_before = request.session.testsfailed
     yield sections
     if request.session.testsfailed > failed_before:
         return
-    chosen = {item.originalname for item in request.session.items if item.path == request.path}
-    whole = chosen >= {name for name in vars(request.module) if name.startswith("test_")}
-    # Of processes that share the tests among them, none has seen all.
-    whole &= len(sections["Options"]) == len(ROWS) and not hasattr(request.config, "workerinput")
+    chosen = [item for item in request.session.items if item.path == request.path]
+    whole = {item.originalname for item in chosen} >= {name for name in vars(request.module) if name[:5] == "test_"}
+    whole &= len(sections["Options"]) == len(ROWS) and ran == {item.nodeid for item in chosen}
     if request.config.getoption("--write-docs"):
         assert whole, "--write-docs needs a run of the whole file in one process"
         DOCS.write_text(render(sections))
