@@ -33,13 +33,16 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    get_hf_file_metadata,
     hf_hub_download,
+    hf_hub_url,
     is_offline_mode,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -55,6 +58,7 @@ from .saving import save_folder_whole
 
 LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 TEMPLATES = Path(__file__).parent / "templates"
+CONFIG = "config.json"
 CARD, PROVENANCE, CUSTOM_GENERATE = "README.md", "provenance.json", "custom_generate/generate.py"
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 """Patterns of the files that weights are written to, one of which would be read in place of the others."""
@@ -90,7 +94,7 @@ class DrafterFiles:
             OSError: There is none, or it cannot be had.
             ValueError: It is not JSON.
         """
-        path = self.path("config.json")
+        path = self.path(CONFIG)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -120,6 +124,8 @@ class DrafterFiles:
             return path if path.is_file() else None
         try:
             before = self._in_cache(filename)
+            if before is None and filename == CONFIG:
+                self._refuse_unreachable()
             found = hf_hub_download(os.fspath(self.name), filename, subfolder=subfolder, **options)
         except LocalEntryNotFoundError as error:
             if is_offline_mode() or options.get("local_files_only"):
@@ -135,6 +141,20 @@ class DrafterFiles:
         if found != before or options.get("force_download"):
             self._check_hash(Path(found), filename)
         return Path(found)
+
+    def _refuse_unreachable(self) -> None:
+        """Ask once before the Hub's client does, which tries six times for half a minute until it gives up."""
+        if is_offline_mode() or self.options.get("local_files_only"):
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(os.fspath(self.name), CONFIG), token=self.options.get("token"))
+        except HfHubHTTPError:
+            pass  # It answers.
+        except HTTPError as error:
+            raise OSError(
+                f"There is no folder {self.name} here, and the Hub cannot be asked for a repository of that name "
+                f"({error}); check the path or the connection."
+            ) from None
 
     def _explain(self, error: Exception) -> str:
         if isinstance(error, GatedRepoError):
