@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Every private or undocumented name of transformers, torch and accelerate that the package relies on, one test each, so
 that a release which changes one says which. What the package asks of it stands beside it.
@@ -26,7 +15,9 @@ from types import FunctionType
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import has_offloaded_params
 from conftest import SIZES, VOCAB, prompt_of, tiny_target
 from torch import nn
 from transformers import (
@@ -52,9 +43,9 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import logging
 
 import specblock_hf
-from specblock_hf.choice import _ROW_WISE
 from specblock_hf.compat import CACHE
-from specblock_hf.compilation import _HOOKS
+from specblock_hf.generation.compilation import _HOOKS
+from specblock_hf.generation.token_selector import _ROW_WISE
 
 
 def parameters(method: object) -> list[str]:
@@ -405,6 +396,12 @@ def test_forward_of_an_instance():
     assert "forward" in vars(layer)
 
 
+def test_hf_hook():
+    """`_hf_hook.execution_device`: where a module computes whose weights accelerate keeps elsewhere."""
+    layer = cpu_offload(nn.Linear(2, 2), execution_device=torch.device("cpu"))
+    assert (has_offloaded_params(layer), layer._hf_hook.execution_device) == (True, torch.device("cpu"))
+
+
 def test_mark_static_address():
     """`torch._dynamo.mark_static_address`: memory that a CUDA graph may read in place."""
     assert parameters(torch._dynamo.mark_static_address) == ["t", "guard"]
@@ -443,6 +440,7 @@ def test_no_other_private_name_is_used():
         "_initialize_missing_keys",
         "_modules",
         "_dynamo",
+        "_hf_hook",
         "_ArgumentGroup",  # argparse's, in annotations
         "_specblock_hook",  # ours, on what it wraps
     }
