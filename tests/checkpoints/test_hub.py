@@ -246,8 +246,8 @@ def test_a_folder_that_is_not_there_without_a_connection(tmp_path, cache):
     try:
         with pytest.raises(
             ClientError,
-            match=r"^OSError: There is no folder model_cards/mine here, and the Hub cannot be asked for a repository of "
-            r"that name \(.*\); check the path or the connection\.$",
+            match=r"^OSError: There is no folder model_cards/mine here, and the Hub cannot be asked for a repository "
+            r"of that name \(.*\); check the path or the connection\.$",
         ):
             nowhere(hub_client.pull, "model_cards/mine", cache_dir=cache)
         assert nowhere(hub_client.naps) == []
