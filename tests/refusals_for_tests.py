@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cases_for_tests import SLIDING, Case
+from targets_for_tests import LIMIT
 
 from specblock_hf import DraftingPlan
 
@@ -43,8 +44,20 @@ def _of_family(*names: str) -> Callable[[Case], bool]:
     return lambda case: case.target.family in names
 
 
+def _drops_out(case: Case) -> bool:
+    return case.target.mode == "dropout" or (case.target.mode == "train" and case.target.wrap == "lora")
+
+
+def _may_pass_the_limit(case: Case) -> bool:
+    """Texts may grow over the length at which the RoPE of a whole batch changes."""
+    more = case.turns * (case.options["max_new_tokens"] + case.more) if case.target.depends_on_the_past else 0
+    return case.target.depends_on_the_past and len(case.lengths) > 1 and max(case.lengths) + more > LIMIT
+
+
 REFUSALS: dict[str, Callable[[Case], bool]] = {
-    "draft trees are verified against the target's cache": lambda case: case.options.get("use_cache") is False,
+    "draft trees are verified against the target's cache": lambda case: (
+        case.options.get("use_cache") is False or case.target.flag == "use_cache"
+    ),
     "a tree drafter speeds up greedy decoding": lambda case: "num_beams" in case.options,
     "prompt_lookup_num_tokens would be ignored": lambda case: "prompt_lookup_num_tokens" in case.options,
     "cache_implementation='offloaded'": lambda case: case.options.get("cache_implementation") == "offloaded",
@@ -56,7 +69,9 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
     "may remember how it was called, and comparing laws": lambda case: (
         _draws(case) and DraftingPlan(**case.plan.fields).rule != "walk"
     ),
-    "attention_mask hides the last token of a prompt": lambda case: case.mask == "right",
+    # Where no mask is given, transformers takes the padding token for padding wherever it stands.
+    "attention_mask hides the last token of a prompt": lambda case: case.mask in ("right", "absent"),
+    "the prompt is empty": lambda case: case.source == "empty",
     "a streamer takes the tokens of one prompt": _aborted_by("streamer"),
     "may look at a whole batch at once": _aborted_by("criterion", "processor"),
     "without eos_token_id plain decoding lets rows": lambda case: (
@@ -65,9 +80,14 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
     "This drafter reads hidden state": lambda case: (
         case.drafter.layers == "unrecorded" and case.drafter.name in ("specblock", "best first")
     ),
-    "takes no position_ids or past_key_values": _of_family("bloom", "llama4"),
+    "takes no position_ids": _of_family("bloom", "llama4"),
     "keeps a recurrent state": _of_family("mamba"),
     "has layers of type conv": _of_family("lfm2"),
+    "is in training mode and leaves out values at random": _drops_out,
+    "puts columns of its own before the prompt": lambda case: (
+        case.target.wrap in ("prompt tuning", "prefix tuning", "p-tuning")
+    ),
+    "change for a whole batch when its longest text is over": _may_pass_the_limit,
 }
 
 
