@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The paper's ablations (https://huggingface.co/papers/2605.07243, Table 2) on drafters trained here on equal terms: tau
 over the evaluation suites, with one part left out at a time, beside the paper's figures. Train the drafters with one
@@ -39,10 +28,10 @@ from acceptance import Suite
 from tqdm.auto import tqdm
 
 from specblock_hf import DraftingPlan, SpecBlockDrafter
-from specblock_hf.drafter import TokenTable
+from specblock_hf.cli.models import load_target
+from specblock_hf.data.suites import SUITES
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
-from specblock_hf.evaluation.suites import SUITES
-from specblock_hf.terminal import load_target
 
 
 PAPER = {

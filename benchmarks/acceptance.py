@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 tau of a drafter at several tree budgets over the evaluation suites, alone and with look-ups. The target answers every
 prompt once, greedily and in a batch; each plan is then walked along those answers with the drafter's real trees, which
@@ -31,13 +20,13 @@ import torch
 from tqdm.auto import tqdm
 
 from specblock_hf import AutoDrafter, DraftingPlan, JoinedDrafter, LookupDrafter
-from specblock_hf.drafter import TokenTable
+from specblock_hf.cli.models import DEFAULT_DRAFTER, encode, load_target
+from specblock_hf.data.examples import Example
+from specblock_hf.data.suites import SUITES, load_suite
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
-from specblock_hf.evaluation.suites import SUITES, load_suite
-from specblock_hf.terminal import DEFAULT_DRAFTER, encode, load_target
-from specblock_hf.training.answering import Answering, Prompt
-from specblock_hf.training.data import Example
-from specblock_hf.training.features import TargetView, view_target
+from specblock_hf.regeneration.answering import Answering, Prompt
+from specblock_hf.training.target_views import TargetView, view_target
 
 
 TOP_K = 1  # the simulation reads the target's states only

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Traffic that the drafter was not trained for: does it pay to let it learn while it serves? A stream of questions about
 paragraphs of the Python reference manual, answered greedily with a drafter that never learns, one that is updated
@@ -45,8 +34,8 @@ from tqdm.auto import tqdm
 
 from specblock_hf import AutoDrafter, DraftingPlan
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
-from specblock_hf.demo import describe_setting
-from specblock_hf.terminal import DEFAULT_DRAFTER, ask, encode, load_target
+from specblock_hf.cli.demo import describe_setting
+from specblock_hf.cli.models import DEFAULT_DRAFTER, ask, encode, load_target
 
 
 RESULTS = Path(__file__).parent / "results"

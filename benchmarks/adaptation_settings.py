@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 How should an update of a serving drafter train, and which part of it? One stream, explanations of docstrings of the
 standard library, is answered once; then every way to learn from it is replayed on the recorded texts. Before it may
@@ -43,7 +32,7 @@ from tqdm.auto import tqdm
 from specblock_hf import AutoDrafter, DraftingPlan
 from specblock_hf.adaptation import DrafterUpdater, OnlineAdaptationCallback, UpdateSettings
 from specblock_hf.adaptation.windows import Window, WindowBuffer
-from specblock_hf.terminal import DEFAULT_DRAFTER, ask, encode, load_target
+from specblock_hf.cli.models import DEFAULT_DRAFTER, ask, encode, load_target
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Plain decoding and decoding with a drafter, each with and without compiled forwards: plain `generate()` compiles itself
 over a static cache, as transformers offers it, and rounds by `compile_rounds`. Every prompt is answered by all four
@@ -34,11 +23,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import CompileConfig, PreTrainedModel
 
-from specblock_hf import TreeDrafter, calibrate, compile_rounds
-from specblock_hf.demo import describe_setting
+from specblock_hf import calibrate, compile_rounds
+from specblock_hf.cli.demo import describe_setting
+from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
+from specblock_hf.data.suites import load_prompts, own_prompts
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.benchmark import evenly
-from specblock_hf.evaluation.suites import load_prompts, own_prompts
-from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 
 
 SIDES = ("plain", "plain, compiled", "drafted", "drafted, compiled")

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Targets and drafters of real shapes with random weights, made so that how many drafted tokens are accepted is known
 beforehand: the target counts (token + 1 follows every token), and a drafter's real tree gets the right tokens along
@@ -25,9 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from specblock_hf import DraftingPlan, DraftTree, Limits, Pairs, SpecBlockDrafter, TreeDrafter
-from specblock_hf.auto import TRAINABLE
-from specblock_hf.drafter import DraftState
+from specblock_hf import DraftingPlan, SpecBlockDrafter
+from specblock_hf.drafters.common.registry import trainable_drafters
+from specblock_hf.drafting.drafter import DraftState, TreeDrafter
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 LLAMA3_ROPE = {
@@ -176,7 +168,7 @@ class DrawnRanks(SpecBlockDrafter):
 
 def random_drafter(candidate: Candidate, target: PreTrainedModel) -> TreeDrafter:
     """A drafter with random weights, of the target's dtype and on its device."""
-    kind, fields = TRAINABLE[candidate.kind]
+    kind, fields = trainable_drafters()[candidate.kind]
     hidden_size = target.config.hidden_size
     if candidate.kind == "dflash":  # its head is the target's
         fields = fields | {"output_multiplier": SPREAD / (target.config.initializer_range * hidden_size**0.5)}

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 What drafting costs on targets of real size: no weights are needed, because the time of a forward does not depend on
 their values.
@@ -48,12 +37,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from specblock_hf import DraftingPlan, DraftTree, Pairs, TreeDrafter
-from specblock_hf.auto import TRAINABLE
+from specblock_hf import DraftingPlan
 from specblock_hf.compat import CACHE
-from specblock_hf.generation import draft, round_limits
-from specblock_hf.target import TargetModel
-from specblock_hf.verification import Walk, sample_and_walk
+from specblock_hf.drafters.common.registry import trainable_drafters
+from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.plan import round_limits
+from specblock_hf.generation.loop import draft
+from specblock_hf.target.model import TargetModel
+from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.verification import Walk, sample_and_walk
 
 
 VERIFIED = (1, 8, 16, 32, 64, 96)  # nodes, the root counted
@@ -369,7 +362,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--target", nargs="+", choices=TARGETS, default=["llama-3.1-8b", "qwen3-8b"], help="default: both of 8B")
     add("--context", type=int, nargs="+", default=[512, 4096], help="tokens of the prompt (default: 512 4096)")
     add("--batch", type=int, nargs="+", default=[1], help="prompts at once (default: 1)")
-    add("--drafter", nargs="+", choices=list(TRAINABLE), default=list(TRAINABLE), help="kinds (default: all)")
+    add(
+        "--drafter",
+        nargs="+",
+        choices=list(trainable_drafters()),
+        default=list(trainable_drafters()),
+        help="kinds (default: all)",
+    )
     add("--tiny", action="store_true", help="the same architectures in tiny, to try the script")
     add("--repeats", type=int, default=5, help="of every measurement; the median counts (default: %(default)s)")
     add("--rounds", type=int, default=16, help="of a call with a forced accepted length (default: %(default)s)")

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Everything that is worth measuring and training on one GPU, step by step, in the shape of single commands:
 
@@ -170,9 +159,9 @@ def tests(args: argparse.Namespace) -> list[Task]:
     answers = ["benchmarks/identity.py", "--device", args.device, "--output", str(args.output / "identity.json")]
     answers += ["--limit", *limits, *args.models, *(["--drafter", str(args.drafter)] if args.drafter else [])]
     workers = ["-n", "8"] if find_spec("xdist") else []
-    whole = ["tests/test_tree.py"] if args.tiny else [*workers, "tests", "-m", "not real"]
+    whole = ["tests/trees/test_tree.py"] if args.tiny else [*workers, "tests", "-m", "not real"]
     return [
-        Task("generate() on the device", [*pytest, "tests/test_generation_devices.py"], summary),
+        Task("generate() on the device", [*pytest, "tests/generation/test_generation_devices.py"], summary),
         Task("identity", answers, identity),
         Task("suite", [*pytest, *whole], summary),
     ]

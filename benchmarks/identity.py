@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Are drafted answers the plain ones, token for token? In fp32 they must be. In bf16 a tree's forward rounds differently
 from one token's, so near-ties may flip: reported are the share of answers that diverge and the target's top-2 margin
@@ -35,11 +24,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specblock_hf import TreeDrafter
-from specblock_hf.demo import describe_setting
+from specblock_hf.cli.demo import describe_setting
+from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, ask, encode, load_models
+from specblock_hf.data.suites import load_suite
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.divergence import divergence_between
-from specblock_hf.evaluation.suites import load_suite
-from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, ask, encode, load_models
 
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "identity.json"

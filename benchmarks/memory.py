@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Peak memory of one `generate()` call with a long context: plain, and with the drafter. Each runs in a process of its
 own, whose high-water mark of resident memory is reset when the models are loaded (Linux only).
@@ -33,8 +22,8 @@ import transformers
 from transformers import set_seed
 
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.default_target import DEFAULT_TARGET, load_default_target
-from specblock_hf.terminal import DEFAULT_DRAFTER
+from specblock_hf.cli.default_target import DEFAULT_TARGET, load_default_target
+from specblock_hf.cli.models import DEFAULT_DRAFTER
 
 
 SIDES = ("plain", "drafted")

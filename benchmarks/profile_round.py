@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Where the time of a round goes: every microsecond between two rounds is booked under exactly one part, so that the
 parts add up to the round.
@@ -35,19 +24,22 @@ from typing import Any
 
 import torch
 
-from specblock_hf import calibrate, generation
-from specblock_hf.choice import TokenChoice
-from specblock_hf.drafter import Pairs
-from specblock_hf.drafters import block_drafter, specblock
-from specblock_hf.drafters.lookup import FoundText, JoinedDrafter
-from specblock_hf.evaluation.suites import load_suite
-from specblock_hf.modeling_specblock import SpecBlockModel
-from specblock_hf.statistics import GenerationStatistics
-from specblock_hf.target import TargetModel
-from specblock_hf.target_cache import TargetCache
-from specblock_hf.target_mask import TreeMasks
-from specblock_hf.terminal import add_model_arguments, encode, load_models
-from specblock_hf.tree import DraftTree
+from specblock_hf import calibrate
+from specblock_hf.cli.models import add_model_arguments, encode, load_models
+from specblock_hf.data.suites import load_suite
+from specblock_hf.drafters.common import block as block_drafter
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import FoundText
+from specblock_hf.drafters.specblock import drafting as specblock
+from specblock_hf.drafters.specblock.modeling import SpecBlockModel
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.statistics import GenerationStatistics
+from specblock_hf.generation import loop as generation
+from specblock_hf.generation.token_selector import TokenChoice
+from specblock_hf.target.cache import TargetCache
+from specblock_hf.target.masks import TreeMasks
+from specblock_hf.target.model import TargetModel
+from specblock_hf.trees.tree import DraftTree
 
 
 class Stopwatch:

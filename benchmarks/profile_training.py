@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 What a training step of a drafter consists of: floating-point operations by part of the network, which no other load on
 the machine changes, positions per second, which any does, and positions per second of processor time, which lies
@@ -29,15 +18,16 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specblock_hf import AutoDrafter, TokenTable
-from specblock_hf.terminal import DEFAULT_DRAFTER, load_target
+from specblock_hf import AutoDrafter
+from specblock_hf.cli.models import DEFAULT_DRAFTER, load_target
+from specblock_hf.cli.options import read_pairs
+from specblock_hf.cli.train import TOP_K
+from specblock_hf.data.examples import load_examples
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training.arguments import DrafterTrainingArguments
-from specblock_hf.training.attention import NAME as CPU_ATTENTION
 from specblock_hf.training.batches import collate
-from specblock_hf.training.command import TOP_K
-from specblock_hf.training.data import load_examples
-from specblock_hf.training.features import TargetView, view_target
-from specblock_hf.training.options import read_pairs
+from specblock_hf.training.cpu_attention import NAME as CPU_ATTENTION
+from specblock_hf.training.target_views import TargetView, view_target
 from specblock_hf.training.trainer import DrafterTrainer
 
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Tokens per second of `specblock regenerate` and of prompt-by-prompt `generate()`, side by side in one process: in every
 round a few prompts are answered one by one, then a batch's worth as the command answers them, greedily and to their
@@ -34,10 +23,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from specblock_hf.terminal import load_target
-from specblock_hf.training.answering import Prompt, groups_of
-from specblock_hf.training.prompts import evaluation_digests, read_prompts
-from specblock_hf.training.regenerate import answer_groups, stop_ids_of
+from specblock_hf.cli.models import load_target
+from specblock_hf.cli.regenerate import answer_groups, stop_ids_of
+from specblock_hf.regeneration.answering import Prompt, groups_of
+from specblock_hf.regeneration.prompts import evaluation_digests, read_prompts
 
 
 def main() -> None:

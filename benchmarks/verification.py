@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Which trees and which rule keep most tokens when the target samples? tau of fixed and drawn trees of the same number of
 nodes, verified by walk, token and block.
@@ -35,13 +24,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, set_seed
 
-from specblock_hf import DraftingPlan, DraftTree, Pairs, TokenTable, TreeDrafter
+from specblock_hf import DraftingPlan
+from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
 from specblock_hf.compat import CACHE
+from specblock_hf.data.suites import load_suite
 from specblock_hf.devices import without_cudnn_attention
+from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import round_limits
 from specblock_hf.evaluation.outcomes import outcomes
-from specblock_hf.evaluation.suites import load_suite
-from specblock_hf.generation import draft, round_limits
-from specblock_hf.terminal import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
+from specblock_hf.generation.loop import draft
+from specblock_hf.trees.tree import DraftTree
 
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "verification.json"

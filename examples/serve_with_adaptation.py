@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 A service whose drafter learns from the verifier: a stream of questions of one kind, a line for every answer with tau,
 tokens per second and what was decided, and in the end a plot of tau with the updates marked.
@@ -27,9 +16,9 @@ from pydoc_data.topics import topics
 
 from specblock_hf import SpecBlockDrafter
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
-from specblock_hf.default_target import load_default_target
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective
-from specblock_hf.terminal import DEFAULT_DRAFTER
+from specblock_hf.cli.default_target import load_default_target
+from specblock_hf.cli.models import DEFAULT_DRAFTER
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 
 
 def questions() -> list[str]:

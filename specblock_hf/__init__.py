@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """SpecBlock (https://huggingface.co/papers/2605.07243) in transformers: `target.generate(assistant_model=drafter)`."""
 
 from .compat import check_transformers
@@ -18,74 +7,64 @@ from .compat import check_transformers
 
 check_transformers()
 
-from transformers import AutoConfig, AutoModel  # noqa: E402
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from .adaptation import OnlineAdaptationCallback  # noqa: E402
-from .auto import DRAFTERS, AutoDrafter  # noqa: E402
-from .calibration import Calibration, CostCurves, calibrate  # noqa: E402
-from .callbacks import DraftingCallback, JsonlTrace, StatisticsLogger, TrackerCallback  # noqa: E402
-from .compilation import CompiledRounds, compile_rounds  # noqa: E402
-from .configuration_block_diffusion import BlockDiffusionConfig  # noqa: E402
-from .configuration_eagle3 import Eagle3Config  # noqa: E402
-from .configuration_falcon import FalconDrafterConfig  # noqa: E402
-from .configuration_medusa import MedusaConfig  # noqa: E402
-from .configuration_parallelspec import ParallelSpecConfig  # noqa: E402
-from .configuration_specblock import SpecBlockConfig  # noqa: E402
-from .drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter  # noqa: E402
-from .drafters.block_diffusion import BlockDiffusionDrafter  # noqa: E402
-from .drafters.eagle3 import Eagle3Drafter  # noqa: E402
-from .drafters.falcon import FalconDrafter  # noqa: E402
-from .drafters.lookup import JoinedDrafter, LookupDrafter  # noqa: E402
-from .drafters.medusa import MedusaDrafter  # noqa: E402
-from .drafters.parallelspec import ParallelSpecDrafter  # noqa: E402
-from .drafters.specblock import SpecBlockDrafter  # noqa: E402
-from .generation import install, uninstall  # noqa: E402
-from .statistics import GenerationStatistics  # noqa: E402
-from .tree import DraftTree  # noqa: E402
-from .verification import Walk, sample_and_walk  # noqa: E402
+from .drafters.auto import AutoDrafter, register_drafter  # noqa: E402
+from .drafters.dflash import BlockDiffusionConfig, BlockDiffusionDrafter  # noqa: E402
+from .drafters.eagle3 import Eagle3Config, Eagle3Drafter  # noqa: E402
+from .drafters.joined import JoinedDrafter  # noqa: E402
+from .drafters.lookup import LookupDrafter  # noqa: E402
+from .drafters.specblock import SpecBlockConfig, SpecBlockDrafter  # noqa: E402
+from .drafting.drafter import DraftingCallback  # noqa: E402
+from .drafting.plan import DraftingPlan  # noqa: E402
+from .drafting.statistics import GenerationStatistics  # noqa: E402
+from .generation.hook import install, uninstall  # noqa: E402
+from .old_names import find_old_name, know_old_names  # noqa: E402
 
 
+if TYPE_CHECKING:
+    from .adaptation.callback import OnlineAdaptationCallback
+    from .calibration.calibrate import calibrate
+    from .generation.compilation import compile_rounds
+
+know_old_names()
 install()
-for _kind in DRAFTERS.values():
-    AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
-    AutoModel.register(_kind.config_class, _kind, exist_ok=True)
+
+# What decoding does without is imported when somebody asks for it.
+_ON_USE = {
+    "OnlineAdaptationCallback": "adaptation.callback",
+    "calibrate": "calibration.calibrate",
+    "compile_rounds": "generation.compilation",
+}
 
 __all__ = [
     "AutoDrafter",
     "BlockDiffusionConfig",
     "BlockDiffusionDrafter",
-    "Calibration",
-    "CompiledRounds",
-    "CostCurves",
     "DraftingCallback",
     "DraftingPlan",
-    "DraftState",
-    "DraftTree",
     "Eagle3Config",
     "Eagle3Drafter",
-    "FalconDrafter",
-    "FalconDrafterConfig",
     "GenerationStatistics",
     "JoinedDrafter",
-    "JsonlTrace",
-    "Limits",
     "LookupDrafter",
-    "MedusaConfig",
-    "MedusaDrafter",
     "OnlineAdaptationCallback",
-    "Pairs",
-    "ParallelSpecConfig",
-    "ParallelSpecDrafter",
     "SpecBlockConfig",
     "SpecBlockDrafter",
-    "StatisticsLogger",
-    "TokenTable",
-    "TrackerCallback",
-    "TreeDrafter",
-    "Walk",
     "calibrate",
     "compile_rounds",
     "install",
-    "sample_and_walk",
+    "register_drafter",
     "uninstall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_USE:
+        return getattr(import_module(f".{_ON_USE[name]}", __name__), name)
+    return find_old_name(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Random drafters of every kind that stands beside SpecBlock, and texts to tell them."""
 
 from __future__ import annotations
@@ -23,9 +12,9 @@ import torch
 from conftest import VOCAB, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf import Pairs
-from specblock_hf.auto import DRAFTERS
-from specblock_hf.training.objective import TargetBatch
+from specblock_hf.drafters.common.registry import drafter_kinds
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.target_batch import TargetBatch
 
 
 BASELINES = ("eagle3", "medusa", "parallelspec", "falcon_drafter")
@@ -60,7 +49,7 @@ def baseline(
         base (`type`, *optional*): A subclass of its class.
         **fields: Of its configuration.
     """
-    made = base or DRAFTERS[name]
+    made = base or drafter_kinds()[name]
     sizes = {"draft_vocab_size": DRAFT_VOCAB} | _SIZES[name] | fields
     drafter = made(made.config_class.for_target(tiny_target(kind).config, **sizes))
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +104,7 @@ def favouring(drafter, told: Told) -> None:
 def listening(name: str) -> type:
     """The drafter's class, keeping in `heard` the states of every forward that drafts."""
 
-    class Listening(DRAFTERS[name]):
+    class Listening(drafter_kinds()[name]):
         def best_tokens(self, hidden, width):
             self.__dict__.setdefault("heard", []).append(hidden)
             return super().best_tokens(hidden, width)

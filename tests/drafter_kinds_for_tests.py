@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The drafter of a random case: of every kind, sound or damaged, joined, copied, listened to."""
 
 from __future__ import annotations
@@ -37,23 +26,18 @@ from specblock_hf import (
     DraftingPlan,
     Eagle3Config,
     Eagle3Drafter,
-    FalconDrafter,
-    FalconDrafterConfig,
     JoinedDrafter,
-    JsonlTrace,
     LookupDrafter,
-    MedusaConfig,
-    MedusaDrafter,
     OnlineAdaptationCallback,
-    ParallelSpecConfig,
-    ParallelSpecDrafter,
     SpecBlockConfig,
     SpecBlockDrafter,
-    StatisticsLogger,
-    TrackerCallback,
-    TreeDrafter,
 )
 from specblock_hf.adaptation.updater import UpdateSettings
+from specblock_hf.drafters.falcon import FalconDrafter, FalconDrafterConfig
+from specblock_hf.drafters.medusa import MedusaConfig, MedusaDrafter
+from specblock_hf.drafters.parallelspec import ParallelSpecConfig, ParallelSpecDrafter
+from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.generation.callbacks import JsonlTrace, StatisticsLogger, TrackerCallback
 
 
 BEYOND_TEXT = [0] * 200  # so that an oracle that is asked about what nobody writes has something to say

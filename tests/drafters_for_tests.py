@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Drafters without a network: one that knows the target's text, one that knows nothing. Both keep all that they were
 told.
@@ -24,8 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
-from specblock_hf import DraftingPlan, DraftState, DraftTree, Limits, Pairs, TreeDrafter
-from specblock_hf.drafter import DrafterLock
+from specblock_hf import DraftingPlan
+from specblock_hf.drafting.drafter import DrafterLock, DraftState, TreeDrafter
+from specblock_hf.drafting.pairs import Pairs
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 def make_tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """What a user hands to a call to hear of its tokens, and how it may end the call."""
 
 from __future__ import annotations
@@ -24,7 +13,8 @@ from targets_for_tests import config_of
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from specblock_hf import DraftingCallback, TreeDrafter
+from specblock_hf import DraftingCallback
+from specblock_hf.drafting.drafter import TreeDrafter
 
 
 class Broken(RuntimeError):

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The options of `generate()` with what becomes of them, and how a call is compared with plain decoding."""
 
 from __future__ import annotations
@@ -204,12 +193,12 @@ def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
     lines = [
         "# What `generate(assistant_model=drafter)` accepts",
         "",
-        "Written by `pytest tests/test_generate_matrix.py`, which compares every row with plain `generate()` on tiny",
+        "Written by `pytest tests/generation/test_generate_matrix.py`, which compares every row with plain `generate()` on tiny",
         "random targets in fp32, with a drafter that knows the answer and with one that knows nothing. *exact*: the",
         "very tokens of plain decoding (sampling: under the same seed). *exact in law*: each token follows the",
         "target's law, but a seed gives other tokens than it gives plain sampling. Anything else is the sentence of",
-        "the refusal. (Laws are enumerated in `tests/test_sampling.py` and `tests/test_batches.py`; combinations of",
-        "options are drawn in `tests/test_generate_fuzz.py`.)",
+        "the refusal. (Laws are enumerated in `tests/generation/test_sampled_calls.py` and `tests/generation/test_batches.py`; combinations of",
+        "options are drawn in `tests/generation/test_generate_fuzz.py`.)",
     ]
     for title, rows in sections.items():
         lines += ["", f"## {title}", "", "| | one prompt | padded batch | test |", "|---|---|---|---|"]

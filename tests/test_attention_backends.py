@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """No forward of the package may reach cuDNN's attention; the user's own forwards and settings are left alone."""
 
 from __future__ import annotations
@@ -29,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_for_tests import example_of, tiny_drafter
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, TokenTable, calibrate, compile_rounds
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, calibrate, compile_rounds
 from specblock_hf.devices import without_cudnn_attention
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.held_out import held_out_rates
 from specblock_hf.evaluation.simulate import simulate_acceptance
-from specblock_hf.training.answering import Answering, Prompt
-from specblock_hf.training.features import view_target
+from specblock_hf.regeneration.answering import Answering, Prompt
+from specblock_hf.training.target_views import view_target
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

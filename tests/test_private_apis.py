@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Every private or undocumented name of transformers, torch and accelerate that the package relies on, one test each, so
 that a release which changes one says which. What the package asks of it stands beside it.
@@ -52,9 +41,9 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import logging
 
 import specblock_hf
-from specblock_hf.choice import _ROW_WISE
 from specblock_hf.compat import CACHE
-from specblock_hf.compilation import _HOOKS
+from specblock_hf.generation.compilation import _HOOKS
+from specblock_hf.generation.token_selector import _ROW_WISE
 
 
 def parameters(method: object) -> list[str]:

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """A tiny drafter, texts and tokenizer for the tests of training, and the network's forward spelled out row by row."""
 
 from __future__ import annotations
@@ -23,10 +12,11 @@ from conftest import VOCAB, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specblock_hf import Pairs, SpecBlockConfig, SpecBlockDrafter, TokenTable
-from specblock_hf.modeling_specblock import GraphCache
-from specblock_hf.training.data import Example
-from specblock_hf.training.objective import TargetBatch
+from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.data.examples import Example
+from specblock_hf.drafters.common.cache import GraphCache
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.target_batch import TargetBatch
 
 
 ALPHABET = f"_?{string.ascii_lowercase}0123"

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Training the second copy of a drafter on what the target has just said, and bringing it into service
 (https://huggingface.co/papers/2605.07243, section 3.4).
@@ -30,11 +19,11 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..devices import without_cudnn_attention
-from ..drafter import TreeDrafter
-from ..modeling_eagle3 import Eagle3Model
-from ..modeling_specblock import SpecBlockModel
+from ..drafters.eagle3.modeling import Eagle3Model
+from ..drafters.specblock.modeling import SpecBlockModel
+from ..drafting.drafter import TreeDrafter
+from ..drafting.target_batch import TargetBatch
 from ..training.batches import draft_ids_of
-from ..training.objective import TargetBatch
 from .windows import Window, WindowBuffer, collate
 
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Drafts that cost nothing: continuations of the text's last tokens found earlier in the prompt or the output, and a
 drafter that
@@ -26,19 +15,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..callbacks import DraftingCallback
-from ..drafter import DraftingPlan, DraftState, Limits, Pairs, TokenTable, TreeDrafter
-from ..proposal import propose
-from ..training.objective import TargetBatch
-from ..tree import FOUND, DraftTree
-from ..upload import on_device
+from ..devices import on_device
+from ..drafting.drafter import DraftState, TreeDrafter
+from ..drafting.pairs import Pairs, TokenTable
+from ..drafting.plan import DraftingPlan, Limits
+from ..trees.tree import FOUND, DraftTree
 
 
 SHORTEST_MATCH = 2
@@ -200,155 +186,4 @@ class LookupDrafter(TreeDrafter):
         return tokens, parents, log_probs
 
 
-def _of_first(name: str) -> Any:
-    """An attribute of the first part, as it is now, unless the joined drafter is given one of its own."""
-    own = f"_own_{name}"
-
-    def get(joined: JoinedDrafter) -> Any:
-        return vars(joined).get(own, getattr(joined.parts[0], name))
-
-    def give(joined: JoinedDrafter, value: Any) -> None:
-        vars(joined)[own] = value
-
-    return property(get, give)
-
-
-@dataclass
-class JoinedState(DraftState):
-    """The state of every drafter, the first one's being the one that counts forwards."""
-
-    parts: list[DraftState] = field(default_factory=list)
-
-    def keep_rows(self, places: Sequence[int]) -> None:
-        super().keep_rows(places)
-        for part in self.parts:
-            part.keep_rows(places)
-
-
-class JoinedDrafter(TreeDrafter):
-    """
-    Several drafters as one: their trees are merged and the likeliest nodes kept. Whatever a drafter has that is not
-    given to the joined one, such as a plan or a lock, is the first drafter's; callbacks are those of all.
-
-    Args:
-        drafter ([`TreeDrafter`]): The one that reads the target's states and decides what is drafted where.
-        *others ([`TreeDrafter`]): Drafters that read none, such as [`LookupDrafter`].
-    """
-
-    def __init__(self, drafter: TreeDrafter, *others: TreeDrafter):
-        readers = [type(other).__name__ for other in others if other.feature_layers]
-        if readers:
-            raise ValueError(
-                f"{readers[0]} reads the target's states, which only the first drafter may; put it first."
-            )
-        self.parts = (drafter, *others)
-        self._added: tuple[DraftingCallback, ...] = ()
-
-    config = _of_first("config")
-    lock = _of_first("lock")
-    feature_layers = _of_first("feature_layers")
-    objective_class = _of_first("objective_class")
-    can_sample = _of_first("can_sample")
-    drafting_plan = _of_first("drafting_plan")
-    compiled_rounds = _of_first("compiled_rounds")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.label})"
-
-    @property
-    def label(self) -> str:
-        return " + ".join(part.label for part in self.parts)
-
-    @property
-    def network(self) -> TreeDrafter:
-        return self.parts[0].network
-
-    @property
-    def callbacks(self) -> tuple[DraftingCallback, ...]:
-        """Those of the parts, and those that were added to the joined drafter."""
-        return (*self._heard_by_parts(), *self._added)
-
-    @callbacks.setter
-    def callbacks(self, callbacks: tuple[DraftingCallback, ...]) -> None:
-        heard = self._heard_by_parts()
-        self._added = tuple(callback for callback in callbacks if callback not in heard)
-
-    def _heard_by_parts(self) -> tuple[DraftingCallback, ...]:
-        return tuple(dict.fromkeys(callback for part in self.parts for callback in part.callbacks))
-
-    def remove_callback(self, callback: DraftingCallback) -> None:
-        """As [`~TreeDrafter.remove_callback`]; one of a part is taken off the part."""
-        for part in self.parts:
-            if callback in part.callbacks:
-                return part.remove_callback(callback)
-        super().remove_callback(callback)
-
-    def default_plan(self, device: torch.device) -> DraftingPlan:
-        return self.parts[0].default_plan(device)
-
-    def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
-        looks_up = any(isinstance(part, LookupDrafter) for part in self.parts[1:])
-        return self.parts[0].acceptance(with_lookup or looks_up)
-
-    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
-        return self.parts[0].feature_layers_for(target)
-
-    def check_target(self, target: PreTrainedModel) -> None:
-        for part in self.parts:
-            part.check_target(target)
-
-    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> JoinedState:
-        parts = [part.begin(table, batch_size, max_length, first_position=first_position) for part in self.parts]
-        return JoinedState(table, batch_size, max_length, first_position=first_position, parts=parts)
-
-    def extend(self, state: JoinedState, pairs: Pairs) -> None:
-        for part, part_state in zip(self.parts, state.parts, strict=True):
-            with part.lock:
-                part.extend(part_state, pairs)
-        self._count(state)
-
-    def propose(self, state: JoinedState, pairs: Pairs, limits: Limits) -> DraftTree:
-        if limits.draft_sampling != "topk":
-            return self._draw(state, pairs, limits)
-        trees = [propose(part, s, pairs, limits) for part, s in zip(self.parts, state.parts, strict=True)]
-        self._count(state)
-        tree = trees[0]
-        for other in trees[1:]:
-            if other.tokens.shape[1] > 1:
-                tree = tree.merge(other.to(tree.tokens.device))
-        return tree.prune(limits.nodes)
-
-    def _draw(self, state: JoinedState, pairs: Pairs, limits: Limits) -> DraftTree:
-        """A drawn tree beside the likeliest of what the others find, which gets at most half of the nodes."""
-        half = tuple(nodes // 2 for nodes in limits.nodes)
-        fixed = replace(limits, nodes=half, draft_sampling="topk")
-        trees = [propose(part, s, pairs, fixed) for part, s in zip(self.parts[1:], state.parts[1:], strict=True)]
-        found = trees[0] if trees else None
-        for other in trees[1:]:
-            found = found.merge(other).prune(half)
-        taken = found.tokens.shape[1] - 1 if trees else 0
-        left = replace(limits, nodes=tuple(nodes and nodes - taken for nodes in limits.nodes))
-        state.parts[0].warp = state.warp
-        drawn = propose(self.parts[0], state.parts[0], pairs, left)
-        self._count(state)
-        return drawn.beside(found.to(drawn.tokens.device)) if taken else drawn
-
-    @staticmethod
-    def _count(state: JoinedState) -> None:
-        state.calls, state.forward_rows = state.parts[0].calls, state.parts[0].forward_rows
-
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: Any = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
-        return self.parts[0].loss(batch, objective, progress=progress, generator=generator)
-
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
-        return self.parts[0].parameters_of(scope)
-
-
-__all__ = ["JoinedDrafter", "LookupDrafter"]
+__all__ = ["LookupDrafter"]

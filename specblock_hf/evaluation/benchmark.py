@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Answers timed side by side: every method answers a prompt in the same process before the next prompt is begun, in an
 order that rotates, so that a machine that slows down favours no method.
@@ -33,15 +22,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..callbacks import DraftingCall, DraftingCallback
-from ..drafter import TreeDrafter
-from ..saving import save_text_whole
-from ..statistics import GenerationStatistics
-from ..training.data import render_prompt
-from ..tree import DraftTree
+from ..checkpoints.saving import save_text_whole
+from ..data.examples import render_prompt
+from ..data.suites import EvaluationPrompt
+from ..drafting.drafter import DraftingCall, DraftingCallback, TreeDrafter
+from ..drafting.statistics import GenerationStatistics
+from ..trees.tree import DraftTree
 from .divergence import first_difference, plain_margins
 from .methods import PLAIN, Method
-from .suites import EvaluationPrompt
 
 
 WARM_UP_TOKENS = 16

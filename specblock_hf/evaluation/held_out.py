@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The objective's own counts on held-out answers: how often every slot of every block is right, and the rank head."""
 
 from __future__ import annotations
@@ -21,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..data.examples import Example
 from ..devices import without_cudnn_attention
-from ..drafter import TokenTable
+from ..drafting.pairs import TokenTable
 from ..training.batches import batches_of_epoch, collate, draft_ids_of
-from ..training.data import Example
-from ..training.features import TargetView
-from ..training.report import describe_counts
+from ..training.metrics import describe_counts
+from ..training.target_views import TargetView
 
 
 @torch.no_grad()

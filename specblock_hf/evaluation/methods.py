@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """What `specblock bench` puts side by side, by name: plain decoding, transformers' own helpers and tree drafters."""
 
 from __future__ import annotations
@@ -21,10 +10,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..auto import AutoDrafter
-from ..configuration_specblock import SpecBlockConfig
-from ..drafter import TreeDrafter
-from ..drafters.lookup import JoinedDrafter, LookupDrafter
+from ..drafters.auto import AutoDrafter
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
+from ..drafters.specblock.configuration import SpecBlockConfig
+from ..drafting.drafter import TreeDrafter
 
 
 PLAIN = "vanilla"

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The accepted length that a drafter would reach, from stored target views alone: no target forward is run."""
 
 from __future__ import annotations
@@ -20,11 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..drafter import DraftingPlan, Pairs, TokenTable, TreeDrafter
-from ..generation import draft, round_limits
-from ..training.data import Example
-from ..training.features import TargetView
-from ..verification import Select, sample_and_walk
+from ..data.examples import Example
+from ..drafting.drafter import TreeDrafter
+from ..drafting.pairs import Pairs, TokenTable
+from ..drafting.plan import DraftingPlan, round_limits
+from ..generation.loop import draft
+from ..training.target_views import TargetView
+from ..trees.verification import Select, sample_and_walk
 
 
 @dataclass

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Conversations in batches: which ones go together, what they weigh, and how they become tensors."""
 
 from __future__ import annotations
@@ -21,11 +10,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..draft_head import DraftHead
-from ..drafter import TokenTable
-from .data import Example
-from .features import TargetView
-from .objective import TargetBatch
+from ..data.examples import Example
+from ..drafters.common.head import DraftHead
+from ..drafting.pairs import TokenTable
+from ..drafting.target_batch import TargetBatch
+from .target_views import TargetView
 
 
 NEIGHBOURS = 256  # conversations of similar length among which batches are mixed anew in every epoch

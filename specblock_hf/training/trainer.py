@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Training a drafter, in one process or many: deterministic batches, a resumable loop, a log that can be plotted."""
 
 from __future__ import annotations
@@ -35,16 +24,16 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.saving import save_folder_whole, save_text_whole
+from ..data.examples import Example
 from ..devices import without_cudnn_attention
-from ..drafter import TokenTable
-from ..saving import save_folder_whole, save_text_whole
+from ..drafting.pairs import TokenTable
+from ..drafting.target_batch import TargetBatch
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .clock import StepClock
-from .data import Example
-from .features import TargetView
-from .objective import TargetBatch
-from .report import merge_outputs, report_of
+from .metrics import merge_outputs, report_of
+from .target_views import TargetView
 
 
 class ObjectiveModule(nn.Module):

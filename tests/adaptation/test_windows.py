@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """What a call leaves behind: windows equal to what training computes, the signal, and bounded buffers."""
 
 from __future__ import annotations
@@ -27,11 +16,11 @@ from hypothesis import strategies as st
 from serving_for_tests import GREEDY
 from training_for_tests import example_of, table_of, tiny_drafter
 
-from specblock_hf import Walk
 from specblock_hf.adaptation.windows import CallRecorder, Window, WindowBuffer, collate, rejection_signal
-from specblock_hf.callbacks import DraftingCallback
+from specblock_hf.drafting.drafter import DraftingCallback
 from specblock_hf.training.batches import collate as collate_for_training
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
+from specblock_hf.trees.verification import Walk
 
 
 LAYERS = (0, 2, 4)

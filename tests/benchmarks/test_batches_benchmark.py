@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The batch benchmark on tiny models: every size is measured and written, and figures follow from what was decoded."""
 
 from __future__ import annotations
@@ -24,9 +13,12 @@ import pytest
 from conftest import prompt_of, tiny_target
 from models_for_tests import save_models, tiny_drafter
 
-from specblock_hf import Calibration, CostCurves, DraftingPlan, calibrate, trial
-from specblock_hf.demo import PROMPTS
-from specblock_hf.trial import padded
+from specblock_hf import DraftingPlan, calibrate
+from specblock_hf.calibration import trial
+from specblock_hf.calibration.calibrate import Calibration
+from specblock_hf.calibration.costs import CostCurves
+from specblock_hf.calibration.trial import padded
+from specblock_hf.cli.demo import PROMPTS
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "batches.py"))

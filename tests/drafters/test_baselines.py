@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """What all drafters beside SpecBlock have to do alike."""
 
 from __future__ import annotations
@@ -26,11 +15,12 @@ from conftest import VOCAB, prompt_of, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
-from specblock_hf import AutoDrafter, DraftingPlan, Limits
-from specblock_hf.auto import DRAFTERS
-from specblock_hf.drafters.block_drafter import PREFILL_PAIRS
-from specblock_hf.training.attention import NAME as CHUNKED
-from specblock_hf.tree import DraftTree
+from specblock_hf import AutoDrafter, DraftingPlan
+from specblock_hf.drafters.common.block import PREFILL_PAIRS
+from specblock_hf.drafters.common.registry import drafter_kinds
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
+from specblock_hf.trees.tree import DraftTree
 
 
 NEW = ("medusa", "parallelspec", "falcon_drafter")
@@ -110,8 +100,8 @@ def test_rows_of_a_batch_are_drafted_alone(name):
 @pytest.mark.parametrize("name", NEW)
 @torch.no_grad()
 def test_a_prompt_in_chunks(name, monkeypatch):
-    monkeypatch.setattr("specblock_hf.drafters.block_drafter.PREFILL_PAIRS", 4)
-    monkeypatch.setattr("specblock_hf.drafters.parallelspec.PREFILL_PAIRS", 4)
+    monkeypatch.setattr("specblock_hf.drafters.common.block.PREFILL_PAIRS", 4)
+    monkeypatch.setattr("specblock_hf.drafters.parallelspec.drafting.PREFILL_PAIRS", 4)
     assert PREFILL_PAIRS > 24  # what is compared with was not in chunks
     drafter, told = baseline(name), Told(2, 24)
     limits = Limits((12,) * 2, (9,) * 2, num_forwards=FORWARDS[name])
@@ -171,7 +161,7 @@ def test_an_oracle_is_accepted(llama, name):
     """Told what comes, the drafter's best tokens are kept as deep as it reaches."""
     text = llama.generate(prompt_of(7), max_new_tokens=26, do_sample=False)[0].tolist()
 
-    class Oracle(DRAFTERS[name]):
+    class Oracle(drafter_kinds()[name]):
         def propose(self, state, pairs, limits):
             self.root, self.forwards = int(pairs.positions[0, int(pairs.lengths[0]) - 1]) + 1, 0
             return super().propose(state, pairs, limits)
@@ -203,12 +193,12 @@ def test_saved_and_loaded(name, tmp_path, llama):
     drafter.config.acceptance = [[8, 1, 0, 1.5, 1.75], [12, 2, 4, 2.0, 2.25]]
     drafter.save_pretrained(tmp_path)
     loaded = [
-        DRAFTERS[name].from_pretrained(tmp_path),
+        drafter_kinds()[name].from_pretrained(tmp_path),
         AutoDrafter.from_pretrained(tmp_path, target=llama),
         AutoModel.from_pretrained(tmp_path),
     ]
     for other in loaded:
-        assert type(other) is DRAFTERS[name]
+        assert type(other) is drafter_kinds()[name]
         assert other.feature_layers == drafter.feature_layers
         for (key, ours), theirs in zip(drafter.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), key
@@ -233,7 +223,7 @@ def test_at_most_45_megabytes_for_the_default_target(name):
         num_attention_heads=9,
         num_key_value_heads=3,
     )
-    kind = DRAFTERS[name]
+    kind = drafter_kinds()[name]
     with torch.device("meta"):
         drafter = kind(kind.config_class.for_target(target, draft_vocab_size=16384))
     megabytes = 2 * sum(weight.numel() for weight in drafter.parameters()) / 1e6

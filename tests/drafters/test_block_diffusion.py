@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Block-diffusion drafters in the decoding loop, their trees against every path, and what they refuse."""
 
 from __future__ import annotations
@@ -28,17 +17,11 @@ from hypothesis import strategies as st
 from test_best_first import nodes_of
 from transformers import AutoModel, MambaConfig, MambaForCausalLM
 
-from specblock_hf import (
-    AutoDrafter,
-    BlockDiffusionConfig,
-    BlockDiffusionDrafter,
-    DraftingPlan,
-    Limits,
-    Pairs,
-    TokenTable,
-)
-from specblock_hf.configuration_block_diffusion import spread_feature_layers
-from specblock_hf.drafters.block_diffusion import Block
+from specblock_hf import AutoDrafter, BlockDiffusionConfig, BlockDiffusionDrafter, DraftingPlan
+from specblock_hf.drafters.dflash.configuration import spread_feature_layers
+from specblock_hf.drafters.dflash.drafting import Block
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
 
 
 GREEDY = {"do_sample": False}

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The objective of block-diffusion drafters against drafting itself, slot by slot, and in a short training."""
 
 from __future__ import annotations
@@ -22,10 +11,11 @@ import torch
 from block_drafters_for_tests import VARIANTS, block_drafter
 from conftest import ATTENTIONS, VOCAB, prompt_of, tiny_target
 
-from specblock_hf import BlockDiffusionConfig, BlockDiffusionDrafter, Pairs, TokenTable
-from specblock_hf.drafters.block_diffusion_loss import BlockDiffusionObjective, _draw_anchors, _run_blocks
-from specblock_hf.training.attention import NAME as CPU_ATTENTION
-from specblock_hf.training.objective import TargetBatch
+from specblock_hf import BlockDiffusionConfig, BlockDiffusionDrafter
+from specblock_hf.drafters.dflash.loss import BlockDiffusionObjective, _draw_anchors, _run_blocks
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.target_batch import TargetBatch
+from specblock_hf.training.cpu_attention import NAME as CPU_ATTENTION
 
 
 LENGTH = 19

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 A drafter on another device than its target. Two devices of any machine are made of fake tensors, which have a shape, a
 dtype and a device and nothing in them: torch refuses to compute with two of them that lie apart, as it does with real
@@ -27,8 +16,12 @@ from conftest import prompt_of, tiny_target
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_for_tests import Told, tiny_drafter
 
-from specblock_hf import DraftState, DraftTree, Limits, Pairs, TokenTable
-from specblock_hf.drafters.lookup import JoinedDrafter, LookupDrafter
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LookupDrafter
+from specblock_hf.drafting.drafter import DraftState
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 HERE, THERE = torch.device("cpu"), torch.device("cpu:1")

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """EAGLE-3 against tensors and trees computed by its authors' own code, and in the decoding loop."""
 
 from __future__ import annotations
@@ -25,12 +14,14 @@ import torch
 from conftest import SIZES, VOCAB, prompt_of, tiny_target
 from safetensors.torch import load_file
 
-from specblock_hf import AutoDrafter, Limits, Pairs, TokenTable
-from specblock_hf.configuration_eagle3 import Eagle3Config
-from specblock_hf.drafters.eagle3 import Eagle3Drafter
-from specblock_hf.modeling_specblock import BlockCache
-from specblock_hf.tree import DraftTree
-from specblock_hf.verification import sample_and_walk
+from specblock_hf import AutoDrafter
+from specblock_hf.drafters.common.cache import BlockCache
+from specblock_hf.drafters.eagle3.configuration import Eagle3Config
+from specblock_hf.drafters.eagle3.drafting import Eagle3Drafter
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.verification import sample_and_walk
 
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "eagle3"

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -19,11 +8,11 @@ import torch
 from baselines_for_tests import baseline, batch_for, favouring, listening, pairs_for
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf import Limits
-from specblock_hf.drafters.eagle3_loss import Eagle3Objective, eagle3_loss, unrolled_states
-from specblock_hf.modeling_specblock import GraphCache
-from specblock_hf.path_attention import PathCache
-from specblock_hf.training.attention import NAME as CHUNKED
+from specblock_hf.drafters.common.cache import GraphCache
+from specblock_hf.drafters.common.path_attention import PathCache
+from specblock_hf.drafters.eagle3.loss import Eagle3Objective, eagle3_loss, unrolled_states
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)
@@ -130,7 +119,7 @@ def test_queries_in_chunks(monkeypatch):
         cache.update(states(2), states(2), 0)
         queries.append(states(6))
     whole = cache.attend(queries[-1], 0.3)
-    monkeypatch.setattr("specblock_hf.path_attention.CHUNK", 4)
+    monkeypatch.setattr("specblock_hf.drafters.common.path_attention.CHUNK", 4)
     torch.testing.assert_close(cache.attend(queries[-1], 0.3), whole)
     keys = torch.cat([k.repeat_interleave(3, 1) for k in cache.keys], dim=2)
     values = torch.cat([v.repeat_interleave(3, 1) for v in cache.values], dim=2)

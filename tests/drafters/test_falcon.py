@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -19,11 +8,11 @@ import torch
 from baselines_for_tests import baseline, batch_for, favouring, listening, pairs_for
 from training_for_tests import DRAFT_VOCAB, Told
 
-from specblock_hf import Limits
-from specblock_hf.drafters import falcon_loss as objective
-from specblock_hf.drafters.falcon_loss import FalconObjective, block_states, blocks_of
-from specblock_hf.static_tree import likely_shape
-from specblock_hf.training.attention import NAME as CHUNKED
+from specblock_hf.drafters.falcon import loss as objective
+from specblock_hf.drafters.falcon.loss import FalconObjective, block_states, blocks_of
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
+from specblock_hf.trees.static_shape import likely_shape
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)

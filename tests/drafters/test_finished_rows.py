@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Rows of a batch that draft no more: no drafter computes them, and the others are drafted as if they were alone."""
 
 from __future__ import annotations
@@ -24,8 +13,10 @@ from conftest import tiny_target
 from test_baselines import assert_same_paths, paths_of
 from training_for_tests import Told, tiny_drafter
 
-from specblock_hf import DraftingCallback, DraftingPlan, Limits
-from specblock_hf.drafters.lookup import JoinedDrafter, LookupDrafter
+from specblock_hf import DraftingCallback, DraftingPlan
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LookupDrafter
+from specblock_hf.drafting.plan import Limits
 
 
 ALL = ("specblock", *BASELINES, "dflash", "lookup", "joined")

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Look-up drafts: what they find, how they join another drafter's tree, and that they never change a token."""
 
 import pytest
@@ -19,14 +8,11 @@ from conftest import VOCAB, prompt_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specblock_hf import Limits, Pairs, SpecBlockConfig, SpecBlockDrafter, TokenTable
-from specblock_hf.drafters.lookup import (
-    LATEST_PLACES,
-    LONGEST_MATCH,
-    FoundText,
-    JoinedDrafter,
-    LookupDrafter,
-)
+from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LATEST_PLACES, LONGEST_MATCH, FoundText, LookupDrafter
+from specblock_hf.drafting.pairs import Pairs, TokenTable
+from specblock_hf.drafting.plan import Limits
 
 
 TABLE = TokenTable(torch.nn.Embedding(VOCAB, 4), torch.nn.Identity(), VOCAB)

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Which plans a drafter's acceptance is measured for."""
 
 from __future__ import annotations
@@ -19,11 +8,11 @@ import pytest
 from conftest import tiny_target
 
 from specblock_hf import DraftingPlan
-from specblock_hf.auto import TRAINABLE
+from specblock_hf.drafters.common.registry import trainable_drafters
 
 
 def drafter_of(name: str, **fields):
-    kind, form = TRAINABLE[name]
+    kind, form = trainable_drafters()[name]
     return kind(kind.config_class.for_target(tiny_target("llama").config, **(form | fields)))
 
 

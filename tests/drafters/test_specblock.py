@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The drafting loop: what it computes equals the network row by row, ragged batches equal single rows."""
 
 from __future__ import annotations
@@ -22,10 +11,12 @@ import torch
 from conftest import tiny_target
 from training_for_tests import Told, naive_states, tiny_drafter
 
-from specblock_hf import DraftingPlan, DraftTree, Limits, SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.drafters import block_drafter
-from specblock_hf.drafters.specblock_loss import first_block, later_block
-from specblock_hf.modeling_specblock import GraphCache
+from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.drafters.common import block as block_drafter
+from specblock_hf.drafters.common.cache import GraphCache
+from specblock_hf.drafters.specblock.loss import first_block, later_block
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.tree import DraftTree
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # of states of order 1 to 10 in fp32

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The objective against one that loops over texts, positions, slots and blocks."""
 
 from __future__ import annotations
@@ -23,9 +12,9 @@ import torch
 from conftest import VOCAB
 from training_for_tests import DRAFT_VOCAB, Told, naive_states, tiny_drafter
 
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective, specblock_loss
-from specblock_hf.training.attention import NAME as CHUNKED
-from specblock_hf.training.objective import TargetBatch
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective, specblock_loss
+from specblock_hf.drafting.target_batch import TargetBatch
+from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 
 ROWS, LENGTH, TOP = 3, 26, 5
@@ -249,7 +238,7 @@ def test_cuts_are_drawn_from_one_to_the_block_size(monkeypatch):
         seen.append(cuts)
         return {"loss": torch.tensor(math.nan)}
 
-    monkeypatch.setattr("specblock_hf.drafters.specblock.specblock_loss", spy)
+    monkeypatch.setattr("specblock_hf.drafters.specblock.drafting.specblock_loss", spy)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         drafter.loss(batch, generator=generator)

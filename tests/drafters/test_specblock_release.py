@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """The authors' objective against losses, labels and gradients computed by their own code (`fixtures/conformance`)."""
 
 from __future__ import annotations
@@ -22,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specblock_hf import AutoDrafter, TokenTable
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective, TrainingBlock, first_block, later_block
-from specblock_hf.drafters.specblock_release import release_loss
-from specblock_hf.modeling_specblock import GraphCache
-from specblock_hf.training.objective import TargetBatch, rank_buckets
+from specblock_hf import AutoDrafter
+from specblock_hf.drafters.common.cache import GraphCache
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective, TrainingBlock, first_block, later_block
+from specblock_hf.drafters.specblock.rank_loss import rank_buckets
+from specblock_hf.drafters.specblock.release_loss import release_loss
+from specblock_hf.drafting.pairs import TokenTable
+from specblock_hf.drafting.target_batch import TargetBatch
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "conformance"

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Timing methods side by side: what is run in which order, what is counted, and what survives a crash."""
 
 from __future__ import annotations
@@ -26,6 +15,7 @@ from drafters_for_tests import GarbageDrafter, OracleDrafter
 from models_for_tests import tiny_drafter, tiny_tokenizer
 
 from specblock_hf import DraftingPlan, GenerationStatistics, LookupDrafter
+from specblock_hf.data.suites import EvaluationPrompt
 from specblock_hf.evaluation import benchmark
 from specblock_hf.evaluation.benchmark import (
     Benchmark,
@@ -39,7 +29,6 @@ from specblock_hf.evaluation.benchmark import (
     median_seconds,
 )
 from specblock_hf.evaluation.methods import Method
-from specblock_hf.evaluation.suites import EvaluationPrompt
 
 
 GREEDY = decoding_settings(0, 20)

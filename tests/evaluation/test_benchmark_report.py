@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Figures, tables and plots of a benchmark, from answers made by hand."""
 
 from __future__ import annotations
@@ -22,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specblock_hf.checkpoints.card import CardFacts
 from specblock_hf.evaluation import plots
 from specblock_hf.evaluation.plots import draw_benchmark, require_matplotlib
 from specblock_hf.evaluation.report import describe_plan, main_table, markdown
 from specblock_hf.evaluation.summary import acceptance_by_position, geometric_mean, speed_ratios, summarise, tau
-from specblock_hf.hub import CardFacts
 
 
 METHODS = {"vanilla": "plain", "prompt_lookup": "transformers", "eagle3": "eagle3", "specblock": "specblock"}

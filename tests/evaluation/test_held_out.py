@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Rates on held-out answers against the loss's own counts."""
 
 from __future__ import annotations
@@ -20,12 +9,12 @@ import torch
 from conftest import tiny_target
 from training_for_tests import Told, example_of, tiny_drafter
 
-from specblock_hf import TokenTable
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.held_out import held_out_rates
 from specblock_hf.evaluation.simulate import SimulatedAcceptance
 from specblock_hf.training.batches import collate, draft_ids_of
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 
 
 def test_rates_are_those_of_all_answers_together():

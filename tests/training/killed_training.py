@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Trains a tiny drafter once without a break and once killed by SIGKILL again and again, in processes forked from this
 one. Run as `killed_training.py FOLDER KILLS`; a test compares what is left behind.
@@ -29,11 +18,12 @@ import torch
 from conftest import tiny_target
 from training_for_tests import Told, example_of, tiny_drafter
 
-from specblock_hf import DraftingPlan, TokenTable
-from specblock_hf.drafters.specblock_loss import SpecBlockObjective
+from specblock_hf import DraftingPlan
+from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 from specblock_hf.training.trainer import DrafterTrainer
 
 

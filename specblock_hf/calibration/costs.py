@@ -1,0 +1,138 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What forwards cost on this machine, and the plan that pays by these costs."""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..drafting.plan import DraftingPlan
+
+
+NODES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
+
+
+MOST_STARTS = 32  # what plans are charged that name no number
+
+
+DEEPEST = 64  # no plan drafts deeper
+
+
+TEXTS_DIFFER = 0.35
+"""
+Standard deviation of tau - 1 between texts, as a share of its mean. With SmolLM2-135M-Instruct and 48 prompts of three
+suites it was 0.34 for the shipped drafter and 0.63 with look-ups (0.30 within HumanEval), 0.2 to 0.4 for others.
+"""
+
+
+@dataclass(frozen=True)
+class CostCurves:
+    """
+    Measured seconds of the parts of a round, for all texts of a batch together.
+
+    Args:
+        verify (`tuple[tuple[int, float], ...]`): (nodes of each text's tree, the root counted; seconds).
+        draft (`float`): Seconds of `propose` with one forward of the drafter.
+        later (`tuple[tuple[int, float], ...]`):
+            (starts of each text; seconds that a further forward from so many adds, on average over those of the
+            measured plan with most forwards). If none was measured, it is taken to cost what the first one does.
+        host (`float`): Seconds of everything between the two.
+        plain (`float`): Seconds of one step of plain `generate()`, which adds a token to each text.
+        setting (`str`): Device, dtype, batch size and context length of the measurement.
+        batch_size (`int`, *optional*, defaults to 1): Texts in the batch.
+    """
+
+    verify: tuple[tuple[int, float], ...]
+    draft: float
+    later: tuple[tuple[int, float], ...]
+    host: float
+    plain: float
+    setting: str
+    batch_size: int = 1
+
+    def round_seconds(self, plan: DraftingPlan) -> float:
+        """Expected seconds of a round that drafts by `plan`: every forward has a cost of its own beside its rows."""
+        draft = self.draft
+        if plan.num_forwards > 1:
+            later = interpolate(self.later or ((1, self.draft),), plan.max_starts or MOST_STARTS)
+            draft += (plan.num_forwards - 1) * later
+        return interpolate(self.verify, plan.tree_budget + 1) + draft + self.host
+
+    def speedup(self, plan: DraftingPlan, tau: float) -> float:
+        """
+        Tokens per second by `plan` over those of plain `generate()` with the same batch. A batch takes as many rounds
+        as its slowest text, which is behind the mean the more, the more texts there are.
+
+        Args:
+            plan ([`DraftingPlan`]): The plan.
+            tau (`float`): Tokens that a round by it emits, on average over texts.
+        """
+        return slowest_tau(tau, self.batch_size) * self.plain / self.round_seconds(plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CostCurves:
+        """
+        From what [`~CostCurves.to_dict`] gave. Files of earlier versions have one curve for drafting, whose first
+        point is a round of one forward and whose others are rounds of two, and no batch size, which is taken to be 1.
+        """
+        if "later" not in values:
+            (_, first), *others = values["draft"]
+            values = values | {"draft": first, "later": [(starts, s - first) for starts, s in others]}
+        pairs = {name: tuple((int(n), float(s)) for n, s in values[name]) for name in ("verify", "later")}
+        return cls(**(values | pairs))
+
+
+def interpolate(curve: Sequence[tuple[int, float]], at: float) -> float:
+    """A curve's value between its points; beyond the last one along its last piece, before the first one flat."""
+    places = [x for x, _ in curve]
+    if len(curve) == 1 or at <= places[0]:
+        return curve[0][1]
+    right = min(bisect_left(places, at), len(curve) - 1)
+    (x0, y0), (x1, y1) = curve[right - 1], curve[right]
+    return y0 + (at - x0) * (y1 - y0) / (x1 - x0)
+
+
+def slowest_tau(tau: float, batch_size: int) -> float:
+    """
+    The tau to expect of the slowest of so many texts whose mean is `tau`, if they differ as `TEXTS_DIFFER` says: the
+    smallest of so many normal draws, by Blom's approximation.
+    """
+    behind = statistics.NormalDist().inv_cdf((batch_size - 0.375) / (batch_size + 0.25))
+    return 1 + (tau - 1) * max(1 - TEXTS_DIFFER * behind, 0)
+
+
+def choose_plan(curves: CostCurves, acceptance: Iterable[tuple[DraftingPlan, float]]) -> tuple[DraftingPlan, float]:
+    """
+    The plan that emits most tokens a second, and its expected speed-up over plain `generate()`.
+
+    Args:
+        curves ([`CostCurves`]): Of this machine.
+        acceptance (iterable of ([`DraftingPlan`], `float`)): Plans and the tau that the drafter reaches with them.
+    """
+    return _fastest((plan, curves.speedup(plan, tau)) for plan, tau in acceptance)
+
+
+def shortlist(curves: CostCurves, acceptance: Iterable[tuple[DraftingPlan, float]]) -> list[DraftingPlan]:
+    """
+    The plan with the highest expected speed for every number of forwards, where drafters differ most and the expected
+    costs are least certain. The arguments are those of [`choose_plan`].
+    """
+    best: dict[int, tuple[float, DraftingPlan]] = {}
+    for plan, tau in acceptance:
+        speed = curves.speedup(plan, tau)
+        if plan.num_forwards not in best or speed > best[plan.num_forwards][0]:
+            best[plan.num_forwards] = (speed, plan)
+    return [plan for _, (_, plan) in sorted(best.items())]
+
+
+def _fastest(speeds: Iterable[tuple[DraftingPlan, float]]) -> tuple[DraftingPlan, float]:
+    """The plan with the highest speed-up, and no drafts where that is none."""
+    plan, speedup = max(speeds, key=lambda point: point[1])
+    return (plan, speedup) if speedup > 1 else (DraftingPlan(0, 1), 1.0)

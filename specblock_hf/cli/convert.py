@@ -1,0 +1,40 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock convert`: a drafter in another layout."""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import AutoConfig
+
+from ..drafters.auto import AutoDrafter
+from ..drafters.dflash.layouts import write_block_checkpoint
+from ..drafters.layouts import Layout, write_checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("drafter", help="folder or Hub id, in any layout that can be read")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument(
+        "--to",
+        choices=[layout.value for layout in Layout],
+        default=Layout.OURS.value,
+        help="layout: ours, or one that the drafter's kind is published in (default: %(default)s)",
+    )
+    parser.add_argument("--target", help="folder or Hub id; fills in what the layout read from does not record")
+    parser.add_argument("--revision", help="branch, tag or commit of the drafter")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert, and say what was written."""
+    target = AutoConfig.from_pretrained(args.target) if args.target else None
+    drafter = AutoDrafter.from_pretrained(args.drafter, target=target, revision=args.revision)
+    if args.to == Layout.OURS:
+        drafter.save_pretrained(args.output)
+    elif args.to in (Layout.DFLASH, Layout.DSPARK):
+        write_block_checkpoint(drafter, args.output, Layout(args.to))
+    else:
+        write_checkpoint(drafter, args.output, Layout(args.to))
+    print(f"{type(drafter).__name__} written to {args.output} in the layout {args.to}")

@@ -1,0 +1,86 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock doctor`: does this drafter fit this target, and is it worth using on this machine?"""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import PreTrainedModel
+
+from ..calibration.calibrate import calibrate
+from ..drafting.drafter import TreeDrafter
+from ..drafting.statistics import GenerationStatistics
+from ..generation.hook import is_installed
+from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
+from .models import add_model_arguments, ask, encode, load_models
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    add_model_arguments(parser, positional=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="to time on (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Print what was checked and the verdict.
+
+    Returns:
+        `int`: 0 if the drafter is worth using here, 1 if not.
+    """
+    target, tokenizer, drafter = load_models(args)
+    print(describe_setting(target))
+    print(f"hook in generate(): {'installed' if is_installed() else 'missing; call specblock_hf.install()'}")
+    print(f"compatible: yes ({describe_reading(target, drafter)})")
+    prompt = PROMPTS[1][1]
+    warm_up(target, tokenizer, drafter, prompt)
+    if not args.plan:
+        print(describe_calibration(calibrate(target, drafter)))
+    prompt_ids = encode(tokenizer, prompt, target.device)
+    settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
+    plain = ask(target, tokenizer, prompt_ids, **settings)
+    drafted = ask(target, tokenizer, prompt_ids, drafter, **settings)
+    step, figures = plain.seconds / plain.new_tokens, drafted.statistics
+    speedup = drafted.tokens_per_second / plain.tokens_per_second
+    print("\n".join(diagnose(step, figures, speedup)))
+    return int(speedup <= 1)
+
+
+def describe_reading(target: PreTrainedModel, drafter: TreeDrafter) -> str:
+    """What a drafter reads of this target, those layers too that its checkpoint does not record."""
+    layers, depth = drafter.network.feature_layers_for(target), target.config.get_text_config().num_hidden_layers
+    names = {0: "the embedding", depth: "the final norm"}
+    states = [names.get(layer, f"layer {layer}") for layer in layers]
+    return f"{drafter.label} reads what leaves {', '.join(states) or 'no layer'} of the target's {depth} layers"
+
+
+def diagnose(step: float, figures: GenerationStatistics, speedup: float) -> list[str]:
+    """
+    What a round costs, what it yields, and the verdict.
+
+    Args:
+        step (`float`): Seconds of plain decoding for one token.
+        figures ([`GenerationStatistics`]): Of a call with the drafter.
+        speedup (`float`): Tokens per second with the drafter over those without.
+
+    Returns:
+        `list[str]`: The lines to print.
+    """
+    if not figures.rounds:
+        return ["no round was timed because the answer ended at once; give a larger --max-new-tokens"]
+    parts = [
+        seconds / figures.rounds for seconds in (figures.draft_seconds, figures.verify_seconds, figures.host_seconds)
+    ]
+    draft, verify, host = (1000 * seconds for seconds in parts)
+    even = sum(parts) / step
+    verdict = (
+        f"yes, about {speedup:.2f}x" if speedup > 1 else f"no, {speedup:.2f}x is not faster than plain generate()"
+    )
+    return [
+        f"one plain step: {1000 * step:.1f} ms",
+        f"one round: {draft + verify + host:.1f} ms (draft {draft:.1f}, verify {verify:.1f}, host {host:.1f}; "
+        f"{figures.nodes_verified / figures.rounds:.0f} nodes)",
+        f"a round yields {figures.tau:.2f} tokens and costs as much as {even:.2f} plain steps",
+        f"use it here? {verdict}",
+    ]

@@ -1,0 +1,86 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock inspect --trace`: the draft tree of a round, as text and picture, one drafter's beside another's."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from ..drafters.auto import AutoDrafter
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
+from ..drafting.drafter import TreeDrafter
+from ..drafting.plan import DraftingPlan
+from ..evaluation.trace import TracedRound, trace_round, trace_there
+from ..trees.picture import TreePanel, check_format, save_trees
+from .bench import plan_of
+from .demo import PROMPTS
+from .models import encode, load_target
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options that only a trace has."""
+    add = group.add_argument
+    add("--against", metavar="DRAFTER", help="folder or Hub id of another drafter, traced at the same place")
+    add("--prompt", default=PROMPTS[0][1], help="default: the first one of `specblock demo`")
+    add("--round", type=int, default=1, help="whose tree to draw (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    add(
+        "--plan",
+        type=plan_of,
+        action="append",
+        default=[],
+        metavar="NODES,FORWARDS[,STARTS]",
+        help="how much a round drafts; given twice, the second is the other drafter's (default: each one's own)",
+    )
+    add("--lookup", action="store_true", help="add continuations found in the text so far to the trees")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the target (default: %(default)s)")
+    add("--picture", nargs="+", default=[], metavar="FILE", help="draw the trees too: .svg or .png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the trees and draw the pictures that are asked for."""
+    for picture in args.picture:
+        check_format(picture)
+    target, tokenizer = load_target(args.target, getattr(torch, args.dtype))
+    target.eval()
+    names = [args.drafter] + ([args.against] if args.against else [])
+    if len(args.plan) > len(names):
+        raise ValueError(f"there are {len(args.plan)} plans for {len(names)} drafter(s); give one for each, or fewer.")
+    plans: list[DraftingPlan | None] = [*args.plan, *[None] * (len(names) - len(args.plan))]
+    revisions = [args.revision, None]
+    settings = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
+    panels: list[TreePanel] = []
+    first: TracedRound | None = None
+    for name, plan, revision in zip(names, plans, revisions, strict=False):
+        drafter: TreeDrafter = AutoDrafter.from_pretrained(name, target=target, revision=revision, dtype="auto").eval()
+        if args.lookup:
+            drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
+        drafter.drafting_plan = plan
+        if first is None:
+            prompt_ids = encode(tokenizer, args.prompt, target.device)
+            first = traced = trace_round(target, drafter, prompt_ids, args.round, **settings)
+        else:
+            traced = trace_there(target, drafter, first, **settings)
+        panels.append(TreePanel(f"{drafter.label}, {name}", traced.tree, traced.accepted))
+        print(f"{'' if len(panels) == 1 else chr(10)}{describe(drafter, name, traced, tokenizer)}")
+    for picture in args.picture:
+        save_trees(picture, panels, tokenizer)
+        print(f"drawn: {picture}")
+    return 0
+
+
+def describe(drafter: TreeDrafter, name: str, traced: TracedRound, tokenizer) -> str:
+    """A traced tree as text under a line that counts it, and the tokens that the round emitted."""
+    tree = traced.tree
+    forwards = len({forward for forward, _ in tree.origin[0].tolist() if forward >= 0})
+    emitted = [token for token in traced.walk.tokens[0].tolist() if token >= 0]
+    return (
+        f"{drafter.label}, {name}: {int(tree.num_nodes[0]) - 1} drafted by {forwards} forward(s), "
+        f"{len(traced.accepted) - 1} accepted\n"
+        "(probability by the drafter; origin as drafter forward and slot; * = kept)\n"
+        f"{tree.to_text(tokenizer, accepted=traced.accepted)}\n"
+        f"emitted: {tokenizer.decode(emitted)!r}"
+    )

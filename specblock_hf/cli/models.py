@@ -1,0 +1,170 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the subcommands that answer prompts share: options that name a target and a drafter, loading both, asking."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from ..drafters.auto import AutoDrafter
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
+from ..drafting.drafter import TreeDrafter
+from ..drafting.plan import DraftingPlan
+from ..drafting.statistics import GenerationStatistics
+from .default_target import DEFAULT_TARGET, load_default_target
+
+
+DEFAULT_DRAFTER = Path(__file__).parents[2] / "model_cards" / "specblock-smollm2-135m-instruct"
+"""The trained drafter for the default target, which lies in the repository and not in the installed package."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """
+    Add the options that [`load_models`] reads.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Of a subcommand.
+        positional (`bool`, *optional*, defaults to `False`): Name target and drafter without dashes.
+    """
+    prefix, count = ("", "?") if positional else ("--", None)
+    parser.add_argument(
+        f"{prefix}target", help=f"folder or Hub id (default: {DEFAULT_TARGET}, from a wheel)", nargs=count
+    )
+    parser.add_argument(
+        f"{prefix}drafter", help="folder or Hub id (default: the one for the default target)", nargs=count
+    )
+    parser.add_argument(
+        "--lookup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add continuations found in the text so far to the trees (default: yes)",
+    )
+    parser.add_argument(
+        "--plan",
+        type=int,
+        nargs=3,
+        metavar=("NODES", "FORWARDS", "STARTS"),
+        help="how much a round drafts (default: calibrated, or the drafter's own)",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the target (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+
+
+def load_target(
+    name: str | None, dtype: torch.dtype, device_map: str | dict | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A target and its tokenizer by folder or Hub id; the default target if there is no name."""
+    if name is None:
+        return load_default_target(dtype=dtype)
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
+    return target, AutoTokenizer.from_pretrained(name)
+
+
+def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TreeDrafter]:
+    """
+    The target, its tokenizer and a drafter that fits it, as the command line names them; look-ups join the drafter's
+    trees unless `--no-lookup` says otherwise.
+
+    Raises:
+        FileNotFoundError: No drafter is named and the default one is not there.
+        ValueError: The drafter is for another target.
+    """
+    drafter_path = args.drafter or DEFAULT_DRAFTER
+    if args.drafter is None and not DEFAULT_DRAFTER.is_dir():
+        raise FileNotFoundError(
+            f"There is no trained drafter in {DEFAULT_DRAFTER}; name the folder or Hub id of one, or train one first."
+        )
+    dtype = getattr(torch, args.dtype)
+    target, tokenizer = load_target(args.target, dtype)
+    # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
+    drafter = AutoDrafter.from_pretrained(drafter_path, dtype="auto").eval().to(args.device)
+    drafter.check_target(target)
+    if args.lookup:
+        drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
+    if args.plan:
+        drafter.drafting_plan = DraftingPlan(*args.plan)
+    return target.to(args.device), tokenizer, drafter
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    One finished `generate()` call.
+
+    Args:
+        ids (`torch.LongTensor` of shape `[1, T + n]`): Prompt and answer.
+        new_tokens (`int`): n.
+        seconds (`float`): Wall time of the call, prompt included.
+        statistics ([`GenerationStatistics`]): Of the drafter; empty without one.
+    """
+
+    ids: torch.LongTensor
+    new_tokens: int
+    seconds: float
+    statistics: GenerationStatistics
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device) -> torch.LongTensor:
+    """The prompt's ids `[1, T]`: one user turn of the chat template, or the bare text for a tokenizer without one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    turns = [{"role": "user", "content": prompt}]
+    encoding = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return encoding["input_ids"].to(device)
+
+
+def ask(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: torch.LongTensor,
+    drafter: TreeDrafter | None = None,
+    stream: bool = True,
+    **generate_kwargs,
+) -> Answer:
+    """
+    Answer one prompt, printed while it is made.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        prompt_ids (`torch.LongTensor` of shape `[1, T]`): From [`encode`].
+        drafter ([`TreeDrafter`], *optional*): Without one it is plain `generate()`.
+        stream (`bool`, *optional*, defaults to `True`): Print the text.
+        **generate_kwargs: For `generate()`.
+    """
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    _synchronize(target.device)
+    start = time.perf_counter()
+    ids = target.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        assistant_model=drafter,
+        streamer=streamer,
+        **generate_kwargs,
+    )
+    _synchronize(target.device)
+    seconds = time.perf_counter() - start
+    statistics = GenerationStatistics()
+    if drafter is not None and drafter.last_statistics is not None:
+        statistics = drafter.last_statistics
+    return Answer(ids, ids.shape[1] - prompt_ids.shape[1], seconds, statistics)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,59 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Dataclasses on a command line: an option for every field, or `NAME=VALUE` for the fields of any one of them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+
+def add_fields(parser: argparse.ArgumentParser, kind: type, required: str) -> None:
+    """
+    Add an option for every field of a dataclass.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Of a subcommand.
+        kind (`type`): The dataclass; fields are numbers, strings, or lists or tuples of them.
+        required (`str`): The field without a default, a folder.
+    """
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name, hint = "--" + field.name.replace("_", "-").removesuffix("-dir"), hints[field.name]
+        if field.name == required:
+            parser.add_argument(name, dest=field.name, required=True, help="folder of checkpoints, log and drafter")
+        elif field.default_factory is not dataclasses.MISSING:
+            parser.add_argument(name, type=get_args(hint)[0], nargs="+", default=field.default_factory())
+        elif isinstance(field.default, tuple):
+            parser.add_argument(name, type=float, nargs=len(field.default), default=field.default)
+        else:
+            parser.add_argument(name, type=hint, default=field.default, help="default: %(default)s")
+
+
+def read_pairs(pairs: Sequence[str], known: Sequence[str], option: str) -> dict[str, Any]:
+    """
+    Read `NAME=VALUE` pairs; values are JSON, and strings where they are not.
+
+    Args:
+        pairs (`Sequence[str]`): As they came on the command line.
+        known (`Sequence[str]`): Names that may be given.
+        option (`str`): What they are called there, for the message.
+
+    Raises:
+        ValueError: A pair has no `=`, or a name is not known.
+    """
+    found = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or name not in known:
+            raise ValueError(
+                f"{option} got {pair!r}; give NAME=VALUE with one of these names: {', '.join(known) or '(none)'}."
+            )
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found

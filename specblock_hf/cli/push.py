@@ -1,0 +1,82 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock push`: a saved drafter to the Hub, with a card that is made from facts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from ..checkpoints.card import CardFacts
+from ..checkpoints.files import DrafterFiles
+from ..checkpoints.hub import publish
+from ..checkpoints.provenance import published
+from ..drafters.auto import AutoDrafter
+from ..drafters.layouts import Layout, layout_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("folder", help="what save_pretrained or `specblock convert` wrote")
+    parser.add_argument("repo", help="Hub id; made if it is not there")
+    parser.add_argument("--card", help="file to use as the card instead of making one")
+    parser.add_argument("--license", help="of the weights")
+    parser.add_argument("--language", nargs="+", default=[], help="codes of the training data's languages")
+    parser.add_argument("--dataset", nargs="+", default=[], help="Hub ids or names of the training data")
+    parser.add_argument("--training", help="JSON file of hyperparameters, such as a training run's arguments.json")
+    parser.add_argument("--results", help="JSON file of measurements; without one the card shows no numbers")
+    parser.add_argument("--private", action="store_true", default=None, help="for a new repository")
+    parser.add_argument("--revision", help="branch; made if it is not there")
+    parser.add_argument("--create-pr", action="store_true", help="ask for the change instead of making it")
+    parser.add_argument("--message", default="Upload drafter", help="of the commit (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check that the folder holds a whole drafter, upload it, and say where it is."""
+    layout = layout_of(DrafterFiles(args.folder).config, args.folder)
+    if layout != Layout.OURS:
+        raise ValueError(f"{args.folder} is in the layout {layout.value}; run `specblock convert` first.")
+    drafter = AutoDrafter.from_pretrained(args.folder)
+    if args.card:
+        card = ModelCard(Path(args.card).read_text(encoding="utf-8"))
+    else:
+        facts = CardFacts(
+            license=args.license,
+            language=tuple(args.language),
+            datasets=tuple(args.dataset),
+            training=_published(_read(args.training)),
+            results=_read(args.results),
+        )
+        card = drafter.model_card(args.repo, facts)
+    commit = publish(
+        args.folder,
+        args.repo,
+        card=card,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.message,
+    )
+    print(commit.pr_url or commit.commit_url)
+
+
+def _published(training: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Hyperparameters as a card may show them: of paths the last component."""
+    if training is None:
+        return None
+    return {name: published(value) if isinstance(value, str) else value for name, value in training.items()}
+
+
+def _read(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); name a file that a measurement or training wrote."
+        ) from error

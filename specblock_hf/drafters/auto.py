@@ -1,0 +1,102 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a drafter of any kind and layout by its name."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles, read_tensors
+from ..checkpoints.loading import refuse_misfits
+from ..drafting.drafter import TreeDrafter
+from .common.registry import drafter_kind, register_drafter
+from .dflash.layouts import read_block_config
+from .layouts import Layout, Tensors, layout_of, read_config, read_tensors_of
+
+
+class AutoDrafter:
+    """
+    Picks the drafter class and the layout from `config.json`; use [`~AutoDrafter.from_pretrained`].
+
+    Example:
+
+    ```python
+    >>> from specblock_hf import AutoDrafter
+
+    >>> drafter = AutoDrafter.from_pretrained("weijiezz/SpecBlock-Qwen3-8B", target=target, dtype=target.dtype)
+    >>> output = target.generate(**inputs, assistant_model=drafter)
+    ```
+    """
+
+    def __init__(self):
+        raise TypeError("AutoDrafter has no instances; call AutoDrafter.from_pretrained(name).")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        *,
+        target: PreTrainedModel | PreTrainedConfig | None = None,
+        **kwargs,
+    ) -> TreeDrafter:
+        """
+        Load a drafter: SpecBlock in our layout or the authors' own, EAGLE-3 in ours, SafeAILab's, SGLang's or that of
+        `speculators`, and DFlash, DFlash 2, JetSpec and DSpark as published. No code of a repository is ever run.
+
+        Args:
+            name (`str` or `os.PathLike`): Folder or Hub id.
+            target ([`~transformers.PreTrainedModel`] or [`~transformers.PreTrainedConfig`], *optional*):
+                The model that it will draft for. Checked, if it is a model. Other layouts do not record the target's
+                depth and special tokens; they are filled in from it, which a drafter needs for `pipeline()`, for
+                training and to be saved complete, but not for `generate()`.
+            **kwargs:
+                As in [`~transformers.PreTrainedModel.from_pretrained`]: `revision`, `subfolder`, `cache_dir`, `token`,
+                `local_files_only`, `dtype`, `device_map`, ...
+
+        Raises:
+            ValueError: It is not a drafter, not complete, or not one for `target`; the message names what is wrong.
+            OSError: A file cannot be had, or is not what the Hub says it is.
+        """
+        files = DrafterFiles.of(name, kwargs)
+        layout = layout_of(files.config, name)
+        if layout == Layout.OURS:
+            drafter = drafter_kind(files.config["model_type"]).from_pretrained(name, **kwargs)
+        else:
+            config = target.config if isinstance(target, PreTrainedModel) else target
+            drafter = _load_foreign(files, layout, config, kwargs)
+        if isinstance(target, PreTrainedModel):
+            drafter.check_target(target)
+        return drafter
+
+
+def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> TreeDrafter:
+    found = files.tensors()
+    if layout in (Layout.DFLASH, Layout.DSPARK):
+        return _load_tensors(files, read_block_config(files.config, files.name, found, target), found, kwargs)
+    mapping = files.optional("vocab_mapping.pt") if layout == Layout.SPECBLOCK else None
+    config = read_config(files.config, files.name, found, target)
+    vocabulary = read_tensors(mapping) if mapping is not None else None
+    return _load_tensors(files, config, read_tensors_of(config, layout, files.name, found, vocabulary), kwargs)
+
+
+def _load_tensors(files: DrafterFiles, config: PreTrainedConfig, tensors: Tensors, kwargs: dict) -> TreeDrafter:
+    config._name_or_path = os.fspath(files.name)
+    kind = drafter_kind(config.model_type)
+    with torch.device("meta"):
+        wanted = {key: value.shape for key, value in kind(config).state_dict().items()}
+    # Said before the loader says it, because it knows only our names and not the checkpoint's.
+    refuse_misfits(
+        files.name,
+        kind.__name__,
+        wanted.keys() - tensors.keys(),
+        tensors.keys() - wanted.keys(),
+        [key for key in wanted.keys() & tensors.keys() if tensors[key].shape != wanted[key]],
+    )
+    options = {key: value for key, value in kwargs.items() if key not in LOCATION_OPTIONS}
+    return kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+
+
+__all__ = ["AutoDrafter", "register_drafter"]

@@ -1,0 +1,169 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What drafters have in common that attend to every committed pair: taking pairs in, and starting again below tree nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...devices import upload
+from ...drafting.drafter import DraftState
+from ...drafting.pairs import Pairs, TokenTable
+from ...trees.expansion import Starts
+from ...trees.tree import DraftTree
+from .cache import BlockCache, BlockPath, committed_mask
+from .network import NetworkDrafter
+
+
+PREFILL_PAIRS = 256  # pairs of one committed forward: bounds its attention mask to (K * 256) x (K * all pairs)
+
+
+@dataclass
+class BlockState(DraftState):
+    """
+    Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one
+    number for a batch of one, for more a tensor `[B]` on the host, which thus knows the longest row without asking the
+    device; and, once compiled, what runs instead of the network's forward.
+    """
+
+    cache: BlockCache | None = None
+    committed: int | torch.LongTensor = 0
+    network: Callable[..., torch.Tensor] | None = None
+
+    @property
+    def offsets(self) -> int | torch.LongTensor:
+        """`committed` where the cache is."""
+        if isinstance(self.committed, int):
+            return self.committed
+        return upload(self.committed, self.cache.keys[0].device)
+
+    @property
+    def committed_column(self) -> int | torch.LongTensor:
+        """The same in a form that goes with tensors `[B, S]`."""
+        offsets = self.offsets
+        return offsets if isinstance(offsets, int) else offsets.unsqueeze(1)
+
+    @property
+    def longest(self) -> int:
+        """Columns that the longest row has committed."""
+        return self.committed if isinstance(self.committed, int) else int(self.committed.max())
+
+    def advance(self, pairs: Pairs, columns: int = 1, first: int = 0, count: int | None = None) -> None:
+        """
+        Count pairs as committed.
+
+        Args:
+            pairs ([`Pairs`]): Some of them.
+            columns (`int`, *optional*, defaults to 1): Of each pair.
+            first (`int`, *optional*, defaults to 0): The first of them.
+            count (`int`, *optional*): How many they are, padding included. All if not given.
+        """
+        count = pairs.tokens.shape[1] if count is None else count
+        if isinstance(self.committed, int):
+            self.committed += count * columns
+        else:
+            self.committed = self.committed + (pairs.host_lengths() - first).clamp(0, count) * columns
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        super().keep_rows(places)
+        self.cache.keep_rows(places)
+        assert isinstance(self.committed, torch.Tensor)  # a batch of one has no row to lose
+        left = self.committed[places]
+        self.committed = left if len(places) > 1 else int(left)
+
+
+class BlockDrafter(NetworkDrafter):
+    """
+    A drafter whose network keeps keys and values of K slots (`config.block_size`; 1 for EAGLE-3) for every committed
+    pair. The network's
+    `forward(embeds, conditions, positions, mask, cache)` turns rows into states `[B, R, K, d]`, and
+    `project_features` makes the conditions of committed pairs. The conditions of later rows are states that the
+    forward returned.
+    """
+
+    project_features: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def columns_per_pair(self) -> int:
+        """Slots of a committed pair whose keys and values are kept."""
+        return self.config.block_size
+
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
+        committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long)
+        columns = min(max_length, PREFILL_PAIRS) * self.columns_per_pair
+        cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)
+        return BlockState(
+            table, batch_size, max_length, first_position=first_position, cache=cache, committed=committed
+        )
+
+    def extend(self, state: BlockState, pairs: Pairs) -> None:
+        for _ in self._commit(state, pairs):
+            pass
+
+    def _first_block(self, state: BlockState, pairs: Pairs) -> tuple[DraftTree, torch.Tensor, torch.LongTensor]:
+        """Take `pairs` in; a tree of roots, and the states `[B, 1, K, d]` and positions `[B, 1]` of the last pairs."""
+        hidden, positions = self._last_rows(self._commit(state, pairs), pairs)
+        return self.root_of(pairs), hidden, positions
+
+    def _commit(self, state: BlockState, pairs: Pairs) -> Iterator[torch.Tensor]:
+        """
+        Forwards over new pairs, which leave their keys behind; yields the states `[B, T', K, d]` chunk by chunk.
+        """
+        size, total = self.columns_per_pair, pairs.tokens.shape[1]
+        embeds = replace(pairs, table=state.table).embeds().to(self.device, self.dtype)
+        for first in range(0, total, PREFILL_PAIRS):
+            rows = slice(first, min(first + PREFILL_PAIRS, total))
+            count = rows.stop - rows.start
+            features = torch.cat([f[:, rows].to(self.device, self.dtype) for f in pairs.features], dim=-1)
+            offsets, width = state.offsets, state.longest + count * size
+            state.advance(pairs, size, first, count)
+            state.cache.seek(offsets, width)
+            mask = committed_mask(count, size, offsets, width, self.device)
+            positions = pairs.positions[:, rows].to(self.device)
+            state.calls += 1
+            state.forward_rows += len(embeds) * count
+            forward = state.network or self
+            yield forward(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
+
+    def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
+        """The states `[B, 1, K, d]` and the position `[B, 1]` of every row's last pair."""
+        last = (pairs.lengths - 1).clamp_min(0).to(self.device)
+        hidden, first = None, 0
+        for chunk in chunks:
+            # Rows end in different chunks; a row that ended before keeps what it had.
+            here = (last - first).clamp(0, chunk.shape[1] - 1)
+            picked = chunk[torch.arange(len(chunk), device=self.device), here].unsqueeze(1)
+            ended = (last >= first)[:, None, None, None]
+            hidden = picked if hidden is None else torch.where(ended, picked, hidden)
+            first += chunk.shape[1]
+        return hidden, pairs.positions.to(self.device).gather(1, last.unsqueeze(1))
+
+    def _later_block(
+        self,
+        state: BlockState,
+        before: torch.Tensor,
+        starts: Starts,
+        path: BlockPath,
+        positions: torch.LongTensor,
+        first_width: int,
+    ) -> torch.Tensor:
+        """One batched forward over all starts; its keys are scratch that the next commit overwrites."""
+        size, count = self.config.block_size, starts.slot.shape[1]
+        flat = starts.parent_start * size + starts.slot
+        conditions = before.flatten(1, 2).gather(1, flat.unsqueeze(-1).expand(-1, -1, before.shape[-1]))
+        embeds = state.table.embed(starts.tokens).to(self.device, self.dtype)
+        offset = first_width + sum(path.widths) * size
+        state.cache.seek(offset, offset + count * size)
+        state.calls += 1
+        state.forward_rows += len(embeds) * count
+        mask = path.mask(first_width, size)
+        forward = state.network or self
+        return forward(embeds, conditions, positions.expand(-1, count), mask, state.cache)
+
+
+__all__ = ["PREFILL_PAIRS", "BlockDrafter", "BlockState"]

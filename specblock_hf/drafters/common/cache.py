@@ -1,0 +1,216 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of a drafter's own layers, and what its rows may see of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LlamaConfig
+
+from ...devices import on_device
+
+
+@dataclass
+class OpenBlock:
+    """
+    A block before the last layer's output, S slots in B texts.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[B, S, d]`): What enters the last layer.
+        position_embeddings (`tuple` of `torch.Tensor` of shape `[B, S, head_dim]`): Cosines and sines.
+        keys, values (`torch.Tensor` of shape `[B, heads, columns, head_dim]`): The last layer's, earlier blocks' too.
+        attention_mask (`torch.BoolTensor` of shape `[B, 1, S, columns]`, *optional*): As the block was given it.
+    """
+
+    hidden: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    keys: torch.Tensor
+    values: torch.Tensor
+    attention_mask: torch.BoolTensor | None
+
+    def visible(self, slots: torch.LongTensor) -> torch.BoolTensor:
+        """What slots `[B, Q]` of each text see: `[B, 1, Q, columns]`."""
+        if self.attention_mask is None:
+            seen = torch.arange(self.keys.shape[2], device=slots.device) <= slots.unsqueeze(-1)
+        else:
+            rows = torch.arange(len(slots), device=slots.device).unsqueeze(1)
+            seen = self.attention_mask[:, 0].expand(len(slots), -1, -1)[rows, slots]
+        return seen.unsqueeze(1)
+
+
+def backend_mask(mask: torch.BoolTensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as an attention backend wants it: the eager one adds it to the scores."""
+    if implementation != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+class BlockCache:
+    """
+    Keys and values of one `generate()` call: first the committed columns of every row of the batch, then scratch
+    columns of the
+    forwards that draft, which the next committed forward overwrites. Written in place; it grows by doubling.
+
+    Args:
+        config ([`~transformers.LlamaConfig`]): For the number of layers and the geometry of the heads.
+        batch_size (`int`): Rows of the batch.
+        columns (`int`): Columns to make room for at first (one slot of one position is one column).
+        dtype (`torch.dtype`): Of keys and values.
+        device (`torch.device`): Of keys and values.
+    """
+
+    def __init__(self, config: LlamaConfig, batch_size: int, columns: int, dtype: torch.dtype, device: torch.device):
+        shape = (batch_size, config.num_key_value_heads, columns, config.head_dim)
+        # Zeros, because a ragged batch attends over columns that it masks and has not written: NaN would come through.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.offsets: int | torch.LongTensor = 0
+        self.width = 0
+
+    def seek(self, offsets: int | torch.LongTensor, width: int) -> None:
+        """
+        Say where the next forward writes.
+
+        Args:
+            offsets (`int` or `torch.LongTensor` of shape `[B]`): First column to write, the same for all rows or one
+                for each.
+            width (`int`): Columns `[0, width)` are what the next forward attends to, its own included.
+        """
+        self.offsets, self.width = offsets, width
+        have = self.keys[0].shape[2]
+        if width > have:
+            room = max(width, 2 * have)
+            self.keys = [_grown(k, room) for k in self.keys]
+            self.values = [_grown(v, room) for v in self.values]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch and forget the others."""
+        index = on_device(rows, self.keys[0].device)
+        self.keys = [k[index] for k in self.keys]
+        self.values = [v[index] for v in self.values]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Called by the attention layer with `[B, heads, Q, head_dim]`; returns all visible keys and values."""
+        for store, new in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
+            if isinstance(self.offsets, int):
+                store[:, :, self.offsets : self.offsets + new.shape[2]] = new
+            else:
+                columns = self.offsets[:, None] + torch.arange(new.shape[2], device=new.device)
+                store.scatter_(2, columns[:, None, :, None].expand_as(new), new)
+        return self.keys[layer_idx][:, :, : self.width], self.values[layer_idx][:, :, : self.width]
+
+
+def _grown(store: torch.Tensor, columns: int) -> torch.Tensor:
+    new = store.new_zeros((*store.shape[:2], columns, store.shape[3]))
+    new[:, :, : store.shape[2]] = store
+    return new
+
+
+class GraphCache:
+    """
+    The same for training: it concatenates, so that gradients flow into the keys of earlier forwards.
+
+    Args:
+        num_layers (`int`): Layers of the network.
+    """
+
+    def __init__(self, num_layers: int):
+        self.keys: list[torch.Tensor | None] = [None] * num_layers
+        self.values: list[torch.Tensor | None] = [None] * num_layers
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if self.keys[layer_idx] is not None:
+            keys = torch.cat([self.keys[layer_idx], keys], dim=2)
+            values = torch.cat([self.values[layer_idx], values], dim=2)
+        self.keys[layer_idx], self.values[layer_idx] = keys, values
+        return keys, values
+
+
+def committed_mask(
+    rows: int, size: int, offsets: int | torch.LongTensor, width: int, device
+) -> torch.BoolTensor | None:
+    """
+    Who sees whom in a forward over new committed pairs: everything before, and one's own row up to one's own slot.
+
+    Args:
+        rows (`int`): New pairs R.
+        size (`int`): Slots K of a pair.
+        offsets (`int` or `torch.LongTensor` of shape `[B]`): Committed columns before them.
+        width (`int`): Columns in all.
+        device (`torch.device`): Where to make it.
+
+    Returns:
+        `torch.BoolTensor` of shape `[B or 1, 1, R * K, width]`, or `None` where plain causal attention says the same.
+    """
+    if isinstance(offsets, int) and offsets == 0:
+        return None
+    own = torch.arange(rows * size, device=device)
+    first = offsets if isinstance(offsets, int) else offsets[:, None, None, None]
+    return torch.arange(width, device=device).expand(1, 1, 1, -1) <= first + own[:, None]
+
+
+@dataclass
+class BlockPath:
+    """
+    The way from the committed pairs to the rows of a later block.
+
+    Args:
+        visible (`torch.LongTensor` of shape `[B, R]`):
+            First-block columns that a row sees: those of all earlier pairs, and at its own pair the slots before the
+            cut.
+        rows (`list[torch.LongTensor]` of shape `[B, R]`): For every later block on the way, the row of it that is on
+            the path.
+        cuts (`list[torch.LongTensor]` of shape `[B, R]`): The slots of that row that are.
+        widths (`list[int]`): Rows of that block.
+    """
+
+    visible: torch.LongTensor
+    rows: list[torch.LongTensor] = field(default_factory=list)
+    cuts: list[torch.LongTensor] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    def take(self, rows: torch.LongTensor) -> BlockPath:
+        """The paths of rows `[B, R']`, given as indices into the rows of these."""
+        return BlockPath(
+            self.visible.gather(1, rows),
+            [r.gather(1, rows) for r in self.rows],
+            [c.gather(1, rows) for c in self.cuts],
+            list(self.widths),
+        )
+
+    def step(self, rows: torch.LongTensor, slots: torch.LongTensor, width: int) -> BlockPath:
+        """
+        The paths of rows that start at slots of the block that these paths led to.
+
+        Args:
+            rows (`torch.LongTensor` of shape `[B, R']`): Row of that block which each new row continues.
+            slots (`torch.LongTensor` of shape `[B, R']`): Slot of it where the new row starts.
+            width (`int`): Rows of that block.
+        """
+        path = self.take(rows)
+        return BlockPath(path.visible, path.rows + [rows], path.cuts + [slots + 1], path.widths + [width])
+
+    def mask(self, first_width: int, size: int) -> torch.BoolTensor:
+        """
+        Who sees whom in a later block: its path, and the slots of its own row up to its own.
+
+        Args:
+            first_width (`int`): Columns of the first block, all pairs together.
+            size (`int`): Slots K of a row.
+
+        Returns:
+            `torch.BoolTensor` of shape `[B, 1, R * K, columns]`, the columns of one block after those of the block
+                before.
+        """
+        device = self.visible.device
+        parts = [torch.arange(first_width, device=device) < self.visible.unsqueeze(-1)]
+        for rows, cuts, width in zip(self.rows, self.cuts, self.widths, strict=True):
+            columns = torch.arange(width * size, device=device)
+            parts.append((columns // size == rows.unsqueeze(-1)) & (columns % size < cuts.unsqueeze(-1)))
+        path = torch.cat(parts, dim=-1).repeat_interleave(size, dim=1)
+        own = torch.arange(self.visible.shape[1] * size, device=device)
+        own_row = (own[:, None] // size == own // size) & (own[:, None] >= own)
+        return torch.cat([path, own_row.expand(len(path), -1, -1)], dim=-1).unsqueeze(1)

@@ -1,0 +1,75 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The reduced vocabulary that a draft head scores, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+class DraftHead:
+    """
+    Mixin of networks that end in `norm` and an `lm_head` over `draft_vocab_size` of the target's tokens.
+
+    Attributes:
+        d2t (`torch.LongTensor` of shape `[draft_vocab_size]`):
+            Buffer of offsets: target id = draft id + d2t[draft id].
+        t2d (`torch.BoolTensor` of shape `[vocab_size]`): Buffer: whether a target id is in the draft vocabulary.
+    """
+
+    config: PreTrainedConfig
+    norm: nn.Module
+    lm_head: nn.Linear
+    register_buffer: Callable[..., None]
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+
+    def register_draft_vocabulary(self) -> None:
+        """Add the buffers, at first with the target's first tokens; of the constructor."""
+        size = self.config.draft_vocab_size
+        self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("t2d", torch.arange(self.config.vocab_size) < size)
+
+    def set_draft_vocabulary(self, target_ids: torch.LongTensor) -> None:
+        """
+        Choose the tokens that the draft head scores.
+
+        Args:
+            target_ids (`torch.LongTensor` of shape `[draft_vocab_size]`): Distinct target ids.
+        """
+        ids = target_ids.sort().values.to(self.d2t.device)
+        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
+        self.t2d.fill_(False)
+        self.t2d[ids] = True
+
+    @property
+    def draft_to_target(self) -> torch.LongTensor:
+        """`[draft_vocab_size]`: the target id of every row of the draft head."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def draft_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden (`torch.Tensor` of shape `[..., d]`): States before the final norm.
+
+        Returns:
+            The normed states `[..., d]` and the logits `[..., draft_vocab_size]` over the draft vocabulary.
+        """
+        normed = self.norm(hidden)
+        return normed, self.lm_head(normed)
+
+    def best_tokens(self, hidden: torch.Tensor, width: int) -> tuple[torch.LongTensor, torch.Tensor]:
+        """
+        The likeliest tokens of states `[..., d]`.
+
+        Returns:
+            Target ids and log-probabilities `[..., width]`, best first.
+        """
+        _, logits = self.draft_logits(hidden)
+        best = logits.topk(width, dim=-1)
+        log_probs = best.values.float() - logits.float().logsumexp(-1, keepdim=True)
+        return best.indices + self.d2t[best.indices], log_probs

@@ -1,0 +1,123 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What drafters with a network of their own have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...drafting.drafter import CPU_BUDGET, TreeDrafter
+from ...drafting.pairs import Pairs
+from ...drafting.plan import DraftingPlan, Limits
+from ...trees.expansion import BlockOutputs, Starts, best_first
+from ...trees.tree import DraftTree
+from .configuration import UNRECORDED_LAYER
+
+
+def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
+    """
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Of a drafter, with what it knows about its target.
+        target ([`~transformers.PreTrainedModel`]): What it shall draft for.
+
+    Raises:
+        ValueError: The target has another size, vocabulary or depth; the message names which.
+    """
+    text = target.config.get_text_config()
+    for what, ours, theirs in (
+        ("hidden size", config.target_hidden_size, text.hidden_size),
+        ("vocabulary", config.vocab_size, text.vocab_size),
+        ("number of layers", config.target_num_layers, text.num_hidden_layers),
+    ):
+        if ours is not None and ours != theirs:
+            trained_for = config.target_name_or_path or "another target"
+            raise ValueError(
+                f"This drafter was trained for {trained_for}: its {what} is {ours}, that of this "
+                f"{target.__class__.__name__} {theirs}; load the drafter that belongs to this target, or train "
+                "one with `specblock train`."
+            )
+    if max(config.feature_layers) > text.num_hidden_layers:
+        raise ValueError(
+            f"This drafter reads hidden state {max(config.feature_layers)} of a target with "
+            f"{text.num_hidden_layers} layers; load the drafter that belongs to this target."
+        )
+
+
+class NetworkDrafter(TreeDrafter):
+    """A drafter that names this class before its network, which ends in a head over the draft vocabulary."""
+
+    typical_acceptance: Sequence[Sequence[float]] = ()
+    """Rows like those of `config.acceptance`, for a drafter whose configuration has none."""
+
+    plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (4, 8, 12, 16, 32, 60))
+    """Nodes, forwards and starts (0: all) of plans that are the best somewhere, from a slow CPU to a GPU."""
+
+    dtype: torch.dtype
+    device: torch.device
+    lm_head: nn.Linear
+    parameters: Callable[[], Any]
+    best_tokens: Callable[[torch.Tensor, int], tuple[torch.LongTensor, torch.Tensor]]
+    __call__: Callable[..., torch.Tensor]
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return tuple(self.config.feature_layers)
+
+    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
+        """`feature_layers`, or the usual ones for this target's depth where the checkpoint does not record them."""
+        if UNRECORDED_LAYER not in self.feature_layers:
+            return self.feature_layers
+        return tuple(self.config.usual_feature_layers(target.config.get_text_config().num_hidden_layers))
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        refuse_other_target(self.config, target)
+
+    def default_plan(self, device: torch.device) -> DraftingPlan:
+        budget = self.config.tree_budget
+        return DraftingPlan(min(CPU_BUDGET, budget) if device.type == "cpu" else budget, self.config.num_blocks)
+
+    def plans_to_measure(self) -> list[DraftingPlan]:
+        """The plans that pay somewhere, but for those of more forwards than the drafter was made for."""
+        return [
+            DraftingPlan(nodes, forwards, starts or None)
+            for nodes, forwards, starts in self.plans_that_pay
+            if forwards <= self.config.num_blocks
+        ]
+
+    def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
+        rows = self.config.acceptance or self.typical_acceptance
+        if not rows:
+            return super().acceptance(with_lookup)
+        return [
+            (DraftingPlan(int(nodes), int(forwards), int(starts) or None), taus[with_lookup])
+            for nodes, forwards, starts, *taus in rows
+        ]
+
+    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+        return list((self.lm_head if scope == "head" else self).parameters())
+
+    def root_of(self, pairs: Pairs) -> DraftTree:
+        """Each row's last token; any valid id in a finished row, whose tokens are -1."""
+        return DraftTree.root(pairs.last_tokens().to(self.device))
+
+    def product_tree(self, tree: DraftTree, hidden: torch.Tensor, limits: Limits) -> DraftTree:
+        """
+        Grow roots by what K slots say that know nothing of each other's tokens: the paths whose product is largest.
+
+        Args:
+            tree ([`DraftTree`]): The roots.
+            hidden (`torch.Tensor` of shape `[B, 1, K, d]`): States before the draft head.
+            limits ([`Limits`]): Of the tree.
+        """
+        budget, depth = max(limits.nodes), min(hidden.shape[2], max(limits.depth))
+        if budget == 0 or depth == 0:
+            return tree
+        width = min(self.config.tree_width, budget, self.config.draft_vocab_size)
+        children = BlockOutputs(*self.best_tokens(hidden, width)).children(width)
+        tree, _ = best_first(tree, Starts.root(tree), children, depth, budget, 0, most=budget)
+        return tree.limit_depth(limits.depth).prune(limits.nodes)

@@ -1,0 +1,12 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Block diffusion: DFlash, DFlash 2, JetSpec and DSpark, blocks of tokens from one forward over masks."""
+
+from ..common.registry import register_drafter
+from .configuration import BlockDiffusionConfig
+from .drafting import BlockDiffusionDrafter
+
+
+register_drafter(BlockDiffusionConfig, BlockDiffusionDrafter, trainable={"dflash": {}, "jetspec": {"causal": True}})
+
+__all__ = ["BlockDiffusionConfig", "BlockDiffusionDrafter"]

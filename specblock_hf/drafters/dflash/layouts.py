@@ -1,0 +1,227 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The published layouts of block-diffusion drafters, read into ours: DFlash, DFlash 2 and JetSpec as z-lab lays them out,
+and DSpark as DeepSpec does. All of them say `model_type: "qwen3"`, and bring code that is never run. Their names of
+tensors are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..common.configuration import UNRECORDED_LAYER
+from ..layouts import Layout, Tensors, rope_parameters_of, target_fields, write_folder
+from .configuration import BlockDiffusionConfig, spread_feature_layers
+
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+_OPTIONAL = (
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_bias",
+    "layer_types",
+    "sliding_window",
+    "max_window_layers",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_NUMBERS = {
+    "input_embedding_scale": 1.0,
+    "output_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "conv_kernel_size": 0,
+    "conv_group_size": 0,
+    "selector_rank": 0,
+    "selector_top_k": 0,
+}
+"""Fields that mean the same to us, with what they are where nothing is said."""
+_KNOWN = {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal", "causal_head", *_NUMBERS}
+_FOREIGN_TENSORS = {
+    "qkv_proj": "fused projections",
+    "g_proj": "gated attention",
+    "sinks": "attention sinks",
+    "aux_hidden_norm": "a norm for every feature",
+    "mask_embedding": "a mask that is no token",
+    "hidden_dim_adapter": "an adapter between two widths",
+}
+"""Parts of the names of tensors that variants have and this library does not."""
+
+
+def read_block_config(
+    config: Mapping[str, Any], name: object, tensors: Tensors, target: PreTrainedConfig | None = None
+) -> BlockDiffusionConfig:
+    """
+    Our configuration of a published block-diffusion drafter.
+
+    Args:
+        config (`dict`): What `config.json` says.
+        name (`str` or `os.PathLike`): The checkpoint, for messages.
+        tensors (`dict[str, torch.Tensor]`): Its weights, for the width of the target that no configuration states.
+        target ([`~transformers.PreTrainedConfig`], *optional*):
+            Of the target, which fills in what the layout does not record: its special tokens.
+
+    Raises:
+        ValueError: A field is missing, or asks for something that this library does not do.
+    """
+    dflash = config.get("dflash_config") or {}
+    _refuse_unknown(dflash, name, tensors)
+    is_dspark = "Qwen3DSparkModel" in config["architectures"]
+    given = {**config, **{key: value for key, value in dflash.items() if value is not None}}
+    lacking = [key for key in (*_REQUIRED, "mask_token_id") if given.get(key) is None]
+    if lacking:
+        raise ValueError(f"config.json of {name} lacks {', '.join(lacking)}; take it from the original repository.")
+    rope = rope_parameters_of(config)
+    if "rope_theta" not in rope:
+        raise ValueError(f"config.json of {name} states no rope_theta for all layers alike; load another drafter.")
+    fields = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL) if config.get(key) is not None}
+    slides = "sliding_attention" in (config.get("layer_types") or ())
+    fields |= {key: given.get(key, default) for key, default in _NUMBERS.items()}
+    fields |= {
+        "use_sliding_window": config.get("use_sliding_window", slides),
+        "rope_parameters": rope,
+        "block_size": given.get("block_size", 16),
+        "mask_token_id": given["mask_token_id"],
+        "feature_layers": _feature_layers(given, name),
+        "target_num_layers": given.get("num_target_layers"),
+        "causal": _causal(config, dflash),
+        "predicts_from_anchor": is_dspark,
+        "own_embedding": is_dspark,
+    }
+    if is_dspark:
+        fields |= _dspark_fields(config, name)
+    if "fc.weight" in tensors:
+        fields["target_hidden_size"] = tensors["fc.weight"].shape[1] // len(fields["feature_layers"])
+    if target is not None:
+        fields |= target_fields(target)
+        if not is_dspark:  # the vocabulary is the target's, whatever the file says about it
+            fields["vocab_size"] = target.get_text_config().vocab_size
+    return BlockDiffusionConfig(**fields)
+
+
+def _refuse_unknown(dflash: Mapping[str, Any], name: object, tensors: Tensors) -> None:
+    unknown = sorted(key for key, value in dflash.items() if key not in _KNOWN and value not in (None, False))
+    if unknown:
+        raise ValueError(
+            f"dflash_config of {name} sets {', '.join(unknown)}, which this library does not know; load a drafter "
+            "without it."
+        )
+    found = [what for part, what in _FOREIGN_TENSORS.items() if any(part in key for key in tensors)]
+    if found:
+        raise ValueError(
+            f"{name} is a variant of DFlash with {' and '.join(found)}, which this library does not know; load a "
+            "drafter without."
+        )
+
+
+def _feature_layers(given: Mapping[str, Any], name: object) -> list[int]:
+    """`target_layer_ids` count layers and mean what leaves them; -1 is the embedding."""
+    depth, ids = given.get("num_target_layers"), given.get("target_layer_ids")
+    if ids is None and depth is None:
+        raise ValueError(f"config.json of {name} lacks target_layer_ids; take it from the original repository.")
+    layers = (
+        [index + 1 for index in ids] if ids is not None else spread_feature_layers(given["num_hidden_layers"], depth)
+    )
+    unreadable = [layer - 1 for layer in layers if layer < 0 or (depth is not None and layer >= depth)]
+    if unreadable:
+        # Behind the last layer some codes put the state before the final norm and some the one after it.
+        raise ValueError(
+            f"{name} reads what leaves layer {unreadable[0]} of a target of {depth} layers; only the embedding (-1) "
+            "and layers before the last can be read, so load another drafter."
+        )
+    return layers
+
+
+def _causal(config: Mapping[str, Any], dflash: Mapping[str, Any]) -> bool | None:
+    """The first of the words for it that is there; without one it is for every layer to say."""
+    for words in (config.get("is_causal"), dflash.get("causal"), dflash.get("causal_head")):
+        if words is not None:
+            return bool(words)
+    return None
+
+
+def _dspark_fields(config: Mapping[str, Any], name: object) -> dict[str, Any]:
+    rank = config.get("markov_rank", 0)
+    kind = str(config.get("markov_head_type", "vanilla")).lower()
+    if rank and kind != "vanilla":
+        raise ValueError(
+            f'{name} has a Markov head of the type {kind!r}; only "vanilla" ones can be run, so load another drafter.'
+        )
+    confidence = bool(config.get("enable_confidence_head", False))
+    return {
+        "causal": False,
+        "markov_rank": rank,
+        "confidence_head": confidence,
+        "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
+    }
+
+
+def write_block_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout: Layout) -> None:
+    """
+    Save a drafter as published ones are, for whatever else reads those.
+
+    Args:
+        drafter ([`BlockDiffusionDrafter`]): What to save.
+        folder (`str` or `Path`): Where; made if it is not there.
+        layout (`Layout`): `DSPARK` for one with an embedding and head of its own, otherwise `DFLASH`.
+
+    Raises:
+        ValueError: The drafter is of another kind, or reads states that it does not record.
+    """
+    config = drafter.config
+    if not isinstance(config, BlockDiffusionConfig) or (layout == Layout.DSPARK) != config.own_embedding:
+        raise ValueError(
+            f"This {config.model_type} drafter cannot be written in the layout {layout.value}; choose another."
+        )
+    if UNRECORDED_LAYER in config.feature_layers:
+        raise ValueError(f"The layout {layout.value} lists the states that a drafter reads; record feature_layers.")
+    tensors = {key: value.contiguous() for key, value in drafter.state_dict().items()}
+    written = _written_config(config, layout) | {"dtype": str(drafter.dtype).removeprefix("torch.")}
+    write_folder(folder, written, tensors)
+
+
+def _written_config(config: BlockDiffusionConfig, layout: Layout) -> dict[str, Any]:
+    block = {
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": [layer - 1 for layer in config.feature_layers],
+    }
+    written = {key: getattr(config, key) for key in (*_REQUIRED, *_OPTIONAL)} | {
+        "model_type": "qwen3",
+        "use_sliding_window": config.use_sliding_window,
+        "rope_parameters": dict(config.rope_parameters),
+        "num_target_layers": config.target_num_layers,
+        "tie_word_embeddings": False,
+    }
+    if layout == Layout.DSPARK:
+        return (
+            {"architectures": ["Qwen3DSparkModel"]}
+            | written
+            | block
+            | {
+                "num_anchors": 512,  # of its training; readers ask for it
+                "markov_rank": config.markov_rank,
+                "markov_head_type": "vanilla",
+                "enable_confidence_head": config.confidence_head,
+                "confidence_head_with_markov": config.confidence_head_with_markov,
+            }
+        )
+    numbers = {key: getattr(config, key) for key, default in _NUMBERS.items() if getattr(config, key) != default}
+    causal = {} if config.causal is None else {"causal": config.causal}
+    architecture = "DFlash2DraftModel" if config.selector_rank else "DFlashDraftModel"
+    # Older readers look for the block's size at the top, and for JetSpec's word for causal blocks.
+    older = {"block_size": config.block_size} | ({} if config.causal is None else {"is_causal": config.causal})
+    head = {"causal_head": True} if config.causal else {}
+    return {"architectures": [architecture]} | written | older | {"dflash_config": block | numbers | causal | head}
+
+
+__all__ = ["read_block_config", "write_block_checkpoint"]

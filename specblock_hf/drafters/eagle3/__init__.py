@@ -1,0 +1,12 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""EAGLE-3 (https://huggingface.co/papers/2503.01840): one token a forward, from states of three layers."""
+
+from ..common.registry import register_drafter
+from .configuration import Eagle3Config
+from .drafting import Eagle3Drafter
+
+
+register_drafter(Eagle3Config, Eagle3Drafter)
+
+__all__ = ["Eagle3Config", "Eagle3Drafter"]

@@ -1,0 +1,102 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+EAGLE-3 (https://huggingface.co/papers/2503.01840) as a drafter: the network of `modeling_eagle3.py`, a level of the
+tree with every forward.
+
+Kept of the paper and the authors' code: the network and its published weights, the tree of EAGLE-2, whose levels give
+children to their likeliest nodes and which keeps the likeliest of all nodes in the end, and the objective, see
+[`eagle3_loss`]. Left out: nothing that changes what is drafted. Different: the pairs of an accepted path are told with
+the target's own features in one forward, which is also the first one of the next tree.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...drafting.pairs import Pairs, TokenTable
+from ...drafting.plan import DraftingPlan, Limits
+from ...drafting.target_batch import TargetBatch
+from ...trees.expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
+from ...trees.tree import DraftTree
+from ..common.block import BlockDrafter, BlockState
+from ..common.cache import BlockPath
+from .loss import Eagle3Objective, eagle3_loss
+from .modeling import Eagle3Model
+
+
+class Eagle3Drafter(BlockDrafter, Eagle3Model):
+    """
+    A drafter that predicts one token a forward and gives children to the likeliest nodes of each level of its tree
+    (EAGLE-3, https://huggingface.co/papers/2503.01840). In SpecBlock's terms: blocks of one slot, every slot as wide
+    as the beam, and as many starts as the beam is wide.
+
+    Args:
+        config ([`Eagle3Config`]): The drafter's configuration.
+
+    Example:
+
+    ```python
+    >>> from specblock_hf import AutoDrafter
+
+    >>> drafter = AutoDrafter.from_pretrained("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B")
+    >>> output = target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)
+    ```
+    """
+
+    objective_class = Eagle3Objective
+    # A forward is one level, and most machines cannot afford all of them.
+    plans_that_pay = (
+        *((4, 2, 2), (8, 2, 4), (8, 3, 4), (12, 3, 4), (12, 4, 4), (16, 4, 4)),
+        *((24, 4, 8), (32, 6, 8), (59, 6, 10), (59, 8, 10)),
+    )
+
+    def default_plan(self, device: torch.device) -> DraftingPlan:
+        config = self.config
+        if device.type == "cpu":
+            # A verified node costs real time there, and every level is a forward of its own.
+            return DraftingPlan(min(12, config.tree_budget), min(4, config.num_blocks), min(4, config.beam_width))
+        return DraftingPlan(config.tree_budget, config.num_blocks, config.beam_width)
+
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
+        if self.config.own_embedding:
+            table = TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
+        return super().begin(table, batch_size, max_length, first_position=first_position)
+
+    def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
+        tree, hidden, positions = self._first_block(state, pairs)
+        if max(limits.nodes) == 0:
+            return tree
+        beam = min(self.config.beam_width, self.config.draft_vocab_size)
+        width = min(beam, max(limits.nodes))  # of a node with more children some could not stay
+        branching = Branching((width,), root_width=width)
+        first_width, starts, path = state.cache.width, Starts.root(tree), None
+        for level in range(min(limits.num_forwards, max(limits.depth))):
+            if level:
+                if path is None:
+                    path = BlockPath(visible=state.committed_column + starts.slot)
+                else:
+                    path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
+                hidden = self._later_block(state, hidden, starts, path, positions + level, first_width)
+            tree, candidates = rank_guided(tree, starts, self._block_outputs(hidden, width), branching, level)
+            most = min(beam, limits.most_starts(level + 1))
+            starts = limit_starts(candidates, tree, most, limits.min_start_probability)
+            if not starts.node.shape[1]:
+                break
+        return tree.limit_depth(limits.depth).prune(limits.nodes)
+
+    def _block_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
+        """The best tokens of every row `[B, S, 1, d]`; there is one rank bucket."""
+        tokens, log_probs = self.best_tokens(hidden, width)
+        return BlockOutputs(tokens, log_probs, torch.zeros_like(tokens[..., 0]))
+
+    def loss(
+        self,
+        batch: TargetBatch,
+        objective: Eagle3Objective | None = None,
+        *,
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The training objective; see [`eagle3_loss`]."""
+        return eagle3_loss(self, batch, objective or Eagle3Objective())

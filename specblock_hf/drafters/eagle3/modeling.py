@@ -1,0 +1,161 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The EAGLE-3 network (https://huggingface.co/papers/2503.01840) and nothing else: it knows no tree.
+
+A *row* is a condition `c` (target features projected to the drafter's width, or the drafter's own state of the row
+before it) and the token `x` that followed. One forward turns every row into the prediction of the token after `x`:
+
+    h = c + Attention([norm_in(E x) ; norm_c(c)]),   y = h + MLP(norm_post(h)),   logits = W_lm norm(y)
+
+y, not normed, is the condition of the next row. A row at position i sits at RoPE index i. With
+`norm_before_residual` the first sum starts from norm_c(c).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from ...checkpoints.loading import StrictPreTrainedModel
+from ...compat import CACHE
+from ..common.cache import BlockCache
+from ..common.head import DraftHead
+from ..common.path_attention import PathCache
+from .configuration import Eagle3Config
+
+
+class Eagle3Layer(nn.Module):
+    """The decoder layer; its queries, keys and values read token and condition side by side."""
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        self.norm_before_residual = config.norm_before_residual
+        self.input_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer_idx=0)
+        self.self_attn.q_proj = nn.Linear(2 * hidden, heads * config.head_dim, bias=bias)
+        self.self_attn.k_proj = nn.Linear(2 * hidden, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.self_attn.v_proj = nn.Linear(2 * hidden, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self,
+        token_embeds: torch.Tensor,
+        conditions: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: BlockCache | PathCache | None,
+    ) -> torch.Tensor:
+        """`[B, R, d]` and `[B, R, d]` to `[B, R, d]`."""
+        normed = self.hidden_norm(conditions)
+        inputs = torch.cat([self.input_layernorm(token_embeds), normed], dim=-1)
+        if isinstance(cache, PathCache) and cache.holds_pairs:
+            attended = self._attend_on_path(inputs, position_embeddings, cache)
+        else:
+            attended, _ = self.self_attn(
+                hidden_states=inputs,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **{CACHE: cache},
+            )
+        hidden = (normed if self.norm_before_residual else conditions) + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _attend_on_path(
+        self, inputs: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: PathCache
+    ) -> torch.Tensor:
+        attention = self.self_attn
+        heads = (*inputs.shape[:-1], -1, attention.head_dim)
+        query, keys, values = (
+            project(inputs).view(heads).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        query, keys = apply_rotary_pos_emb(query, keys, *position_embeddings)
+        cache.update(keys, values, attention.layer_idx)
+        return attention.o_proj(cache.attend(query, attention.scaling))
+
+
+class Eagle3Model(DraftHead, StrictPreTrainedModel):
+    """
+    The network: projection of the features, one layer, draft head. Weight names are those of `speculators`.
+
+    Args:
+        config ([`Eagle3Config`]): The drafter's configuration.
+    """
+
+    config_class = Eagle3Config
+    config: Eagle3Config
+    base_model_prefix = ""
+    main_input_name = "token_embeds"
+    _no_split_modules = ["Eagle3Layer"]
+    _supports_flash_attn = False  # a level of the tree needs a mask that FlashAttention cannot take
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__(config)
+        features = len(config.feature_layers) * config.target_hidden_size
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.norm_before_fc:
+            self.input_norm = LlamaRMSNorm(features, eps=config.rms_norm_eps)
+        self.fc = nn.Linear(features, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList([Eagle3Layer(config)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.register_draft_vocabulary()
+        self.post_init()
+
+    def get_input_embeddings(self) -> None:
+        """None: the drafter's own embedding, if there is one, is not the model's input."""
+
+    def project_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Target features `[..., F * d_target]`, in the order of `feature_layers`, to conditions `[..., d]`."""
+        return self.fc(self.input_norm(features) if self.config.norm_before_fc else features)
+
+    def forward(
+        self,
+        token_embeds: torch.Tensor,
+        conditions: torch.Tensor,
+        position_ids: torch.LongTensor,
+        attention_mask: torch.BoolTensor | None = None,
+        cache: BlockCache | PathCache | None = None,
+    ) -> torch.Tensor:
+        """
+        Predict one token for every row.
+
+        Args:
+            token_embeds (`torch.Tensor` of shape `[B, R, d]`): The embedding of each row's token.
+            conditions (`torch.Tensor` of shape `[B, R, d]`):
+                `project_features(...)` of a committed pair; what this method returned for the parent in a tree.
+            position_ids (`torch.LongTensor` of shape `[B, R]`): Position i of a pair, one more for every level below.
+            attention_mask (`torch.BoolTensor` of shape `[B, 1, R, columns]`, *optional*):
+                True where a row sees a column. Without one, attention is causal.
+            cache (`BlockCache` or `PathCache`, *optional*):
+                Where keys and values of earlier rows are, and these go. In a `PathCache` that holds the pairs, row i
+                is the next one of pair i's path, and no mask is asked for.
+
+        Returns:
+            `torch.Tensor` of shape `[B, R, 1, d]`: The states before the final norm, as a block of one slot.
+        """
+        on_path = isinstance(cache, PathCache) and cache.holds_pairs
+        if self.config._attn_implementation == "eager" and not on_path:
+            # The eager backend adds its mask to the scores, and without one lets everybody see everything.
+            if attention_mask is None:
+                rows = token_embeds.shape[1]
+                attention_mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=position_ids.device).tril()
+            lowest = torch.finfo(token_embeds.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=token_embeds.dtype).masked_fill(
+                ~attention_mask, lowest
+            )
+        position_embeddings = self.rotary_emb(token_embeds, position_ids)
+        return self.layers[0](token_embeds, conditions, position_embeddings, attention_mask, cache).unsqueeze(2)

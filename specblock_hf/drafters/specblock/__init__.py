@@ -1,0 +1,12 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""SpecBlock (https://huggingface.co/papers/2605.07243): blocks of tokens, branches where a rank head doubts."""
+
+from ..common.registry import register_drafter
+from .configuration import SpecBlockConfig
+from .drafting import SpecBlockDrafter
+
+
+register_drafter(SpecBlockConfig, SpecBlockDrafter)
+
+__all__ = ["SpecBlockConfig", "SpecBlockDrafter"]

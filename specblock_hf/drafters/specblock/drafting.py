@@ -1,0 +1,177 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""SpecBlock as a drafter: the network of `modeling_specblock.py` in the loop forward, expand, start again."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ...drafting.pairs import Pairs
+from ...drafting.plan import DraftingPlan, Limits
+from ...drafting.target_batch import TargetBatch
+from ...trees.expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
+from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
+from ...trees.tree import DraftTree
+from ..common.block import BlockDrafter, BlockState
+from ..common.cache import BlockPath
+from .loss import SpecBlockObjective, specblock_loss
+from .modeling import SpecBlockModel
+from .release_loss import release_loss
+
+
+# Of a drafter with little training, for one whose configuration does not say: nodes, blocks, starts (0: all), tau
+# alone and tau joined with a look-up.
+TYPICAL_ACCEPTANCE = (
+    (4, 1, 0, 1.6, 2.0),
+    (8, 1, 0, 1.8, 2.2),
+    (12, 1, 0, 1.9, 2.3),
+    (12, 2, 4, 2.0, 2.4),
+    (16, 2, 8, 2.15, 2.5),
+    (32, 2, 8, 2.35, 2.7),
+    (60, 2, 0, 2.6, 2.9),
+)
+
+
+class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
+    """
+    A drafter that predicts K tokens a forward and repeats the forward from several nodes of its own draft tree
+    (SpecBlock, https://huggingface.co/papers/2605.07243).
+
+    Args:
+        config ([`SpecBlockConfig`]): The drafter's configuration.
+
+    Example:
+
+    ```python
+    >>> from specblock_hf import SpecBlockDrafter
+
+    >>> drafter = SpecBlockDrafter.from_pretrained("org/specblock-smollm2-135m")
+    >>> output = target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)
+    >>> drafter.last_statistics.tau
+    ```
+    """
+
+    objective_class = SpecBlockObjective
+    typical_acceptance = TYPICAL_ACCEPTANCE
+    plans_that_pay = (
+        *((nodes, 1, 0) for nodes in (4, 8, 12, 16, 24)),
+        *((nodes, 2, 4) for nodes in (12, 16, 24)),
+        *((32, 2, 8), (60, 2, 8), (60, 2, 0)),
+        *((32, 3, 8), (60, 3, 8)),
+    )
+
+    can_sample = True
+
+    def default_plan(self, device: torch.device) -> DraftingPlan:
+        config = self.config
+        if device.type == "cpu":
+            # A verified node costs real time there: half a step for a dozen in float32.
+            return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
+        return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
+
+    def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
+        tree, hidden, positions = self._first_block(state, pairs)
+        if max(limits.nodes) == 0 or max(limits.depth) == 0:
+            return tree
+        if limits.draft_sampling != "topk":
+            return self._drawn_tree(state, tree, hidden, positions, limits)
+        size, first_width = self.config.block_size, state.cache.width
+        path, starts = None, Starts.root(tree)
+        for forward in range(limits.num_forwards):
+            tree, candidates = self._grow(tree, starts, hidden, forward, max(limits.nodes))
+            if forward + 1 == limits.num_forwards or (forward + 1) * size > max(limits.depth):
+                break
+            most = limits.most_starts(forward + 1)
+            starts = limit_starts(candidates, tree, most, limits.min_start_probability)
+            if not starts.node.shape[1]:
+                break
+            path = self._path_to(starts, path, state, hidden.shape[1])
+            hidden = self._later_block(state, hidden, starts, path, positions, first_width)
+        tree = tree.merge_duplicates().limit_depth(limits.depth)
+        return tree.prune(limits.nodes)
+
+    def _drawn_tree(
+        self, state: BlockState, roots: DraftTree, hidden: torch.Tensor, positions: torch.LongTensor, limits: Limits
+    ) -> DraftTree:
+        """A tree drawn from the slots' laws at the request's temperature, which are known before any token is."""
+        if state.generator is None:
+            state.generator = private_generator(self.device)
+        first_width, path = state.cache.width, None
+        token_ids = torch.arange(self.config.draft_vocab_size, device=self.device) + self.d2t
+        laws = self._laws(state, hidden[:, 0])
+        shape = shape_for(limits, limits.draft_sampling, self.config.block_size, laws)
+        growth = SampledGrowth(
+            roots.tokens[:, 0], token_ids, shape, gumbel_draw(state.generator), limits.draft_sampling
+        )
+        growth.grow(laws[:, [shape.laws[law][2] for law in shape.laws_of(0)]])
+        for forward in range(1, len(shape.starts)):
+            starts = growth.starts(forward)
+            path = self._path_to(starts, path, state, hidden.shape[1])
+            hidden = self._later_block(state, hidden, starts, path, positions, first_width)
+            used = [shape.laws[law] for law in shape.laws_of(forward)]
+            growth.grow(self._laws(state, hidden[:, [row for _, row, _ in used], [slot for _, _, slot in used]]))
+        # A row without room for nodes has none at any depth.
+        depths = [depth if nodes else 0 for nodes, depth in zip(limits.nodes, limits.depth, strict=True)]
+        return growth.tree().limit_depth(depths).pack()
+
+    def _laws(self, state: BlockState, hidden: torch.Tensor) -> torch.Tensor:
+        """The request's log-probs `[B, R, D]` of slots with these states `[B, R, d]`."""
+        return laws_of(self.draft_logits(hidden)[1], state.warp)
+
+    def _path_to(self, starts: Starts, path: BlockPath | None, state: BlockState, rows: int) -> BlockPath:
+        """What new starts see, given the path of the block before, which had so many rows; `None` for the first."""
+        if path is not None:
+            return path.step(starts.parent_start, starts.slot, rows)
+        # The committed columns end with the drafting pair's own K; a start sees those up to its slot.
+        own = state.committed_column - self.config.block_size
+        return BlockPath(visible=own + starts.slot + 1)
+
+    def _grow(
+        self, tree: DraftTree, starts: Starts, hidden: torch.Tensor, forward: int, budget: int
+    ) -> tuple[DraftTree, Starts]:
+        """
+        Append a block below every start, by the rule that the configuration names; no node gets more children than the
+        tree could hold.
+        """
+        config = self.config
+        if config.expansion == "best_first":
+            width = min(config.root_width, budget)
+            children = self._block_outputs(hidden, width, ranked=False).children(width)
+            return best_first(tree, starts, children, config.block_size, budget, forward)
+        widths = tuple(min(width, budget) for width in config.branching)
+        branching = Branching(widths, min(config.root_width, budget), config.probability_cuts)
+        outputs = self._block_outputs(hidden, branching.most(forward == 0))
+        return rank_guided(tree, starts, outputs, branching, forward)
+
+    def _block_outputs(self, hidden: torch.Tensor, width: int, ranked: bool = True) -> BlockOutputs:
+        """The best tokens of every slot `[B, S, K, d]` and, if wanted, the rank head's bucket."""
+        if not ranked:
+            return BlockOutputs(*self.best_tokens(hidden, width))
+        normed, logits = self.draft_logits(hidden)
+        best = logits.topk(max(width, self.config.rank_top_k), dim=-1)
+        log_probs = best.values[..., :width].float() - logits.float().logsumexp(-1, keepdim=True)
+        ids = best.indices[..., :width]
+        rank_logits = self.rank_logits(normed, best.values[..., : self.config.rank_top_k])
+        return BlockOutputs(ids + self.d2t[ids], log_probs, rank_logits.argmax(-1))
+
+    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+        modules = [self.lm_head, self.rank_head] if scope == "head" else [self]
+        return [p for module in modules for p in module.parameters()]
+
+    def loss(
+        self,
+        batch: TargetBatch,
+        objective: SpecBlockObjective | None = None,
+        *,
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The training objective with cuts drawn from 1 to K; see [`specblock_loss`] and [`SpecBlockObjective`]."""
+        objective = (objective or SpecBlockObjective()).at(progress)
+        cuts = torch.randint(1, self.config.block_size + 1, (objective.num_blocks - 1,), generator=generator).tolist()
+        if objective.release:
+            return release_loss(self, batch, objective, cuts)
+        return specblock_loss(self, batch, objective, cuts, generator)

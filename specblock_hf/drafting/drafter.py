@@ -1,0 +1,323 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The line between drafters and the decoding loop: what a drafter is told, what it answers, and for how long it
+remembers.
+
+One round of decoding is `tree = drafter.propose(state, pairs, limits)`, a verification by the target, and new
+`Pairs`. A drafter
+never sees `generate()`, the target's cache or the verification rule; the loop never sees the drafter's network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..trees.tree import DraftTree
+    from ..trees.verification import Walk
+    from .pairs import Pairs, Scored, TokenTable
+    from .statistics import GenerationStatistics
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .pairs import Pairs, TokenTable
+
+# At run time, because transformers resolves the annotations of models.
+from .plan import DraftingPlan, Limits
+from .statistics import GenerationStatistics
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..trees.tree import DraftTree
+    from ..trees.verification import Walk
+    from .target_batch import TargetBatch
+
+
+BUDGET, CPU_BUDGET = 60, 12
+"""Nodes of a tree where nothing else is said: a verified node is almost free on a GPU and costs real time on a CPU."""
+
+
+@dataclass(eq=False)
+class DraftingCall:
+    """
+    One `generate()` call, as its callbacks see it.
+
+    Args:
+        drafter ([`TreeDrafter`]): The drafter that the call was given.
+        table ([`TokenTable`]): The target's embedding and head.
+        batch_size (`int`): Rows of the batch.
+        statistics ([`GenerationStatistics`]): Of the call so far; seconds are filled in at its end.
+        notes (`dict`, *optional*):
+            What a callback wants to remember for the rest of this call, under itself: a drafter may serve several
+            calls at once, and a call that fails takes its notes with it.
+    """
+
+    drafter: TreeDrafter
+    table: TokenTable
+    batch_size: int
+    statistics: GenerationStatistics
+    notes: dict[DraftingCallback, Any] = field(default_factory=dict)
+
+
+class DraftingCallback:
+    """
+    Listens to the calls of the drafters that it was added to; see [`~TreeDrafter.add_callback`]. Every hook does
+    nothing unless a subclass says otherwise. Hooks run in the thread that decodes, and what they raise ends the call:
+    a hook that may fail deals with it itself. They must not change what they are shown.
+    """
+
+    def on_add(self, drafter: TreeDrafter) -> None:
+        """It was added to a drafter."""
+
+    def on_remove(self, drafter: TreeDrafter) -> None:
+        """It was taken off a drafter."""
+
+    def on_generate_begin(self, call: DraftingCall) -> None:
+        """A call begins; nothing has been read."""
+
+    def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
+        """The target has read a chunk of the prompts; the last chunk ends with the first emitted tokens."""
+
+    def on_draft(self, call: DraftingCall, tree: DraftTree) -> None:
+        """A round has drafted."""
+
+    def on_verify(self, call: DraftingCall, tree: DraftTree, scored: Scored) -> None:
+        """The target has scored the draft; nothing of it has been chosen yet."""
+
+    def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
+        """
+        Tokens have been emitted: by a round, or by the prompt, whose tree is only a root.
+
+        Args:
+            call ([`DraftingCall`]): The call.
+            tree ([`DraftTree`]): The verified draft.
+            scored ([`Scored`]): The target's logits and features at its nodes.
+            walk ([`Walk`]): The kept nodes and the emitted tokens.
+            pairs ([`Pairs`]): What the target has learned by it; for a prompt, what `on_prompt` was told last.
+        """
+
+    def on_generate_end(self, call: DraftingCall) -> None:
+        """A call has returned its text; its statistics are complete."""
+
+
+@dataclass
+class DraftState:
+    """
+    What one `generate()` call makes a drafter remember. Drafters subclass it; nothing of it ever lives on a module,
+    so that one drafter serves several threads. A subclass that remembers something of each row overrides
+    [`~DraftState.keep_rows`].
+
+    Args:
+        table (`TokenTable`): The target's embedding and head.
+        batch_size (`int`): Rows that it drafts for, at first those of the batch.
+        max_length (`int`): Most positions that the drafter can be told about, prompt included.
+        first_position (`int`, *optional*, defaults to 0): Position of the first pair (above 0 for a continued cache).
+        generator (`torch.Generator`, *optional*): Private randomness of sampled drafts; the global one belongs to the
+            target.
+        warp (`Callable`, *optional*):
+            Turns a drafter's logits `[..., D]` into those of the request, at its temperature and cut by its warpers.
+            Set by the loop where drafts are sampled.
+
+    Attributes:
+        drafting (`list[int]`): Which rows of the batch those are.
+    """
+
+    table: TokenTable
+    batch_size: int
+    max_length: int
+    first_position: int = 0
+    generator: torch.Generator | None = None
+    warp: Callable[[torch.Tensor], torch.Tensor] | None = None
+    calls: int = field(default=0, init=False)  # drafter forwards so far
+    forward_rows: int = field(default=0, init=False)  # and their rows: committed pairs and starts
+    drafting: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.drafting = list(range(self.batch_size))
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """
+        Go on with some rows and forget the others, which will never draft again: they must cost nothing any more.
+
+        Args:
+            places (sequence of `int`): Indices into `drafting`, in order.
+        """
+        self.drafting = [self.drafting[place] for place in places]
+        self.batch_size = len(self.drafting)
+
+
+class DrafterLock:
+    """A re-entrant lock that copies as a fresh one, so that a drafter stays deep-copyable and picklable."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict) -> DrafterLock:
+        return DrafterLock()
+
+    def __reduce__(self) -> tuple:
+        return (DrafterLock, ())
+
+
+class TreeDrafter(ABC):
+    """
+    Proposes token trees for a target. Anything that implements this goes into `target.generate(assistant_model=...)`.
+
+    Attributes:
+        feature_layers (`tuple[int, ...]`):
+            Which of the target's `hidden_states` the drafter reads, in transformers' indexing: 0 is the embedding, i
+            the output of decoder layer i - 1, and the number of layers the state after the final norm.
+            Where that depends on the target's depth, see `feature_layers_for`.
+        drafting_plan ([`DraftingPlan`], *optional*):
+            How much a round drafts; `None` asks `default_plan`. A call's own `generation_config.drafting_plan` goes
+            first.
+        compiled_rounds ([`CompiledRounds`], *optional*):
+            Made by [`compile_rounds`]; `None` runs everything uncompiled.
+        last_statistics ([`GenerationStatistics`], *optional*):
+            Of the last finished call; with several threads the last one wins.
+        objective_class (`type`, *optional*):
+            A frozen dataclass of what may be chosen about the objective beside the batch, with a default for
+            everything; `specblock train --objective NAME=VALUE` sets its fields. `None` if there is nothing to choose.
+        lock (`DrafterLock`):
+            Held around `propose` and around any in-place change of the weights. Every drafter has one from the start.
+        can_sample (`bool`): Whether it can draw trees, see [`DraftingPlan`].
+        callbacks (`tuple` of [`DraftingCallback`]): Who listens to its calls; see `add_callback`.
+    """
+
+    config: PreTrainedConfig
+    lock: DrafterLock
+    feature_layers: tuple[int, ...] = ()
+    objective_class: type | None = None
+    drafting_plan: DraftingPlan | None = None
+    compiled_rounds: Any = None
+    last_statistics: GenerationStatistics | None = None
+    can_sample: bool = False
+    callbacks: tuple[DraftingCallback, ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        drafter = super().__new__(cls)
+        # Here, so that it is there whatever a subclass does in its `__init__`, and is one whichever thread asks first.
+        vars(drafter)["lock"] = DrafterLock()
+        return drafter
+
+    @property
+    def label(self) -> str:
+        """What to call the drafter in reports."""
+        return type(self).__name__
+
+    @property
+    def network(self) -> TreeDrafter:
+        """The drafter that holds the weights: this one, or the part of a joined one that has them."""
+        return self
+
+    def add_callback(self, callback: DraftingCallback) -> None:
+        """Let a [`DraftingCallback`] listen to every call that begins from now on."""
+        self.callbacks = (*self.callbacks, callback)
+        callback.on_add(self)
+
+    def remove_callback(self, callback: DraftingCallback) -> None:
+        """
+        Take a callback off; calls under way still tell it.
+
+        Raises:
+            `ValueError`: It was not added.
+        """
+        if callback not in self.callbacks:
+            raise ValueError(f"this {type(callback).__name__} was not added to this drafter; remove one that was.")
+        self.callbacks = tuple(other for other in self.callbacks if other is not callback)
+        callback.on_remove(self)
+
+    def default_plan(self, device: torch.device) -> DraftingPlan:
+        """What to draft on a device that was not calibrated for."""
+        return DraftingPlan(CPU_BUDGET if device.type == "cpu" else BUDGET, 1)
+
+    def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
+        """
+        Plans to choose from and the tau of each, alone or joined with a [`LookupDrafter`]; without figures the default
+        plans, with a tau of 2.
+        """
+        return [(self.default_plan(torch.device(kind)), 2.0) for kind in ("cpu", "cuda")]
+
+    @abstractmethod
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Raise a `ValueError` with one sentence if the drafter cannot draft for `target`."""
+
+    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
+        """`feature_layers`, or what they are for this target where that depends on its depth."""
+        return self.feature_layers
+
+    @abstractmethod
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> DraftState:
+        """A fresh memory for one `generate()` call; see [`DraftState`] for the arguments."""
+
+    @abstractmethod
+    def extend(self, state: DraftState, pairs: Pairs) -> None:
+        """Take `pairs` in as context without drafting (all prompt chunks but the last)."""
+
+    @abstractmethod
+    def propose(self, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
+        """
+        Take `pairs` in and draft a tree below each row's last token. Only rows that may still draft are asked for,
+        see [`~DraftState.keep_rows`].
+
+        Returns:
+            [`DraftTree`]: Node 0 is the last token of `pairs`; at most `max(limits.nodes)` nodes follow, none deeper
+            than `limits.depth`. What goes beyond is cut off, and what cannot be scored is left out; see
+            `specblock_hf.drafting.proposal`.
+        """
+
+    def loss(
+        self,
+        batch: TargetBatch,
+        objective: Any = None,
+        *,
+        progress: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        The drafter's training objective and its parts, for the trainer and the online updater alike. `specblock train
+        --drafter NAME` trains whatever implements this and is registered, see [`register_drafter`]: the
+        configuration class makes a drafter for a target (`config_class.for_target(target.config, **overrides)`), the
+        drafter has the draft vocabulary of [`DraftHead`] or says all that the target can.
+
+        Args:
+            batch ([`TargetBatch`]): Texts and the target's view of them; the features are those of `feature_layers`.
+            objective (*optional*): An instance of `objective_class`; its defaults if not given.
+            progress (`float`, *optional*, defaults to 1.0):
+                Share of the run's steps that are done, for parts that join later.
+            generator (`torch.Generator`, *optional*):
+                Randomness of this batch, on the CPU. An objective draws from nothing else, so that a resumed run takes
+                the very same steps.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `"loss"` is the total, to be differentiated: a mean over places, so that batches
+            of any size weigh the same. Other 0-dimensional entries are parts that are logged by their names. Entries
+            with dimensions are counts, which are added up over batches: `"agreed"` and `"counted"` of shape
+            `[forwards, slots]`, the guesses that were the text's token and all guesses; `"rank_confusion"` of shape
+            `[buckets, buckets]`, places by true (row) and predicted bucket, for drafters with a rank head.
+
+        Raises:
+            `TypeError`: The drafter has no weights.
+        """
+        raise TypeError(f"{type(self).__name__} has no weights to train; train the drafter that it goes with.")
+
+    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+        """The parameters that an update of this scope may change; none for a drafter without weights."""
+        return []

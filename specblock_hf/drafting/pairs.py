@@ -1,0 +1,189 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the target says of a tree, and what a drafter learns from that: a state together with the token after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import nn
+
+from ..devices import on_device
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..trees.tree import DraftTree
+    from ..trees.verification import Walk
+
+
+class TokenTable:
+    """
+    The target's token embedding and head, as drafters need them; nothing of it is ever copied or saved with a drafter.
+
+    Args:
+        embedding (`nn.Module`): The target's input embedding, called with ids `[...]`, giving `[..., d]`.
+        head (`nn.Module`): The target's output head, called with `[..., d]`, giving logits `[..., vocab_size]`.
+        vocab_size (`int`): Number of ids that the target's head scores.
+    """
+
+    def __init__(self, embedding: nn.Module, head: nn.Module, vocab_size: int):
+        self.embedding = embedding
+        self.output_head = head
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def of(cls, target: PreTrainedModel) -> TokenTable:
+        """Read the table off a stock transformers model."""
+        return cls(
+            target.get_input_embeddings(), target.get_output_embeddings(), target.config.get_text_config().vocab_size
+        )
+
+    def embed(self, ids: torch.LongTensor, raw: bool = False) -> torch.Tensor:
+        """
+        Args:
+            ids (`torch.LongTensor` of any shape): Target token ids, on any device.
+            raw (`bool`, *optional*, defaults to `False`):
+                Skip what the embedding module does beside the look-up (Gemma scales its rows).
+
+        Returns:
+            `torch.Tensor` of shape `[*ids.shape, d]` in the target's dtype, on its device.
+        """
+        ids = ids.to(self.device)
+        if not raw:
+            return self.embedding(ids)
+        with align_module_device(self.embedding):
+            return nn.functional.embedding(ids, self.embedding.weight)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The target's logits `[..., vocab_size]` of final hidden states `[..., d]`."""
+        return self.output_head(hidden)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings come from, wherever accelerate keeps their weights between forwards."""
+        if has_offloaded_params(self.embedding):
+            return torch.device(self.embedding._hf_hook.execution_device)
+        return self.embedding.weight.device
+
+
+@dataclass
+class Pairs:
+    """
+    What the target has learned since the drafter was last asked: features at position i together with the token
+    x_{i+1} that
+    followed. Columns beyond a row's length are padding on the right.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `[B, T]`): x_{i+1}; -1 where the prompt came as embeddings.
+        features (`tuple` of `torch.Tensor` of shape `[B, T, d]`):
+            One tensor per entry of the drafter's `feature_layers`, the target's states at x_i.
+        positions (`torch.LongTensor` of shape `[B, T]`): i, counted without padding.
+        lengths (`torch.LongTensor` of shape `[B]`): Valid columns of each row; 0 for one that has learned nothing.
+        table (`TokenTable`): The target's embedding.
+        given_embeds (`torch.Tensor` of shape `[B, T, d]`, *optional*): The embeddings of a prompt that had no ids.
+        read (`list[list[int]]`, *optional*):
+            `tokens` without padding, where the host knows them; see [`~Pairs.host_tokens`].
+    """
+
+    tokens: torch.LongTensor
+    features: tuple[torch.Tensor, ...]
+    positions: torch.LongTensor
+    lengths: torch.LongTensor
+    table: TokenTable
+    given_embeds: torch.Tensor | None = None
+    read: list[list[int]] | None = None
+
+    def embeds(self) -> torch.Tensor:
+        """The target's embeddings `[B, T, d]` of `tokens`, made only when a drafter asks for them."""
+        if self.given_embeds is not None:
+            return self.given_embeds
+        return self.table.embed(self.tokens.clamp_min(0))
+
+    def last_tokens(self) -> torch.LongTensor:
+        """The last token of each row, `[B]`; any valid id for a row that has learned nothing."""
+        last = (self.lengths - 1).clamp_min(0).unsqueeze(1)
+        return self.tokens.gather(1, last).clamp_min(0).squeeze(1)
+
+    def host_tokens(self) -> list[list[int]]:
+        """The tokens of each row on the host, without padding; read from the device for a prompt only."""
+        if self.read is not None:
+            return self.read
+        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
+    def host_lengths(self) -> torch.LongTensor:
+        """`lengths` on the host; read from the device for a prompt only."""
+        return self.lengths.cpu() if self.read is None else torch.tensor([len(row) for row in self.read])
+
+    def of_rows(self, rows: Sequence[int]) -> Pairs:
+        """The pairs of these rows of the batch, without columns that are padding in all of them."""
+        width = int(self.host_lengths()[list(rows)].max())
+        index = on_device(rows, self.tokens.device)
+
+        def picked(values: torch.Tensor) -> torch.Tensor:
+            return values[index.to(values.device), :width]
+
+        return replace(
+            self,
+            tokens=picked(self.tokens),
+            features=tuple(picked(feature) for feature in self.features),
+            positions=picked(self.positions),
+            lengths=self.lengths[index],
+            given_embeds=None if self.given_embeds is None else picked(self.given_embeds),
+            read=None if self.read is None else [self.read[row] for row in rows],
+        )
+
+    @classmethod
+    def of(
+        cls,
+        tree: DraftTree,
+        features: tuple[torch.Tensor, ...],
+        walk: Walk,
+        base: torch.LongTensor,
+        table: TokenTable,
+    ) -> Pairs:
+        """
+        The pairs that one verified round teaches: (state of the root, first emitted token), (state of that token,
+        second), ...
+
+        Args:
+            tree (`DraftTree`): The verified tree; only its depths matter.
+            features (`tuple` of `torch.Tensor` of shape `[B, N, d]`): The target's states at every node.
+            walk (`Walk`): The kept nodes and the tokens that followed them.
+            base (`torch.LongTensor` of shape `[B]`): Position of each row's root.
+            table (`TokenTable`): The target's embedding.
+        """
+        kept = walk.to(base.device)
+        gather = kept.nodes.clamp_min(0).unsqueeze(-1)
+        steps = torch.arange(kept.nodes.shape[1], device=base.device)
+        return cls(
+            tokens=kept.tokens,
+            features=tuple(f.gather(1, gather.to(f.device).expand(-1, -1, f.shape[-1])) for f in features),
+            positions=base.unsqueeze(1) + steps,
+            lengths=kept.lengths,
+            table=table,
+            read=[row[:length] for row, length in zip(walk.tokens.tolist(), walk.lengths.tolist(), strict=True)],
+        )
+
+
+@dataclass
+class Scored:
+    """
+    What a forward of the target says.
+
+    Args:
+        logits (`torch.Tensor` of shape `[R, N, V]`):
+            At every node; at the last position only for a prompt. Of the R rows that had not been retired.
+        features (`tuple` of `torch.Tensor` of shape `[B, N, d]`):
+            One for each of the drafter's `feature_layers`; those of retired rows mean nothing.
+        rows (sequence of `int`): Which rows of the batch the logits belong to.
+    """
+
+    logits: torch.Tensor
+    features: tuple[torch.Tensor, ...]
+    rows: Sequence[int]

@@ -1,0 +1,158 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a target's forwards are given of what `generate()` has prepared, first for the prompt and then for trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+
+from ..compat import CACHE
+from .cache import check_cache
+
+
+_HANDLED = {
+    CACHE,
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
+    "use_cache",
+}
+# Read with the prompt and never again. transformers lists what it drops itself; the grids of pictures and videos are
+# looked at together with these only.
+_OF_PROMPT = {
+    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+    "image_grid_thw",
+    "second_per_grid_ts",
+    "video_grid_thw",
+}
+# One number for each token: the prompt's last one goes on, but what is written is never a picture.
+_OF_TOKENS = {"mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"}
+# What training leaves in a configuration and no forward here wants: some cannot have it together with a tree's mask.
+_OF_TRAINING = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+class TargetInputs:
+    """
+    The inputs of a target during one call.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model.
+        input_ids (`torch.LongTensor` of shape `[B, P]`): The prompts; empty if they come as `inputs_embeds`.
+        model_kwargs (`dict`): What `generate()` prepared for the target.
+        mask_length (`int`, *optional*): Length of an attention mask of ones that `generate()` dropped.
+        returns_cache (`bool`): Somebody goes on with the cache.
+
+    Attributes:
+        cached (`int`): Columns that the cache holds already.
+        new (`int`): Prompt tokens that it does not; `generate()` may be given all ids or only these.
+        has_pictures (`bool`): The prompt brings more than text, which belongs to all its tokens together.
+
+    Raises:
+        ValueError: An unsupported cache or input, padding on the right, or nothing left to prefill.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any],
+        mask_length: int | None,
+        returns_cache: bool,
+    ):
+        self._target, self.ids, self._kwargs = target, input_ids, model_kwargs
+        check_cache(model_kwargs.get(CACHE), len(input_ids), returns_cache)
+        self.cache = model_kwargs[CACHE]
+        self.cached = int(self.cache.get_seq_length())
+        self.mask = model_kwargs.get("attention_mask")
+        self.embeds = model_kwargs.get("inputs_embeds")
+        self._check()
+        self.new = self._count_new(mask_length if self.mask is None else self.mask.shape[1])
+        # `generate()` adds an empty dictionary to every call of a model that could have had pictures.
+        self.has_pictures = any(
+            model_kwargs.get(name) is not None and (name != "mm_encoder_outputs" or bool(model_kwargs[name]))
+            for name in _OF_PROMPT
+        )
+        self._off = {
+            name: False
+            for name in _OF_TRAINING
+            if getattr(target.config.get_text_config(decoder=True), name, False) and not model_kwargs.get(name)
+        }
+
+    def last_positions(self, device: torch.device) -> torch.LongTensor:
+        """
+        Of the prompts' last tokens `[..., B, 1]`. Without `position_ids`, which `generate()` does not make for a
+        forward that does not name them, the target counts columns.
+        """
+        positions = self._kwargs.get("position_ids")
+        if positions is None:
+            return torch.full((len(self.ids), 1), self.cached + self.new - 1, device=device)
+        return positions[..., -1:].to(device)
+
+    def of_prompt(self, start: int, end: int) -> dict[str, Any]:
+        """For new prompt tokens `start` to `end`."""
+        skipped, left = self.ids.shape[1] - self.new, self.new - end
+        ids, embeds = self.ids, self.embeds
+        if embeds is None:
+            ids = ids[:, skipped + start : skipped + end]
+        else:
+            embeds = embeds[:, embeds.shape[1] - self.new :][:, start:end]
+        cut = {
+            name: values[..., : values.shape[-1] - left]
+            for name, values in self._kwargs.items()
+            if values is not None and name in {"attention_mask", "position_ids", *_OF_TOKENS}
+        }
+        inputs = self._target.prepare_inputs_for_generation(
+            ids, is_first_iteration=True, **self._kwargs | cut | {"inputs_embeds": embeds}
+        )
+        if inputs.get(CACHE) is None and not self.cached:
+            # A target that would begin with a cache of its own may begin with this one, in which nothing is either.
+            inputs[CACHE] = self.cache
+        return inputs | self._off
+
+    def of_tree(self, nodes: int, rows: list[int]) -> dict[str, Any]:
+        """For a tree of so many nodes in these rows of the batch, beside its ids, positions, mask and cache."""
+        kept = {}
+        for name in _OF_TOKENS & self._kwargs.keys():
+            last = self._kwargs[name][rows, -1:].expand(-1, nodes)
+            kept[name] = torch.zeros_like(last) if name == "mm_token_type_ids" else last
+        return self._off | kept
+
+    def _check(self) -> None:
+        known = _HANDLED | _OF_PROMPT | _OF_TOKENS
+        unknown = sorted(name for name, value in self._kwargs.items() if value is not None and name not in known)
+        if unknown:
+            raise ValueError(
+                f"generate() got {', '.join(unknown)}, which tree drafting does not pass on to the target; leave it "
+                "out, or drop assistant_model."
+            )
+        if self.mask is not None and not bool((self.mask[:, -1:] != 0).all()):
+            raise ValueError(
+                "attention_mask hides the last token of a prompt, which the next one is chosen from; pad prompts on "
+                'the left, with padding_side="left".'
+            )
+
+    def _count_new(self, mask_length: int | None) -> int:
+        width = self.ids.shape[1] if self.embeds is None else self.embeds.shape[1]
+        if not width:
+            raise ValueError(
+                "the prompt is empty and the first token is chosen from its last one; pass one token or more, such as "
+                "bos_token_id."
+            )
+        all_given = self.embeds is not None or width == mask_length
+        new = width - self.cached if all_given else width
+        if new < 1:
+            raise ValueError(
+                f"the cache already holds {self.cached} tokens, which leaves nothing of the prompt to read; crop it "
+                "by one token or more, or pass a longer prompt."
+            )
+        return new
+
+
+__all__ = ["TargetInputs"]

@@ -1,0 +1,349 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Growing a draft tree from the outputs of a drafter that predicts blocks of tokens. Knows no model.
+
+A block is laid out as `[starts, slots, candidates]`, candidate 0 being the greedy token, and is appended to the tree
+whole; what the rule does not want is padding. The same layout lists the candidates for the next block's starts. Shapes
+thus follow from shapes alone and nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .tree import DraftTree
+
+
+Children = Callable[[int, torch.LongTensor, torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
+"""
+`children(level, rows, tokens)`: target ids and log-probs `[B, F, W]`, best first, below F nodes of a level, given the
+row of
+the forward `[B, F]` that each belongs to and its token `[B, F]`.
+"""
+
+
+@dataclass
+class BlockOutputs:
+    """
+    What one drafter forward predicts: K slots below each of S starts.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `[B, S, K, W]`): The W best target ids of every slot, best first.
+        log_probs (`torch.Tensor` of shape `[B, S, K, W]`): Their log-probs over the whole draft vocabulary.
+        rank_class (`torch.LongTensor` of shape `[B, S, K]`, *optional*):
+            The rank bucket that the rank head predicts for the slot; only rank-guided growth asks for it.
+    """
+
+    tokens: torch.LongTensor
+    log_probs: torch.Tensor
+    rank_class: torch.LongTensor | None = None
+
+    def children(self, width: int) -> Children:
+        """The `width` best tokens of every slot, as [`best_first`] asks for them: the same below any token."""
+
+        def children(
+            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            picked = rows.unsqueeze(-1).expand(-1, -1, width)
+            best = (self.tokens[:, :, level, :width], self.log_probs[:, :, level, :width])
+            return best[0].gather(1, picked), best[1].gather(1, picked)
+
+        return children
+
+
+@dataclass
+class Starts:
+    """
+    Nodes that a drafter forward continues, one row of it each.
+
+    Args:
+        node (`torch.LongTensor` of shape `[B, S]`): Index in the tree; -2 for padding.
+        parent_start (`torch.LongTensor` of shape `[B, S]`):
+            Row of the previous forward that proposed the node, an index into the starts of that forward; 0 for the
+            root.
+        slot (`torch.LongTensor` of shape `[B, S]`): Slot of the previous forward that proposed it; -1 for the root.
+        tokens (`torch.LongTensor` of shape `[B, S]`): The node's token; any valid id for padding.
+    """
+
+    node: torch.LongTensor
+    parent_start: torch.LongTensor
+    slot: torch.LongTensor
+    tokens: torch.LongTensor
+
+    @classmethod
+    def root(cls, tree: DraftTree) -> Starts:
+        """The first forward's only start: the root of each row."""
+        tokens = tree.tokens[:, :1]
+        zero = torch.zeros_like(tokens)
+        return cls(node=zero, parent_start=zero, slot=zero - 1, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class Branching:
+    """
+    How many children a slot gets (section 3.2 of the paper; probability cuts and the reach of a give-up as in the
+    authors' release).
+
+    Args:
+        children (`tuple[int, ...]`, *optional*, defaults to `(2, 4, 10, 0)`):
+            Children of a slot for each predicted rank bucket, the greedy one counted. 0 for the last bucket means
+            giving up: such a slot and all later ones of the block get their greedy token only.
+        root_width (`int`, *optional*, defaults to 10): Children of the root, whatever its bucket.
+        probability_cuts (`bool`, *optional*, defaults to `False`):
+            Fewer children where the greedy token is likely, as in the authors' runner: at most 8, 5, 3 below the
+            root if its probability is at least 0.6, 0.8, 0.9, and at most 3, 2 elsewhere from 0.85, 0.95.
+    """
+
+    children: tuple[int, ...] = (2, 4, 10, 0)
+    root_width: int = 10
+    probability_cuts: bool = False
+
+    def __post_init__(self):
+        if not self.children or min(self.children) < 0:
+            raise ValueError(f"children is {self.children}; give one number of children >= 0 per rank bucket.")
+        if self.root_width < 1:
+            raise ValueError(f"root_width is {self.root_width}; the root needs its greedy child, so give at least 1.")
+
+    def most(self, first_block: bool) -> int:
+        """The largest width that a slot can get."""
+        return max(1, *self.children, self.root_width if first_block else 1)
+
+    def widths(self, outputs: BlockOutputs, first_block: bool) -> torch.LongTensor:
+        """
+        Args:
+            outputs (`BlockOutputs`): Of one drafter forward.
+            first_block (`bool`): Whether it started from the root.
+
+        Returns:
+            `torch.LongTensor` of shape `[B, S, K]`: Children at every slot, the greedy one counted; 0 where
+            branching has stopped (the greedy chain goes on).
+        """
+        bucket, best = outputs.rank_class, outputs.log_probs[..., 0]
+        # A look-up table would have to be copied to the device in every call.
+        widths = torch.full_like(bucket, self.children[0])
+        for i in range(1, len(self.children)):
+            widths.add_(bucket >= i, alpha=self.children[i] - self.children[i - 1])
+        if self.probability_cuts:
+            widths = _cut(widths, best, {0.85: 3, 0.95: 2})
+        if self._can_give_up():
+            gave_up = bucket == len(self.children) - 1
+            if first_block:
+                gave_up[..., 0] = False
+            widths.masked_fill_(gave_up.cummax(dim=-1).values, 0)
+        if first_block:
+            root = torch.full_like(bucket[..., 0], self.root_width)
+            cuts = {0.6: 8, 0.8: 5, 0.9: 3} if self.probability_cuts else {}
+            widths[..., 0] = _cut(root, best[..., 0], cuts)
+        return widths
+
+    def reaches_end(self, outputs: BlockOutputs, first_block: bool) -> torch.BoolTensor:
+        """
+        Whether the last greedy node of a block may start the next one even if its slot does not branch: in the first
+        block unless the first bucket other than 0 is a give-up, in later blocks unless any is.
+
+        Returns:
+            `torch.BoolTensor` of shape `[B, S]`.
+        """
+        bucket = outputs.rank_class
+        if not self._can_give_up():
+            return torch.ones_like(bucket[..., 0], dtype=torch.bool)
+        gave_up = bucket == len(self.children) - 1
+        if first_block:
+            gave_up &= (bucket > 0).cumsum(dim=-1) == 1
+        return ~gave_up.any(dim=-1)
+
+    def _can_give_up(self) -> bool:
+        return self.children[-1] == 0
+
+
+def _cut(widths: torch.LongTensor, log_probs: torch.Tensor, most: dict[float, int]) -> torch.LongTensor:
+    """Bound `widths` by `most[p]` where the greedy token's probability is at least p."""
+    for probability, width in most.items():
+        widths = torch.where(log_probs >= math.log(probability), widths.clamp_max(width), widths)
+    return widths
+
+
+def rank_guided(
+    tree: DraftTree, starts: Starts, outputs: BlockOutputs, branching: Branching, forward_index: int
+) -> tuple[DraftTree, Starts]:
+    """
+    Append a block below every start (Algorithm 2 of the paper): its greedy chain, and at each slot as many
+    alternatives as the rank head's bucket asks for.
+
+    Args:
+        tree (`DraftTree`): The tree so far, N nodes wide.
+        starts (`Starts`): The S nodes that the block continues.
+        outputs (`BlockOutputs`): The drafter's predictions below them.
+        branching (`Branching`): The rule.
+        forward_index (`int`): Which forward of the round this is; 0 starts from the root.
+
+    Returns:
+        `tuple[DraftTree, Starts]`: The tree, `S * K * branching.most(first_block)` nodes wider, and as many
+        candidates for the next block's starts: greedy nodes whose slot branches, every alternative, and the last
+        greedy node unless the rank head gave up.
+
+    Raises:
+        `ValueError`: If `outputs` has fewer candidates than the branching asks for.
+    """
+    first_block = forward_index == 0
+    width = branching.most(first_block)
+    batch, num_starts, slots, given = outputs.tokens.shape
+    if given < width:
+        raise ValueError(
+            f"The drafter gave {given} candidates per slot but the branching asks for up to {width}; "
+            "give more candidates or narrow the branching."
+        )
+    device = tree.tokens.device
+    widths = branching.widths(outputs, first_block)
+    branches = widths > 1
+    branches[..., -1] |= branching.reaches_end(outputs, first_block)
+    valid = torch.arange(width, device=device) < widths.clamp_min(1).unsqueeze(-1)
+    valid &= (starts.node >= 0)[:, :, None, None]
+
+    index = torch.arange(num_starts * slots * width, device=device) + tree.tokens.shape[1]
+    index = index.view(1, num_starts, slots, width)
+    greedy = index[..., :-1, 0].expand(batch, -1, -1)
+    above = torch.cat((starts.node.unsqueeze(-1), greedy), dim=-1).unsqueeze(-1)
+    row = torch.arange(num_starts, device=device).view(1, num_starts, 1, 1).expand_as(valid).flatten(1)
+    slot = torch.arange(slots, device=device).view(1, 1, slots, 1).expand_as(valid).flatten(1)
+    origin = nn.functional.pad(slot.unsqueeze(-1), (1, 0), value=forward_index)
+    tokens = outputs.tokens[..., :width].flatten(1)
+    log_probs = torch.where(valid, outputs.log_probs[..., :width], -torch.inf)
+    grown = DraftTree(
+        tokens=torch.cat((tree.tokens, tokens), dim=1),
+        parents=torch.cat((tree.parents, torch.where(valid, above, -2).flatten(1)), dim=1),
+        log_probs=torch.cat((tree.log_probs, log_probs.flatten(1)), dim=1),
+        origin=torch.cat((tree.origin, origin), dim=1),
+        height=tree.max_depth + slots,
+    )
+    node = torch.where(valid & branches.unsqueeze(-1), index, -2).flatten(1)
+    return grown, Starts(node, parent_start=row, slot=slot, tokens=tokens)
+
+
+def best_first(
+    tree: DraftTree,
+    starts: Starts,
+    children: Children,
+    depth: int,
+    beam: int,
+    forward_index: int,
+    most: int | None = None,
+) -> tuple[DraftTree, Starts]:
+    """
+    Append the likeliest continuations of every start, level by level: each of the `beam` likeliest nodes of a level
+    gets
+    children. With a beam as wide as the tree's budget nothing that pruning would keep is missed.
+
+    Unlike [`rank_guided`] it also continues alternatives within a block. Drafters differ only in `children`: a block's
+    slots have laws of their own whatever token a node has, a Markov drafter's depend on it.
+
+    Args:
+        tree (`DraftTree`): The tree so far, N nodes wide.
+        starts (`Starts`): The S nodes to continue.
+        children (`Children`): The drafter's predictions below some nodes of a level.
+        depth (`int`): Levels to append (SpecBlock: slots K).
+        beam (`int`): Nodes of a level that get children.
+        forward_index (`int`): Which forward of the round this is.
+        most (`int`, *optional*):
+            Nodes of a level that are appended, the likeliest ones; more of them than the tree's budget could never
+            stay. All if not given.
+
+    Returns:
+        `tuple[DraftTree, Starts]`: The grown tree, and all new nodes as candidates for the next forward's starts.
+    """
+    device, offset = tree.tokens.device, tree.tokens.shape[1]
+    front, tokens = starts.node, starts.tokens
+    scores = tree.cumulative_log_probs().gather(1, front.clamp_min(0)).masked_fill(front < 0, -torch.inf)
+    rows = torch.arange(front.shape[1], device=device).expand_as(front)
+    grown: dict[str, list[torch.Tensor]] = {"tokens": [], "parents": [], "log_probs": [], "rows": [], "slots": []}
+    for level in range(depth):
+        new_tokens, log_probs = children(level, rows, tokens)
+        width = new_tokens.shape[2]
+        scores = (scores.unsqueeze(2) + log_probs).flatten(1)
+        tokens, log_probs = new_tokens.flatten(1), log_probs.flatten(1)
+        parents, rows = front.repeat_interleave(width, dim=1), rows.repeat_interleave(width, dim=1)
+        if most is not None and most < tokens.shape[1]:
+            scores, kept = scores.topk(most, dim=1)
+            tokens, log_probs, parents, rows = (part.gather(1, kept) for part in (tokens, log_probs, parents, rows))
+        possible = scores > -torch.inf
+        grown["tokens"].append(tokens)
+        grown["parents"].append(torch.where(possible, parents, -2))
+        grown["log_probs"].append(log_probs.masked_fill(~possible, -torch.inf))
+        grown["rows"].append(rows)
+        grown["slots"].append(torch.full_like(tokens, level))
+        index = torch.arange(offset, offset + tokens.shape[1], device=device)
+        offset += tokens.shape[1]
+        scores, kept = scores.topk(min(beam, tokens.shape[1]), dim=1)
+        front, tokens, rows = index[kept], tokens.gather(1, kept), rows.gather(1, kept)
+    made = {name: torch.cat(parts, dim=1) for name, parts in grown.items()}
+    origin = torch.stack((torch.full_like(made["slots"], forward_index), made["slots"]), dim=-1)
+    nodes = torch.arange(tree.tokens.shape[1], offset, device=device)
+    return DraftTree(
+        tokens=torch.cat((tree.tokens, made["tokens"]), dim=1),
+        parents=torch.cat((tree.parents, made["parents"]), dim=1),
+        log_probs=torch.cat((tree.log_probs, made["log_probs"]), dim=1),
+        origin=torch.cat((tree.origin, origin), dim=1),
+        height=tree.max_depth + depth,
+    ), Starts(
+        node=torch.where(made["parents"] >= 0, nodes, -2),
+        parent_start=made["rows"],
+        slot=made["slots"],
+        tokens=made["tokens"],
+    )
+
+
+def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_probability: float = 0.0) -> Starts:
+    """
+    Keep the likeliest starts by cumulative log-prob, best first.
+
+    Args:
+        starts (`Starts`): Candidates, S wide.
+        tree (`DraftTree`): The tree that they are nodes of.
+        max_starts (`int`, *optional*): Most starts of each row; `None` keeps all.
+        min_probability (`float`, *optional*, defaults to 0.0):
+            Less likely starts are left out. Unless it is 0, how many are left is read from the device.
+
+    Returns:
+        `Starts`: `min(S, max_starts)` wide, or as wide as the row that has most likely ones.
+    """
+    scores = tree.cumulative_log_probs().gather(1, starts.node.clamp_min(0))
+    scores = scores.masked_fill(starts.node < 0, -torch.inf)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    order = order[:, :max_starts]
+    node = starts.node.gather(1, order)
+    if min_probability:
+        likely = scores[:, :max_starts] >= math.log(min_probability)
+        width = int(likely.sum(1).max())
+        node, order = torch.where(likely, node, -2)[:, :width], order[:, :width]
+    return Starts(
+        node=node,
+        parent_start=starts.parent_start.gather(1, order),
+        slot=starts.slot.gather(1, order),
+        tokens=starts.tokens.gather(1, order),
+    )
+
+
+def limit_starts_as_released(starts: Starts, tree: DraftTree, budget: int, block_size: int) -> Starts:
+    """
+    The cap that the authors' release puts on the starts of the third and later blocks: the likeliest
+    `(budget - nodes) // block_size`, at least 1 and at most 10, where `nodes` counts the drafted nodes before any is
+    pruned (which mostly leaves 1).
+
+    Args:
+        starts (`Starts`): Candidates, S wide.
+        tree (`DraftTree`): The tree that they are nodes of, neither merged nor pruned.
+        budget (`int`): Drafted nodes that the finished tree may keep.
+        block_size (`int`): K.
+
+    Returns:
+        `Starts`: `min(S, 10)` wide.
+    """
+    limited = limit_starts(starts, tree, 10)
+    room = (budget - (tree.num_nodes - 1)).div(block_size, rounding_mode="floor").clamp_min(1)
+    rank = torch.arange(limited.node.shape[1], device=room.device)
+    return replace(limited, node=torch.where(rank < room.unsqueeze(1), limited.node, -2))

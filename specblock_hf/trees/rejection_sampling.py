@@ -1,0 +1,284 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Rules that keep drawn tokens, and the target's law, by comparing it with the laws that they were drawn from. Knows no
+model.
+
+One lemma covers every rule here. Let V(v, a) verify the subtree below the node v with the weight a in [0, 1]: over
+the draws below v and the coins it accepts with probability exactly a, and if it does, what follows v has the target's
+law. Write w = a p(.|v) for the mass that v owes to its tokens, |w| = a. V tries v's children in the order in which
+they were drawn; let Q be the law of the next child x, given everything tried so far.
+
+1. Try x by V(v x, min(1, w(x) / Q(x))). That accepts a share min(w(x), Q(x)) of all cases.
+2. If it is rejected, which has probability 1 - sum_x min(w(x), Q(x)) = 1 - a + sum_x (w(x) - Q(x))+, the mass still
+   owed is (w - Q)+. Divided by that probability it is the new w, whichever x was rejected: nothing but Q, the law that
+   x came from, enters.
+3. With no child left, accept v with probability |w| and emit a token of the law w / |w|; otherwise reject.
+
+By induction V(v, a) accepts a in all and pays exactly w; the root, called with a = 1, never rejects. A token that is
+not drawn but follows from the text before has Q(x) = 1.
+
+`"block"` is V as it stands: leaves are decided first, and a path is taken as a whole if it is likely enough as a whole
+(Block Verification, https://huggingface.co/papers/2403.10444, for one path; Traversal Verification,
+https://huggingface.co/papers/2505.12398, for a tree). `"token"` decides a child at once, by a coin of
+min(1, w(x) / Q(x)) with a = 1, and then goes on below it as from a root (recursive rejection sampling,
+https://huggingface.co/papers/2402.14160 for siblings without replacement).
+
+Siblings that were drawn independently, k of them, are not tried one after another against what is left but all
+against the same share of w (K-SEQ of SpecTr, https://huggingface.co/papers/2310.15141, at both levels): with
+m = min(w / r, Q) and b = |m| each is tried with min(1, w(x) / (r Q(x))); one of them is accepted in a share
+c = 1 - (1 - b)^k of all cases, and the smallest r >= 1 with c <= r b is taken, so that m c / b <= w is what they pay.
+If all are rejected, (w - m c / b) / (1 - c) is owed.
+
+Not here: greedy block verification, which accepts longer prefixes at the price of a *changed* target law for the
+following tokens. What it owes would have to live on between rounds, in the tokens that the next round drafts, and
+every processor and stopping rule in between would see it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+
+from .tree import DraftLaws, DraftTree
+from .verification import Select, Stop, Walk
+
+
+class TargetLaws(Protocol):
+    """The target's next-token laws at the nodes of a tree, which may be asked for nodes that are then rejected."""
+
+    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+        """
+        Args:
+            row (`int`): Row of the batch.
+            node (`int`): Node of the row.
+            path (`list[int]`): The drafted tokens from below the root down to the node.
+
+        Returns:
+            `torch.Tensor` of shape `[V]` in float64: Probabilities of the next token, after every processor.
+        """
+
+    def keep(self, row: int, node: int) -> None:
+        """The token after this node is emitted next; called once per emitted token, in order."""
+
+
+class Coins(Protocol):
+    """Where a rule's randomness comes from."""
+
+    def accept(self, probability: float) -> bool:
+        """True with this probability, surely for 1."""
+
+    def draw(self, mass: torch.Tensor) -> int:
+        """An index, in proportion to the mass `[V]`."""
+
+
+class GlobalCoins:
+    """The global random generators, as [`~transformers.set_seed`] seeds them."""
+
+    def accept(self, probability: float) -> bool:
+        return float(torch.rand((), dtype=torch.float64)) < probability
+
+    def draw(self, mass: torch.Tensor) -> int:
+        return int(torch.multinomial(mass, num_samples=1))
+
+
+class SampledVerifier:
+    """
+    A [`Verifier`] for sampled trees. The emitted tokens follow the target's own law, over the draws of the tree and
+    the coins together; a seed gives other tokens than it gives plain sampling. Trees that follow from the text before
+    are verified as well as by [`sample_and_walk`], and no better.
+
+    Args:
+        target ([`TargetLaws`]): Of the request.
+        rule (`str`): `"token"` or `"block"`, which never keeps fewer tokens of the same tree on average.
+        coins ([`Coins`], *optional*): The rule's randomness; the global generators by default.
+    """
+
+    def __init__(self, target: TargetLaws, rule: Literal["token", "block"], coins: Coins | None = None):
+        self._target = target
+        self._rule = rule
+        self._coins = coins or GlobalCoins()
+
+    def __call__(self, tree: DraftTree, active: Sequence[bool], select: Select, stop: Stop) -> Walk:
+        tokens, parents = torch.stack((tree.tokens, tree.parents)).tolist()
+        rows: list[tuple[list[int], list[int], bool]] = []
+        for row, is_active in enumerate(active):
+            if not is_active:
+                rows.append(([], [], False))
+            elif max(parents[row]) < 0:
+                # Without a draft there is nothing to compare: this is plain decoding.
+                token = select(row, 0)
+                rows.append(([0], [token], stop(row, token)))
+            else:
+                verification = _RowVerification(self._target, self._coins, tree.laws, row, tokens[row], parents[row])
+                rows.append(self._emit(row, *verification.run(self._rule), tokens[row], stop))
+        return Walk.of_rows(rows)
+
+    def _emit(
+        self, row: int, nodes: list[int], last: int, tokens: list[int], stop: Stop
+    ) -> tuple[list[int], list[int], bool]:
+        """Emit the tokens of a path and the one after it, until one of them ends the row."""
+        emitted: list[int] = []
+        for node, token in zip(nodes, [*(tokens[node] for node in nodes[1:]), last], strict=True):
+            self._target.keep(row, node)
+            emitted.append(token)
+            if stop(row, token):
+                return nodes[: len(emitted)], emitted, True
+        return nodes, emitted, False
+
+
+class _Owed:
+    """
+    The mass w that a node still owes to the tokens after it.
+
+    Attributes:
+        mass (`torch.Tensor` of shape `[V]`): w.
+        weight (`float`): |w|; exactly 1 at a root.
+    """
+
+    def __init__(self, law: torch.Tensor, weight: float):
+        self.mass = law * weight
+        self.weight = weight
+
+    def settle(self, left: torch.Tensor) -> None:
+        """After a rejection: `left` `[V]` is what has not been paid, over all cases together."""
+        total = float(left.sum())
+        if total > 0:
+            rejected = 1 - self.weight + total
+            self.mass, self.weight = left / rejected, total / rejected
+        elif self.weight < 1:
+            self.mass, self.weight = left, 0.0
+        # Otherwise all mass lies in the tree and only rounding can have rejected: the mass stays as it is.
+
+
+class _RowVerification:
+    """One row's tree under verification."""
+
+    def __init__(
+        self,
+        target: TargetLaws,
+        coins: Coins,
+        laws: DraftLaws | None,
+        row: int,
+        tokens: list[int],
+        parents: list[int],
+    ):
+        self._target, self._coins, self._laws = target, coins, laws
+        self._row, self._tokens, self._parents = row, tokens, parents
+        self._law_of = [-1] * len(tokens) if laws is None else laws.rows[row].tolist()
+        self._children: dict[int, list[int]] = {}
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                self._children.setdefault(parent, []).append(node)
+
+    def run(self, rule: Literal["token", "block"]) -> tuple[list[int], int]:
+        """The nodes from the root to the last accepted one, and the token after that."""
+        node, owed = self._root_to_leaf(0) if rule == "token" else self._leaf_to_root(0, 1.0)
+        return self._path(node), self._coins.draw(owed.mass)
+
+    def _root_to_leaf(self, node: int) -> tuple[int, _Owed]:
+        owed = self._owed(node, 1.0)
+        for child, acceptance in self._attempts(node, owed):
+            if self._coins.accept(acceptance):
+                return self._root_to_leaf(child)
+        return node, owed
+
+    def _leaf_to_root(self, node: int, weight: float) -> tuple[int, _Owed] | None:
+        """V of the lemma: the last accepted node and what it owes, or a rejection."""
+        if node not in self._children:
+            # The law of a leaf is needed only if it is accepted.
+            return (node, self._owed(node, weight)) if self._coins.accept(weight) else None
+        owed = self._owed(node, weight)
+        for child, acceptance in self._attempts(node, owed):
+            found = self._leaf_to_root(child, acceptance) if acceptance > 0 else None
+            if found is not None:
+                return found
+        return (node, owed) if self._coins.accept(owed.weight) else None
+
+    def _attempts(self, node: int, owed: _Owed) -> Iterator[tuple[int, float]]:
+        """
+        The children of a node with the weight to try each with. Asking for the next one, or for the end, says that the
+        last one was rejected, which changes what is owed.
+        """
+        children = self._children.get(node, [])
+        drawn = [child for child in children if self._law_of[child] >= 0]
+        q = self._draft_law(drawn[0], len(owed.mass)) if drawn else None
+        # What follows from the text before may be tried in any order: it goes first.
+        for child in (child for child in children if q is None or child not in drawn):
+            token = self._tokens[child]
+            acceptance = min(1.0, float(owed.mass[token]))
+            yield child, acceptance
+            left = owed.mass.clone()
+            left[token] = (left[token] - 1).clamp_min(0)
+            owed.settle(left)
+        if q is not None:
+            attempt = self._independent if self._laws.independent else self._without_replacement
+            yield from attempt(drawn, q.to(owed.mass.device), owed)
+
+    def _without_replacement(self, drawn: list[int], q: torch.Tensor, owed: _Owed) -> Iterator[tuple[int, float]]:
+        for child in drawn:
+            token = self._tokens[child]
+            weight = float(owed.mass[token] / q[token])
+            if not math.isfinite(weight):
+                return  # no draw of this law, of which nothing is left
+            yield child, min(1.0, weight)
+            owed.settle((owed.mass - q).clamp_min(0))
+            q[token] = 0
+            q = q / q.sum()
+
+    def _independent(self, drawn: list[int], q: torch.Tensor, owed: _Owed) -> Iterator[tuple[int, float]]:
+        ratio = _smallest_ratio(owed.mass, q, len(drawn))
+        share = torch.minimum(owed.mass / ratio, q)
+        total = float(share.sum())
+        for child in drawn:
+            token = self._tokens[child]
+            weight = float(owed.mass[token] / (ratio * q[token]))
+            if math.isfinite(weight):
+                yield child, min(1.0, weight)
+        if total > 0:
+            accepted = 1 - (1 - total) ** len(drawn)
+            owed.settle((owed.mass - share * (accepted / total)).clamp_min(0))
+
+    def _owed(self, node: int, weight: float) -> _Owed:
+        path = [self._tokens[inner] for inner in self._path(node)[1:]]
+        return _Owed(self._target.law(self._row, node, path), weight)
+
+    def _draft_law(self, child: int, vocab_size: int) -> torch.Tensor | None:
+        """
+        The law `[V]` in float64 that the first of some siblings was drawn from; 0 where the drafter never draws.
+        `None` if it is none, or one of other tokens: then its draws count as if they followed from the text before.
+        """
+        ids, probs = self._laws.token_ids, self._laws.log_probs[self._row, self._law_of[child]].double().softmax(0)
+        if not (probs.isfinite().all() & (ids.amin() >= 0) & (ids.amax() < vocab_size)):
+            return None
+        return probs.new_zeros(vocab_size).index_copy_(0, ids, probs)
+
+    def _path(self, node: int) -> list[int]:
+        nodes = [node]
+        while self._parents[nodes[-1]] >= 0:
+            nodes.append(self._parents[nodes[-1]])
+        return nodes[::-1]
+
+
+def _smallest_ratio(owed: torch.Tensor, q: torch.Tensor, count: int) -> float:
+    """
+    r of K-SEQ for a mass and a law `[V]`: the smallest from 1 to `count` with 1 - (1 - b)^count <= r b. Found by
+    halving, from above: every r that fulfils the condition keeps the law.
+    """
+    drawable = q > 0
+    owed, q = owed[drawable], q[drawable]
+
+    def pays(ratio: float) -> bool:
+        total = float(torch.minimum(owed / ratio, q).sum())
+        return 1 - (1 - total) ** count <= ratio * total
+
+    if pays(1.0):
+        return 1.0
+    low, high = 1.0, float(count)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high

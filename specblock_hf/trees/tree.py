@@ -1,0 +1,407 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The draft tree: tokens, parents and log-probabilities of everything that one round proposes. Knows no model.
+
+Every operation works on padded batches, with shapes that follow from the shapes of its inputs, and reads nothing back
+from the device (except `to_text`), so that a whole round can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..devices import on_device
+
+
+# An odd multiplier with well-mixed bits (2^64 divided by the golden ratio, as a signed number).
+_PATH_FACTOR = -7046029254386353131
+
+
+FOUND = -2
+"""Origin of nodes that no drafter forward proposed: continuations looked up in the text so far."""
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that a picture of a tree needs."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+@dataclass
+class DraftLaws:
+    """
+    What the tokens of a sampled tree were drawn from. Siblings are drawn in the order of their nodes: the first from
+    its law, each later one from the law without the siblings before it, or from the whole law again.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `[B, R, D]`):
+            R laws over the D tokens that the drafter can draw, normalised or not; -inf where it never draws.
+        token_ids (`torch.LongTensor` of shape `[D]`): The target's ids of those tokens.
+        rows (`torch.LongTensor` of shape `[B, N]`):
+            Which of the R laws each node's token was drawn from, the same for all drawn siblings; -1 for a node that
+            was not drawn but follows from the text before, and for the root.
+        independent (`bool`): Siblings are drawn from the whole law and may repeat.
+    """
+
+    log_probs: torch.Tensor
+    token_ids: torch.LongTensor
+    rows: torch.LongTensor
+    independent: bool = False
+
+
+@dataclass
+class DraftTree:
+    """
+    A batch of draft trees. Parents come before their children; node 0 is the last committed token. Padding (parent -2)
+    may lie between the nodes of a growing tree; after [`~DraftTree.prune`] it follows them. The token of padding is
+    any valid id.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `[B, N]`): Target token ids.
+        parents (`torch.LongTensor` of shape `[B, N]`):
+            Index of the parent in the same row; -1 for the root, -2 for padding.
+        log_probs (`torch.Tensor` of shape `[B, N]`):
+            log q(token | parent) by the drafter; 0 for the root, -inf for padding.
+        origin (`torch.LongTensor` of shape `[B, N, 2]`):
+            (drafter forward, slot) that proposed the node; -1, -1 for the root, `FOUND` where it was found in the
+            text.
+        height (`int`, *optional*, defaults to `N - 1`):
+            No node of any row is deeper. It bounds the passes from child to parent, so state it where the host knows
+            it.
+        laws ([`DraftLaws`], *optional*):
+            Of a sampled tree, whose shape must not depend on what was drawn: it cannot be pruned or merged. `None`
+            for a tree that follows from the text before.
+    """
+
+    tokens: torch.LongTensor
+    parents: torch.LongTensor
+    log_probs: torch.Tensor
+    origin: torch.LongTensor
+    height: int | None = None
+    laws: DraftLaws | None = None
+
+    @classmethod
+    def root(cls, tokens: torch.LongTensor) -> DraftTree:
+        """
+        Trees without a draft.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `[B]`): Each row's last committed token.
+        """
+        tokens = tokens.unsqueeze(1)
+        minus_one = torch.full_like(tokens, -1)
+        log_probs = torch.zeros_like(tokens, dtype=torch.float32)
+        return cls(tokens, minus_one, log_probs, minus_one.unsqueeze(-1).expand(-1, -1, 2), height=0)
+
+    @property
+    def num_nodes(self) -> torch.LongTensor:
+        """Nodes of each row, `[B]`, the root counted and padding not."""
+        return (self.parents > -2).sum(1)
+
+    @property
+    def max_depth(self) -> int:
+        """`height`, or the most that the number of nodes allows."""
+        return self.tokens.shape[1] - 1 if self.height is None else self.height
+
+    def depths(self) -> torch.LongTensor:
+        """Distance of every node from the root, `[B, N]`; 0 for padding."""
+        return self._path_sums((self.parents >= 0).long())
+
+    def cumulative_log_probs(self) -> torch.Tensor:
+        """Sum of the log-probs from the root to every node, `[B, N]`; -inf for padding, never above the parent's."""
+        # Rounding lifts log-probs above 0 and a broken drafter gives NaN; neither may put a node before its parent.
+        return self._path_sums(self.log_probs.clamp_max(0).nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+
+    def ancestors(self) -> torch.BoolTensor:
+        """Which nodes lie on each node's path, `[B, N, N]`: row sees column and itself. Padding sees only itself."""
+        itself = self._positions().expand_as(self.parents)
+        parent = torch.where(self.parents < 0, itself, self.parents)
+        path = [itself]
+        for _ in range(self.max_depth):
+            path.append(parent.gather(1, path[-1]))
+        size = self.tokens.shape[1]
+        seen = torch.zeros(*self.tokens.shape, size, dtype=torch.bool, device=self.tokens.device)
+        return seen.scatter_(2, torch.stack(path, dim=2), True)
+
+    def merge_duplicates(self, recompute: bool = True) -> DraftTree:
+        """
+        Merge nodes that spell the same tokens from the root, so that siblings are distinct. The earliest copy stays
+        where it is (which keeps parents before children), with the best copy's log-prob and all copies' children; the
+        others become padding.
+
+        Args:
+            recompute (`bool`, *optional*, defaults to `True`):
+                Keep every child's log-prob given its parent, so that a child of a less likely copy gains from the
+                merge. `False` keeps every child's cumulative log-prob instead, as the authors' release does.
+        """
+        # Copies are found by a hash of their path. Should two different paths ever collide, one draft is lost.
+        paths = self._path_sums(torch.where(self.parents >= 0, self.tokens + 1, 0), factor=_PATH_FACTOR)
+        ordered, order = paths.sort(dim=1, stable=True)
+        position = self._positions()
+        differs = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
+        first = torch.where(differs, position, 0).cummax(dim=1).values
+        # Padding hashes like the root, whose copy it thereby becomes.
+        kept_copy = torch.empty_like(order).scatter_(1, order, order.gather(1, first))
+        kept = kept_copy == position
+
+        parent = self.parents.clamp_min(0)
+        log_probs = self.log_probs if recompute else self.cumulative_log_probs()
+        log_probs = torch.full_like(log_probs, -torch.inf).scatter_reduce_(1, kept_copy, log_probs, "amax")
+        merged_parent = kept_copy.gather(1, parent)
+        if not recompute:
+            log_probs = log_probs - log_probs.gather(1, merged_parent)
+        parents = torch.where(self.parents >= 0, merged_parent, self.parents)
+        return replace(self, parents=torch.where(kept, parents, -2), log_probs=log_probs)
+
+    def prune(self, budget: int | Sequence[int]) -> DraftTree:
+        """
+        Keep each row's likeliest nodes by cumulative log-prob, ancestors included, and pack them: the likeliest path
+        first (the likeliest child, its likeliest child, ...), so that accepting a prefix of it leaves a verified cache
+        without holes; then the rest by likelihood.
+
+        Args:
+            budget (`int` or sequence of `int`): Most drafted nodes (the root not counted), of every row or of each.
+
+        Returns:
+            [`DraftTree`]: `1 + min(max(budget), N - 1)` nodes wide.
+
+        Raises:
+            `ValueError`: For a sampled tree.
+        """
+        self._check_fixed()
+        budgets = self._per_row(budget, "budget")
+        most = min(max(budgets), self.tokens.shape[1] - 1)
+        # No node scores above its parent and a stable sort leaves the parent first in ties, so every prefix is a tree.
+        order = self.cumulative_log_probs().sort(dim=1, descending=True, stable=True).indices[:, : most + 1]
+        tree = replace(self._take(order), height=min(self.max_depth, most))
+        if min(budgets) < most:
+            tree = tree._drop(tree._positions() > self._column(budgets))
+        return tree._take(tree._off_likeliest_path().sort(dim=1, stable=True).indices)
+
+    def worth(self, min_probability: float) -> DraftTree:
+        """
+        The tree without the nodes that the drafter gives less than this path probability, and as narrow as the widest
+        row then is. A drawn tree stays whole, because its shape must not depend on what was drawn.
+
+        Args:
+            min_probability (`float`): 0 leaves the tree alone, and reads nothing from the device.
+        """
+        if min_probability == 0 or self.laws is not None:
+            return self
+        return self._drop(self.cumulative_log_probs() < math.log(min_probability)).pack()
+
+    def limit_depth(self, depths: int | Sequence[int]) -> DraftTree:
+        """
+        Turn nodes that are too deep into padding.
+
+        Args:
+            depths (`int` or sequence of `int`): Depth of the deepest node to keep, of every row or of each.
+        """
+        limits = self._per_row(depths, "depths")
+        if min(limits) >= self.max_depth:
+            return self
+        return replace(self._drop(self.depths() > self._column(limits)), height=min(max(limits), self.max_depth))
+
+    def merge(self, other: DraftTree) -> DraftTree:
+        """
+        The union of two drafts below the same roots; a path of both keeps the larger log-prob. Not packed.
+
+        Args:
+            other ([`DraftTree`]): A tree of the same batch, such as continuations looked up in the text so far.
+
+        Raises:
+            `ValueError`: If one of them is a sampled tree.
+        """
+        self._check_fixed()
+        other._check_fixed()
+        return self.beside(other).merge_duplicates()
+
+    def beside(self, other: DraftTree) -> DraftTree:
+        """
+        Two drafts below the same roots, with nothing merged and siblings repeated where both have them.
+
+        Args:
+            other ([`DraftTree`]): A tree of the same batch that follows from the text before.
+
+        Raises:
+            `ValueError`: If `other` is a sampled tree.
+        """
+        other._check_fixed()
+        shift = self.tokens.shape[1] - 1
+        parents = torch.where(other.parents > 0, other.parents + shift, other.parents)[:, 1:]
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, rows=torch.cat((laws.rows, torch.full_like(parents, -1)), dim=1))
+        return DraftTree(
+            tokens=torch.cat((self.tokens, other.tokens[:, 1:]), dim=1),
+            parents=torch.cat((self.parents, parents), dim=1),
+            log_probs=torch.cat((self.log_probs, other.log_probs[:, 1:].to(self.log_probs)), dim=1),
+            origin=torch.cat((self.origin, other.origin[:, 1:]), dim=1),
+            height=max(self.max_depth, other.max_depth),
+            laws=laws,
+        )
+
+    def to(self, device: torch.device) -> DraftTree:
+        """The trees on another device; laws, which are large, stay where they were made."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            parents=self.parents.to(device),
+            log_probs=self.log_probs.to(device),
+            origin=self.origin.to(device),
+        )
+
+    def spread(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
+        """
+        These trees as some rows of a batch whose other rows have no draft.
+
+        Args:
+            rows (sequence of `int`): Where in that batch each of these trees is.
+            roots (`torch.LongTensor` of shape `[B]`): The last committed token of every row of that batch.
+        """
+        index = on_device(rows, self.tokens.device)
+
+        def filled(own: torch.Tensor, value: float) -> torch.Tensor:
+            return own.new_full((len(roots), *own.shape[1:]), value).index_copy_(0, index, own)
+
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, log_probs=filled(laws.log_probs, 0), rows=filled(laws.rows, -1))
+        tree = DraftTree(
+            tokens=filled(self.tokens, 0),
+            parents=filled(self.parents, -2),
+            log_probs=filled(self.log_probs, -math.inf),
+            origin=filled(self.origin, -1),
+            height=self.height,
+            laws=laws,
+        )
+        tree.tokens[:, 0], tree.parents[:, 0], tree.log_probs[:, 0] = roots.to(self.tokens.device), -1, 0
+        return tree
+
+    def pad(self, width: int) -> DraftTree:
+        """
+        Trees of the same nodes with padding behind them.
+
+        Args:
+            width (`int`): Nodes and padding of a row, at least as many as now.
+        """
+        added = width - self.tokens.shape[1]
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, rows=nn.functional.pad(laws.rows, (0, added), value=-1))
+        return replace(
+            self,
+            tokens=nn.functional.pad(self.tokens, (0, added)),
+            parents=nn.functional.pad(self.parents, (0, added), value=-2),
+            log_probs=nn.functional.pad(self.log_probs, (0, added), value=-math.inf),
+            origin=nn.functional.pad(self.origin, (0, 0, 0, added), value=-1),
+            height=self.max_depth,
+            laws=laws,
+        )
+
+    def pack(self) -> DraftTree:
+        """
+        Move padding behind the nodes, which keep their order, and cut off the columns that are padding in every row.
+        Reads the number of nodes from the device.
+        """
+        order = (self.parents < -1).long().sort(dim=1, stable=True).indices
+        return self._take(order[:, : int(self.num_nodes.max())])
+
+    def to_text(self, tokenizer: Decoder, row: int = 0, accepted: Sequence[int] = ()) -> str:
+        """
+        Draw one row: a line per node with its text, its probability given its parent and its origin; accepted nodes
+        carry a star.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes one token at a time.
+            row (`int`, *optional*, defaults to 0): Which tree of the batch.
+            accepted (sequence of `int`, *optional*, defaults to `()`):
+                Nodes to mark, such as a walk's `nodes[row].tolist()`.
+        """
+        tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
+        probs, origin = self.log_probs[row].exp().tolist(), self.origin[row].tolist()
+        children = defaultdict(list)
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                children[parent].append(node)
+
+        lines = []
+        stack = [(0, "", "")]
+        while stack:
+            node, lead, branch = stack.pop()
+            line = f"{lead}{branch}{tokenizer.decode([tokens[node]])!r}"
+            if node:
+                where = "found" if origin[node][0] == FOUND else f"{origin[node][0]}, {origin[node][1]}"
+                line += f" {probs[node]:.3f} ({where})"
+            lines.append(f"{line} *" if node in accepted else line)
+            inner = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
+            likeliest_last = sorted(children[node], key=probs.__getitem__)
+            stack += [(child, inner, "├─ " if i else "└─ ") for i, child in enumerate(likeliest_last)]
+        return "\n".join(lines)
+
+    def _positions(self) -> torch.LongTensor:
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+
+    def _path_sums(self, values: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        """
+        Sum `values` `[B, N]` (0 at the root) from every node up to the root, the parent's sum times `factor`. A node's
+        sum is its parent's plus one rounded addition, so sums of values <= 0 never grow towards the leaves.
+        """
+        parent = self.parents.clamp_min(0)
+        sums = values
+        for _ in range(self.max_depth - 1):
+            sums = torch.add(values, sums.gather(1, parent), alpha=factor)
+        return sums
+
+    def _take(self, order: torch.LongTensor) -> DraftTree:
+        """The nodes at `order` `[B, M]`, which holds the parent of every node that it holds."""
+        new = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        place = torch.zeros_like(self.parents).scatter_(1, order, new)
+        parents = self.parents.gather(1, order)
+        laws = self.laws
+        if laws is not None:
+            laws = replace(laws, rows=laws.rows.gather(1, order))
+        return replace(
+            self,
+            laws=laws,
+            tokens=self.tokens.gather(1, order),
+            parents=torch.where(parents >= 0, place.gather(1, parents.clamp_min(0)), parents),
+            log_probs=self.log_probs.gather(1, order),
+            origin=self.origin.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)),
+        )
+
+    def _check_fixed(self) -> None:
+        if self.laws is not None:
+            raise ValueError(
+                "a sampled tree keeps its shape, or its verification would no longer be exact; draw a smaller one."
+            )
+
+    def _drop(self, unwanted: torch.BoolTensor) -> DraftTree:
+        return replace(
+            self,
+            parents=self.parents.masked_fill(unwanted, -2),
+            log_probs=self.log_probs.masked_fill(unwanted, -torch.inf),
+        )
+
+    def _off_likeliest_path(self) -> torch.BoolTensor:
+        """Nodes `[B, N]` of a tree sorted by likelihood that are padding, a later child or below one."""
+        same = self.parents.unsqueeze(2) == self.parents.unsqueeze(1)
+        turns = same.tril(-1).any(2) | (self.parents < -1)
+        return self._path_sums(turns.long()) > 0
+
+    def _per_row(self, limit: int | Sequence[int], name: str) -> list[int]:
+        rows = self.tokens.shape[0]
+        limits = [limit] * rows if isinstance(limit, int) else list(limit)
+        if len(limits) != rows or min(limits) < 0:
+            raise ValueError(f"{name} is {limit} for {rows} rows; pass one number >= 0, or one for each row.")
+        return limits
+
+    def _column(self, limits: Sequence[int]) -> torch.LongTensor:
+        return on_device(limits, self.tokens.device).unsqueeze(1)

@@ -1,0 +1,359 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing how much to draft. Where costs are asserted, a clock of the test's own tells the time."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCAB, prompt_of, tiny_target
+from drafters_for_tests import OracleDrafter
+from transformers import GenerationConfig
+
+from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate
+from specblock_hf.calibration import calibrate as calibration
+from specblock_hf.calibration import trial
+from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
+from specblock_hf.calibration.costs import NODES, CostCurves, choose_plan, interpolate, shortlist, slowest_tau
+
+
+CURVES = CostCurves(
+    verify=((1, 10.0), (9, 18.0), (17, 26.0)),
+    draft=2.0,
+    later=((2, 4.0), (10, 8.0)),
+    host=1.0,
+    plain=10.0,
+    setting="cpu, torch.float32, context 256",
+)
+CONTEXT = 16
+
+
+class Machine:
+    """
+    A target whose forwards take 100 seconds and a second for each column, on a clock that nothing else moves.
+
+    Args:
+        slowed (`Callable[[int], float]`, *optional*): By how much, given the columns of the forward.
+    """
+
+    def __init__(self, monkeypatch, target, slowed: Callable[[int], float] = lambda columns: 1.0):
+        self.now, self.prompts = 0.0, 0
+
+        def forward(module, args, kwargs):
+            columns = kwargs["input_ids"].shape[1]
+            self.prompts += columns == CONTEXT + 1
+            self.now += slowed(columns) * (100.0 + columns)
+
+        self.handle = target.register_forward_pre_hook(forward, with_kwargs=True)
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(calibration, "time", clock)
+        monkeypatch.setattr(trial, "time", clock)
+
+
+class PricedDrafter(OracleDrafter):
+    """A forward takes 20 seconds, and every later one 10 and a second for each start; `right` tokens are right."""
+
+    def __init__(self, acceptance, text=(0,) * 999, right: int = 0):
+        super().__init__(VOCAB, text, lambda number: right, siblings=False)
+        self.points, self.machine = acceptance, None
+
+    def acceptance(self, with_lookup=False):
+        return self.points
+
+    def extend(self, state, pairs):
+        state.pairs.append(pairs)
+
+    def propose(self, state, pairs, limits):
+        self.machine.now += 20.0 + (limits.num_forwards - 1) * (10.0 + (limits.max_starts or 0))
+        return super().propose(state, pairs, limits)
+
+
+@pytest.fixture
+def priced(monkeypatch):
+    """Makes a priced drafter and the machine that it runs on."""
+    machines = []
+
+    def make(acceptance, slowed=lambda columns: 1.0, **kwargs) -> tuple[PricedDrafter, Machine]:
+        drafter = PricedDrafter(acceptance, **kwargs)
+        machines.append(Machine(monkeypatch, tiny_target("llama"), slowed))
+        drafter.machine = machines[-1]
+        return drafter, machines[-1]
+
+    yield make
+    for machine in machines:
+        machine.handle.remove()
+
+
+def measured(target, drafter, **kwargs):
+    return calibrate(target, drafter, context=CONTEXT + 1, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"), [(0, 10.0), (1, 10.0), (5, 14.0), (9, 18.0), (13, 22.0), (17, 26.0), (33, 42.0)]
+)
+def test_interpolation_is_linear_and_goes_on_beyond_the_last_point(at, value):
+    assert interpolate(CURVES.verify, at) == pytest.approx(value)
+    assert interpolate(((4, 3.0),), at) == 3.0
+
+
+def test_a_round_pays_for_its_nodes_its_forwards_and_the_host():
+    # 9 nodes with the root: 18; the first forward: 2; host: 1
+    assert CURVES.round_seconds(DraftingPlan(8, 1)) == pytest.approx(21)
+    # a forward from 4 starts: 5; from 32, as none are named: 19
+    assert CURVES.round_seconds(DraftingPlan(8, 2, 4)) == pytest.approx(26)
+    assert CURVES.round_seconds(DraftingPlan(8, 8, 4)) == pytest.approx(21 + 7 * 5)
+    assert CURVES.round_seconds(DraftingPlan(8, 3)) == pytest.approx(21 + 2 * 19)
+    assert CURVES.speedup(DraftingPlan(8, 2, 4), tau=2.0) == pytest.approx(20 / 26)
+
+
+def test_a_forward_that_was_not_measured_costs_what_the_first_does():
+    curves = CostCurves.from_dict(CURVES.to_dict() | {"later": []})
+    assert curves.round_seconds(DraftingPlan(8, 3, 4)) == pytest.approx(21 + 2 * 2)
+
+
+def test_the_fastest_plan_wins_not_the_one_that_accepts_most():
+    small, large = DraftingPlan(4, 1), DraftingPlan(60, 2, 32)
+    assert choose_plan(CURVES, [(small, 2.6), (large, 4.0)])[0] == small
+    # On a machine where nothing but the launch costs, the large one wins.
+    flat = CostCurves(((1, 10.0), (61, 10.0)), 1.0, ((32, 0.0),), 0.0, 10.0, "")
+    assert choose_plan(flat, [(small, 2.6), (large, 4.0)]) == (large, pytest.approx(40 / 11))
+
+
+def test_where_no_plan_pays_nothing_is_drafted():
+    assert choose_plan(CURVES, [(DraftingPlan(4, 1), 1.2), (DraftingPlan(8, 1), 1.3)]) == (DraftingPlan(0, 1), 1.0)
+
+
+def test_the_shortlist_has_the_best_plan_for_every_number_of_forwards():
+    # Verifying costs 1 and a node 0.1 more, drafting nothing: of these the plans with tau / time highest are wanted.
+    curves = CostCurves(((1, 1.0), (11, 2.0)), 0.0, (), 0.0, 1.0, "")
+    acceptance = [
+        (DraftingPlan(10, 2, 4), 3.0),  # 3.0 / 2.0
+        (DraftingPlan(5, 1), 2.0),  # 2.0 / 1.5
+        (DraftingPlan(2, 1), 1.8),  # 1.8 / 1.2, the best of one forward
+        (DraftingPlan(10, 1), 2.4),  # 2.4 / 2.0
+        (DraftingPlan(30, 2, 4), 3.5),  # 3.5 / 4.0
+    ]
+    assert shortlist(curves, acceptance) == [DraftingPlan(2, 1), DraftingPlan(10, 2, 4)]
+
+
+def test_a_batch_is_as_slow_as_its_slowest_text():
+    assert slowest_tau(2.5, 1) == 2.5
+    # The expected smallest of 2, 4 and 8 standard normal draws.
+    for size, behind in ((2, 0.5642), (4, 1.0294), (8, 1.4236)):
+        assert slowest_tau(2.5, size) == pytest.approx(1 + 1.5 * (1 - 0.35 * behind), abs=0.02)
+    assert slowest_tau(2.5, 10_000) == 1.0  # a round emits a token, however bad the drafts are
+    # What pays for one text need not pay for eight, whose steps cost the same here.
+    plan = DraftingPlan(8, 1)
+    many = CostCurves.from_dict(CURVES.to_dict() | {"batch_size": 8})
+    assert choose_plan(CURVES, [(plan, 2.6)]) == (plan, pytest.approx(26 / 21))
+    assert choose_plan(many, [(plan, 2.6)]) == (DraftingPlan(0, 1), 1.0)
+
+
+def test_a_point_costs_no_more_than_a_larger_one():
+    assert _rising([(1, 10.0), (4, 39.0), (8, 12.0), (12, 13.0)]) == ((1, 10.0), (4, 12.0), (8, 12.0), (12, 13.0))
+
+
+def test_curves_survive_a_file():
+    assert CostCurves.from_dict(json.loads(json.dumps(CURVES.to_dict()))) == CURVES
+
+
+def test_curves_of_earlier_files_are_read():
+    # Their curve of drafting began with a round of one forward and went on with rounds of two.
+    old = {"verify": [[1, 10.0], [9, 18.0], [17, 26.0]], "host": 1.0, "plain": 10.0, "setting": CURVES.setting}
+    old["draft"] = [[1, 2.0], [2, 6.0], [10, 10.0]]
+    assert CostCurves.from_dict(json.loads(json.dumps(old))) == CURVES
+
+
+def test_costs_are_those_of_the_plans_that_the_drafter_may_choose(priced, llama):
+    plans = [DraftingPlan(nodes, 1) for nodes in (2, 8, 24)]
+    plans += [DraftingPlan(8, 2, 4), DraftingPlan(16, 4, 4), DraftingPlan(60, 8, 10)]
+    drafter, machine = priced([(plan, 2.0) for plan in plans])
+    found = measured(llama, drafter, repeats=1)
+    assert found.curves.verify == tuple((nodes, 100.0 + nodes) for nodes in NODES)
+    assert found.curves.draft == 20.0 and found.curves.later == ((4, 14.0), (10, 20.0))
+    assert found.curves.plain == 101.0 and found.curves.host == 0.0 and found.spread == 0.0
+    assert machine.prompts == 2  # plain and drafted, once
+    (told,) = drafter.states
+    asked = {(limits.num_forwards, limits.max_starts, limits.nodes[0]) for limits in told.limits}
+    assert asked == {(1, None, 8), (4, 4, 8), (8, 10, 60)} and len(told.limits) == 2 * len(NODES)
+    # Eight forwards cost 160, which a model of rows alone would not see.
+    assert found.curves.round_seconds(plans[-1]) == 161.0 + 20.0 + 7 * 20.0
+
+
+def test_one_forward_is_all_that_a_drafter_of_one_forward_is_measured_with(priced, llama):
+    drafter, _ = priced([(DraftingPlan(8, 1), 2.0)])
+    found = measured(llama, drafter, repeats=1)
+    assert found.curves.draft == 20.0 and found.curves.later == ()
+    assert found.plan == DraftingPlan(8, 1) and found.speedup == pytest.approx(2 * 101 / (109 + 20))
+
+
+def test_a_step_that_is_slow_now_and_then_does_not_count(priced, llama):
+    draw = random.Random(0)
+    drafter, machine = priced(
+        [(DraftingPlan(8, 1), 2.0)], lambda columns: 13 if columns == 1 and draw.random() < 0.3 else 1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = measured(llama, drafter, repeats=5)
+    assert found.curves.plain == 101.0 and machine.prompts == 2
+
+
+def noise(seed: int, until: Callable[[], bool] = lambda: False) -> Callable[[int], float]:
+    """Two forwards of three take up to thirteen times as long, until the machine is quiet."""
+    draw = random.Random(seed)
+    return lambda columns: 1.0 if until() or draw.random() < 1 / 3 else draw.uniform(2, 13)
+
+
+def test_a_noisy_measurement_is_made_again(priced, llama):
+    plans = [(DraftingPlan(8, 1), 2.0), (DraftingPlan(16, 2, 4), 2.2)]
+    drafter, machine = priced(plans, noise(0, until=lambda: machine.prompts > 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = measured(llama, drafter, repeats=5)
+    assert 2 < machine.prompts <= 2 * ATTEMPTS and found.spread <= NOISY
+    assert found.curves.plain == 101.0 and found.curves.verify == tuple((nodes, 100.0 + nodes) for nodes in NODES)
+    assert found.plan == DraftingPlan(8, 1) and found.speedup == pytest.approx(2 * 101 / 129)
+
+
+def test_a_machine_that_stays_noisy_is_warned_of(priced, llama):
+    drafter, machine = priced([(DraftingPlan(8, 1), 2.0)], noise(1))
+    with pytest.warns(UserWarning, match=r"differ by \d+% after 3 attempts.* calibrate again when it is quiet"):
+        found = measured(llama, drafter, repeats=3)
+    assert found.spread > NOISY and machine.prompts == 2 * ATTEMPTS
+
+
+def test_a_slow_machine_is_not_a_noisy_one(priced, llama):
+    drafter, machine = priced([(DraftingPlan(8, 1), 2.0)], lambda columns: 5.0)
+    found = measured(llama, drafter, repeats=1)
+    assert found.spread == 0.0 and machine.prompts == 2
+
+
+def text_of(target, prompt) -> list[int]:
+    """The prompt and its greedy continuation, longer than a trial."""
+    return target.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=60)[
+        0
+    ].tolist()
+
+
+def test_a_trial_turns_down_a_plan_that_only_promises(priced, llama):
+    prompt, plan = prompt_of(6), DraftingPlan(4, 1)
+    # It is said to emit four tokens a round and gets nothing right.
+    drafter, _ = priced([(plan, 4.0)], text=text_of(llama, prompt))
+    hoped = measured(llama, drafter, repeats=1)
+    assert hoped.plan == plan and hoped.speedup == pytest.approx(4 * 101 / 125) and hoped.tried == ()
+    found = measured(llama, drafter, repeats=1, prompts=[prompt])
+    ((tried, speedup),) = found.tried
+    # The prompt's forward, then 47 steps; the drafter's rounds have a root alone, and 20 seconds for nothing.
+    assert tried == plan and speedup == pytest.approx((106 + 47 * 101) / (106 + 46 * 121 + 101))
+    assert found.plan == drafter.drafting_plan == DraftingPlan(0, 1) and found.speedup == 1.0
+
+
+def test_a_trial_finds_the_plan_that_is_faster_than_expected(priced, llama):
+    prompt, plans = prompt_of(6), [DraftingPlan(4, 1), DraftingPlan(4, 2, 2)]
+    drafter, _ = priced([(plan, 1.1) for plan in plans], text=text_of(llama, prompt), right=4)
+    assert measured(llama, drafter, repeats=1).plan == DraftingPlan(0, 1)
+    found = measured(llama, drafter, repeats=1, prompts=[prompt], apply=False)
+    # 9 rounds of 5 tokens and one of 2, whose draft is as deep as there are tokens left to draft
+    drafted = 106 + 9 * (105 + 20) + (102 + 20)
+    assert found.tried[0] == (plans[0], pytest.approx((106 + 47 * 101) / drafted))
+    assert found.tried[1] == (plans[1], pytest.approx((106 + 47 * 101) / (drafted + 10 * 12)))
+    assert (found.plan, found.speedup) == found.tried[0]
+    assert drafter.drafting_plan == DraftingPlan(0, 1)  # of the first calibration, which was applied
+
+
+@pytest.mark.parametrize("values", [(-1, 1, None), (4, 0, None), (4, 1, 0)])
+def test_an_impossible_plan_is_refused(values):
+    with pytest.raises(ValueError, match="cannot be drafted"):
+        DraftingPlan(*values)
+
+
+@pytest.mark.parametrize("name", ["min_probability", "min_start_probability"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_an_impossible_probability_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        DraftingPlan(4, 1, **{name: value})
+
+
+def small_drafter(target) -> SpecBlockDrafter:
+    torch.manual_seed(1)
+    config = SpecBlockConfig.for_target(target.config, draft_vocab_size=24)
+    return SpecBlockDrafter(config).eval()
+
+
+def test_calibration_sets_a_plan_and_leaves_the_users_randomness_alone():
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    found = calibrate(target, drafter, context=16, repeats=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert drafter.drafting_plan == found.plan
+    assert found.plan in [plan for plan, _ in drafter.acceptance()] + [DraftingPlan(0, 1)]
+    assert [n for n, _ in found.curves.verify][:3] == [1, 4, 8]
+    seconds = [s for _, s in found.curves.verify]
+    assert all(0 < a <= b for a, b in zip(seconds, seconds[1:], strict=False))
+
+
+def test_a_batch_is_calibrated_as_a_batch(monkeypatch):
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    forwards, propose = [], drafter.propose
+    monkeypatch.setattr(drafter, "propose", lambda *args: forwards.append(propose(*args)) or forwards[-1])
+    handle = target.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    shapes: list[tuple[int, ...]] = []
+    found = calibrate(target, drafter, context=16, repeats=1, batch_size=3)
+    handle.remove()
+    assert {rows for rows, _ in shapes} == {3} and {tree.tokens.shape[0] for tree in forwards} == {3}
+    assert {columns for _, columns in shapes} == {1, 4, 8, 12, 16, 24, 32, 48, 64}
+    assert found.curves.setting == "cpu, torch.float32, batch 3, context 16" and found.curves.batch_size == 3
+
+
+def test_calibrating_without_applying_changes_nothing():
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    calibrate(target, drafter, context=16, repeats=1, apply=False)
+    assert drafter.drafting_plan is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "nodes", "forwards"),
+    [(DraftingPlan(3, 1), 4, 1), (DraftingPlan(7, 2, 2), 8, 2), (DraftingPlan(0, 1), 1, 0)],
+)
+def test_a_calls_own_plan_goes_first(plan, nodes, forwards):
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    drafter.drafting_plan = DraftingPlan(16, 2, 8)
+    prompt = torch.arange(6)[None] % VOCAB
+    settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 16}
+    plain = target.generate(prompt, **settings)
+    generation_config = GenerationConfig.from_model_config(target.config)
+    generation_config.drafting_plan = plan
+    drafted = target.generate(prompt, assistant_model=drafter, generation_config=generation_config, **settings)
+    assert torch.equal(plain, drafted)
+    tree, _ = drafter.last_statistics.first_round
+    assert tree.tokens.shape[1] == nodes
+    assert drafter.last_statistics.drafter_rows >= drafter.last_statistics.drafter_calls
+    if not forwards:
+        assert drafter.last_statistics.drafter_calls == 0
+
+
+def test_unlikely_nodes_are_not_verified():
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    prompt = torch.arange(6)[None] % VOCAB
+    settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 16}
+    plain = target.generate(prompt, **settings)
+    verified = []
+    for at_least in (0.0, 0.002, 1.0):
+        drafter.drafting_plan = DraftingPlan(16, 1, min_probability=at_least)
+        assert torch.equal(plain, target.generate(prompt, assistant_model=drafter, **settings))
+        verified.append(drafter.last_statistics.nodes_verified / drafter.last_statistics.rounds)
+    assert verified[0] > 15 and 1 < verified[1] < verified[0] and verified[2] == 1

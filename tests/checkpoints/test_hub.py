@@ -1,0 +1,486 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Drafters to the Hub and back over real HTTP, with the unmodified client and all that can go wrong on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hub_client
+import pytest
+import torch
+from conftest import prompt_of, tiny_target
+from hub_client import Client, ClientError
+from hub_server import OWNER, READER, Fault, HubServer, Repo
+from test_loading import assert_same, small_drafter
+
+from specblock_hf import AutoDrafter, SpecBlockConfig
+from specblock_hf.checkpoints.card import CardFacts, model_card
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "conformance"
+KINDS = ("specblock", "eagle3")
+RESULTS = {
+    "hardware": "a test machine",
+    "dtype": "float32",
+    "versions": {"torch": "2.13.0"},
+    "rows": [{"suite": "chat", "prompts": 12, "temperature": 0, "tau": 2.345, "speedup": 0.876}],
+}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """The server and its client, which take a while to start."""
+    with HubServer() as server:
+        client = Client(server.url, tmp_path_factory.mktemp("home"))
+        yield server, client
+        client.close()
+
+
+@pytest.fixture
+def hub(running):
+    server, _ = running
+    server.repos.clear()
+    server.faults.clear()
+    server.log.clear()
+    return server
+
+
+@pytest.fixture
+def client(running):
+    return running[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Saved drafters."""
+    root = tmp_path_factory.mktemp("saved")
+    for kind in KINDS:
+        small_drafter(kind).save_pretrained(root / kind)
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Where to pull to, empty."""
+    return str(tmp_path / "cache")
+
+
+def store(hub: HubServer, name: str, folder: Path, prefix: str = "", **kwargs) -> Repo:
+    """Put a folder's files into a repository, past the client."""
+    repo = hub.repos.setdefault(name, Repo(**kwargs))
+    repo.add("main", {prefix + path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    return repo
+
+
+def plain_text() -> list[int]:
+    return tiny_target("llama").generate(prompt_of(6), max_new_tokens=16, do_sample=False)[0].tolist()
+
+
+def assert_pulled(pulled: dict, drafter: torch.nn.Module) -> None:
+    assert pulled["class"] == type(drafter).__name__
+    weights = drafter.state_dict()
+    assert pulled["weights"].keys() == weights.keys()
+    assert all(torch.equal(pulled["weights"][name], weights[name]) for name in weights)
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pushed_drafter_comes_back_and_drafts(hub, client, folders, kind, cache):
+    client(hub_client.push, folders / kind, f"org/{kind}-hub")
+    files = hub.repos[f"org/{kind}-hub"].branches["main"].files
+    assert files.keys() == {
+        "README.md",
+        "config.json",
+        "custom_generate/generate.py",
+        "model.safetensors",
+        "provenance.json",
+    }
+    assert files["model.safetensors"] == (folders / kind / "model.safetensors").read_bytes()
+    puts = [path for method, path, status, _ in hub.log if method == "PUT" and status == 200]
+    assert len(puts) == 1  # only the weights are large
+    drafter = AutoDrafter.from_pretrained(folders / kind)
+    pulled = client(hub_client.pull, f"org/{kind}-hub", cache_dir=cache)
+    assert_pulled(pulled, drafter)
+    blobs = [path for path in Path(cache).rglob("blobs/*") if path.is_file()]
+    assert sorted(path.read_bytes() for path in blobs if path.stat().st_size > 5000) == [files["model.safetensors"]]
+    assert client(hub_client.generate, f"org/{kind}-hub") == plain_text()
+
+
+def test_the_class_itself_and_auto_model_load_by_id(hub, client, folders, cache):
+    store(hub, "org/own", folders / "specblock")
+    weights = client(hub_client.pull_own, "org/own", cache_dir=cache)
+    expected = AutoDrafter.from_pretrained(folders / "specblock").state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("specblock_a/checkpoint", "SpecBlockDrafter"),
+        ("specblock_b/checkpoint", "SpecBlockDrafter"),
+        ("eagle3/checkpoint_safeailab", "Eagle3Drafter"),
+        ("eagle3/checkpoint_speculators", "Eagle3Drafter"),
+    ],
+)
+def test_golden_folders_load_by_id(hub, client, folder, kind, cache):
+    store(hub, "authors/golden", FIXTURES / folder)
+    pulled = client(hub_client.pull, "authors/golden", cache_dir=cache)
+    assert_pulled(pulled, AutoDrafter.from_pretrained(FIXTURES / folder))
+    assert pulled["class"] == kind
+
+
+def test_several_files_of_weights(hub, client, folders, cache):
+    client(hub_client.push, folders / "specblock", "org/sharded", max_shard_size="20KB")
+    files = hub.repos["org/sharded"].branches["main"].files
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    assert len(shards) > 1 and "model.safetensors.index.json" in files
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    assert_pulled(client(hub_client.pull, "org/sharded", cache_dir=cache), drafter)
+    del files[shards[1]]
+    with pytest.raises(ClientError, match=rf"^OSError: org/sharded has no {shards[1]}"):
+        client(hub_client.pull, "org/sharded", cache_dir=cache + "2")
+
+
+def test_saving_can_push(hub, client, folders, tmp_path):
+    client(hub_client.push_while_saving, folders / "eagle3", "org/while-saving", tmp_path / "out")
+    files = hub.repos["org/while-saving"].branches["main"].files
+    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert b"org/while-saving" in files["README.md"]
+
+
+# Where from.
+
+
+def test_revision_and_subfolder(hub, client, folders, cache):
+    repo = store(hub, "org/several", folders / "specblock")
+    first = repo.branches["main"].sha
+    client(hub_client.push, folders / "eagle3", "org/several", revision="other")
+    store(hub, "org/several", folders / "eagle3", prefix="inner/deep/")
+    specblock, eagle3 = (AutoDrafter.from_pretrained(folders / kind) for kind in KINDS)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache), specblock)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache, revision="other"), eagle3)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache, revision=first), specblock)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache, subfolder="inner/deep"), eagle3)
+    with pytest.raises(ClientError, match=r"^OSError: org/several has no revision v9; name one of its"):
+        client(hub_client.pull, "org/several", cache_dir=cache, revision="v9")
+    with pytest.raises(ClientError, match=r"^OSError: org/several has no config\.json, .* subfolder\.$"):
+        client(hub_client.pull, "org/several", cache_dir=cache, subfolder="nowhere")
+
+
+def test_nothing_is_downloaded_twice(hub, client, folders, cache):
+    store(hub, "org/once", folders / "specblock")
+    client(hub_client.pull, "org/once", cache_dir=cache)
+    assert sum(method == "GET" and path.startswith("/large/") for method, path, *_ in hub.log) == 1
+    hub.log.clear()
+    client(hub_client.pull, "org/once", cache_dir=cache)
+    assert [path for method, path, *_ in hub.log if method == "GET" and "/api/" not in path] == []
+    hub.log.clear()
+    client(hub_client.pull, "org/once", cache_dir=cache, local_files_only=True)
+    assert hub.log == []
+    with pytest.raises(
+        ClientError, match=r"^OSError: org/once has no config\.json, or not in the cache if the Hub may"
+    ):
+        client(hub_client.pull, "org/once", cache_dir=cache + "2", local_files_only=True)
+
+
+def test_offline(hub, client, folders, cache, tmp_path):
+    store(hub, "org/offline", folders / "eagle3")
+    store(hub, "org/official", FIXTURES / "specblock_a" / "checkpoint")
+    for name in ("org/offline", "org/official"):
+        client(hub_client.pull, name, cache_dir=cache)
+    hub.log.clear()
+    offline = Client(hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")
+    try:
+        eagle3 = AutoDrafter.from_pretrained(folders / "eagle3")
+        assert_pulled(offline(hub_client.pull, "org/offline", cache_dir=cache), eagle3)
+        assert offline(hub_client.pull, "org/official", cache_dir=cache)["class"] == "SpecBlockDrafter"
+        with pytest.raises(
+            ClientError, match=r"^OSError: org/else has no config\.json, or not in the cache if the Hub"
+        ):
+            offline(hub_client.pull, "org/else", cache_dir=cache)
+    finally:
+        offline.close()
+    assert hub.log == []
+
+
+# Who may.
+
+
+def test_a_private_repository(hub, client, folders, cache):
+    client(hub_client.push, folders / "specblock", "org/secret", private=True)
+    assert hub.repos["org/secret"].private
+    with pytest.raises(ClientError, match=r"^OSError: org/secret is neither a folder nor a Hub repository .* token="):
+        client(hub_client.pull, "org/secret", cache_dir=cache)
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    assert_pulled(client(hub_client.pull, "org/secret", cache_dir=cache, token=READER), drafter)
+
+
+def test_a_gated_repository(hub, client, folders, cache):
+    store(hub, "org/gated", folders / "specblock", gated=True)
+    for token in (None, READER):
+        with pytest.raises(
+            ClientError, match=r"^OSError: org/gated is gated; accept its terms on the Hub, and pass tok"
+        ):
+            client(hub_client.pull, "org/gated", cache_dir=cache, token=token)
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    assert_pulled(client(hub_client.pull, "org/gated", cache_dir=cache, token=OWNER), drafter)
+
+
+def test_names_that_do_not_exist(hub, client, cache):
+    with pytest.raises(
+        ClientError, match=r"^OSError: org/nobody is neither a folder nor a Hub repository that can be"
+    ):
+        client(hub_client.pull, "org/nobody", cache_dir=cache)
+    with pytest.raises(
+        ClientError, match=r"^OSError: not//a name is neither a folder nor a Hub repository that can be"
+    ):
+        client(hub_client.pull, "not//a name", cache_dir=cache)
+
+
+def test_pushing_needs_a_token(hub, client, folders):
+    with pytest.raises(ClientError, match=r"(?i)^HfHubHTTPError: .*40[13]"):
+        client(hub_client.push_with, folders / "specblock", "org/not-mine", READER)
+    assert "org/not-mine" not in hub.repos
+
+
+# What goes wrong.
+
+
+def test_the_hub_is_busy_for_a_while(hub, client, folders, cache):
+    store(hub, "org/busy", folders / "specblock")
+    hub.faults += [Fault("GET /large/", 2, status=429), Fault("HEAD .*config.json", 1, status=429)]
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    assert_pulled(client(hub_client.pull, "org/busy", cache_dir=cache), drafter)
+    assert [status for method, path, status, _ in hub.log if "/large/" in path and method == "GET"] == [429, 429, 200]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("pattern", ["HEAD .*config.json", "HEAD .*model.safetensors", "GET /large/"])
+def test_the_hub_stays_broken(hub, client, folders, cache, status, pattern):
+    store(hub, "org/broken", folders / "specblock")
+    hub.faults.append(Fault(pattern, 1000, status=status))
+    with pytest.raises(ClientError, match=rf"^OSError: (?s:.)*org/broken(?s:.)*{status}(?s:.)*again"):
+        client(hub_client.pull, "org/broken", cache_dir=cache)
+    hub.faults.clear()
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    assert_pulled(client(hub_client.pull, "org/broken", cache_dir=cache), drafter)
+
+
+def test_a_cut_connection_is_resumed(hub, client, folders, cache):
+    store(hub, "org/cut", folders / "specblock")
+    size = (folders / "specblock" / "model.safetensors").stat().st_size
+    hub.faults.append(Fault("GET /large/", 1, cut=size // 2))
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    assert_pulled(client(hub_client.pull, "org/cut", cache_dir=cache), drafter)
+    first, second = [entry[2:] for entry in hub.log if entry[0] == "GET" and entry[1].startswith("/large/")]
+    assert first == (200, None)
+    # What arrived is not asked for again.
+    assert second[0] == 206 and 0 < int(second[1].removeprefix("bytes=").removesuffix("-")) <= size // 2
+
+
+def test_a_connection_that_is_always_cut(hub, client, folders, cache):
+    store(hub, "org/cut", folders / "specblock")
+    hub.faults.append(Fault("GET /large/", 1000, cut=0))
+    with pytest.raises(ClientError, match=r"^OSError: .*org/cut.* try again"):
+        client(hub_client.pull, "org/cut", cache_dir=cache)
+    hub.faults.clear()
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    assert_pulled(client(hub_client.pull, "org/cut", cache_dir=cache), drafter)
+
+
+def flipped(body: bytes) -> bytes:
+    """A change that no size and no header shows."""
+    return body[:-9] + bytes([body[-9] ^ 64]) + body[-8:]
+
+
+@pytest.mark.parametrize("loader", ["pull", "pull_own"])
+def test_damaged_weights_are_refused_and_forgotten(hub, client, folders, cache, loader):
+    store(hub, "org/damaged", folders / "specblock")
+    hub.faults.append(Fault("GET /large/", 1, change=flipped))
+    pull = getattr(hub_client, loader)
+    with pytest.raises(
+        ClientError, match=r"^OSError: model\.safetensors of org/damaged arrived damaged: its hash is not"
+    ):
+        client(pull, "org/damaged", cache_dir=cache)
+    assert not list(Path(cache).rglob("*.safetensors"))
+    pulled = client(pull, "org/damaged", cache_dir=cache)
+    expected = AutoDrafter.from_pretrained(folders / "specblock").state_dict()
+    weights = pulled["weights"] if loader == "pull" else pulled
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_damaged_configuration_is_refused(hub, client, folders, cache):
+    store(hub, "org/damaged", folders / "specblock")
+    hub.faults.append(Fault("GET .*config.json", 1, change=lambda body: body.replace(b"24", b"23")))
+    with pytest.raises(ClientError, match=r"^OSError: config\.json of org/damaged arrived damaged: "):
+        client(hub_client.pull, "org/damaged", cache_dir=cache)
+    client(hub_client.pull, "org/damaged", cache_dir=cache)
+
+
+def test_a_repository_without_weights(hub, client, folders, cache):
+    repo = store(hub, "org/empty", folders / "specblock")
+    del repo.branches["main"].files["model.safetensors"]
+    with pytest.raises(
+        ClientError, match=r"^OSError: org/empty has neither model\.safetensors nor pytorch_model\.bin"
+    ):
+        client(hub_client.pull, "org/empty", cache_dir=cache)
+
+
+def test_an_incomplete_drafter_is_not_pushed(hub, client, folders, tmp_path):
+    broken = tmp_path / "broken"
+    small_drafter().save_pretrained(broken)
+    (broken / "model.safetensors").write_bytes((folders / "eagle3" / "model.safetensors").read_bytes())
+    assert client(hub_client.command, "push", str(broken), "org/broken") == 2
+    assert "org/broken" not in hub.repos and hub.log == []
+
+
+def test_an_upload_that_fails_leaves_no_half(hub, client, folders):
+    hub.faults.append(Fault("PUT /large/", 1000, status=500))
+    with pytest.raises(ClientError, match=r"model\.safetensors"):
+        client(hub_client.push, folders / "specblock", "org/half")
+    assert hub.repos["org/half"].branches["main"].files == {}
+
+
+# Cards.
+
+
+def test_a_card_is_made_and_then_left_alone(hub, client, folders):
+    client(hub_client.push, folders / "specblock", "org/card")
+    files = hub.repos["org/card"].branches["main"].files
+    card = files["README.md"].decode()
+    assert card.startswith("---\n") and "library_name: specblock_hf" in card and "- specblock\n" in card
+    assert "pipeline_tag: text-generation" in card and "Nothing was measured" in card
+    assert 'AutoDrafter.from_pretrained("org/card"' in card
+    hub.repos["org/card"].add("main", {"README.md": b"---\n---\nwritten by hand"})
+    client(hub_client.push, folders / "specblock", "org/card")
+    assert hub.repos["org/card"].branches["main"].files["README.md"] == b"---\n---\nwritten by hand"
+    client(hub_client.push, folders / "specblock", "org/card", facts=CardFacts(license="mit", results=RESULTS))
+    card = hub.repos["org/card"].branches["main"].files["README.md"].decode()
+    assert "license: mit" in card and "| chat | 12 | 0 | 2.35 | 0.88x |" in card
+    assert "On a test machine in float32, with torch 2.13.0." in card and "Nothing was measured" not in card
+
+
+def test_a_card_says_what_it_is_told(folders):
+    drafter = AutoDrafter.from_pretrained(folders / "eagle3")
+    drafter.config.target_name_or_path = "org/target"
+    facts = CardFacts("apache-2.0", ("en", "de"), ("org/data",), {"learning_rate": 1e-4}, RESULTS)
+    card = drafter.model_card("org/name", facts)
+    data = card.data.to_dict()
+    assert data == {
+        "library_name": "specblock_hf",
+        "pipeline_tag": "text-generation",
+        "base_model": "org/target",
+        "base_model_relation": "adapter",
+        "tags": ["speculative-decoding", "eagle3", "drafter"],
+        "license": "apache-2.0",
+        "datasets": ["org/data"],
+        "language": ["en", "de"],
+    }
+    text = card.text
+    parameters = sum(weight.numel() for weight in drafter.parameters())
+    for part in (
+        "# name\n",
+        "`org/target`",
+        "papers/2503.01840",
+        f"| Parameters | {parameters:,} |",
+        "| Draft vocabulary | 24 of 32 tokens |",
+        "| Reads hidden states | 2, 2, 1 |",
+        "| learning_rate | 0.0001 |",
+        "Data: org/data.",
+        "@article{li2025eagle3,",
+    ):
+        assert part in text, part
+    assert "{{" not in text and "{%" not in text
+
+
+@pytest.mark.parametrize("name", ["specblock-llama-3.1-8b-instruct", "specblock-qwen3-8b"])
+def test_template_cards_say_that_they_are_templates(name):
+    folder = Path(__file__).parents[2] / "model_cards" / name
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json"}
+    card = (folder / "README.md").read_text()
+    assert card == str(model_card(SpecBlockConfig.from_pretrained(folder), f"ORG/{name}", CardFacts())) + "\n"
+    assert "**A template without weights.**" in card and "Nothing was measured with this drafter." in card
+    with pytest.raises(OSError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
+        AutoDrafter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "lacking", ["hardware", "dtype", "versions", "rows", "suite", "tau", "speedup", "prompts", "temperature"]
+)
+def test_a_number_without_its_conditions_is_refused(lacking):
+    results = {**RESULTS, "rows": [dict(RESULTS["rows"][0])]}
+    (results["rows"][0] if lacking in results["rows"][0] else results).pop(lacking)
+    with pytest.raises(
+        ValueError, match=rf"^The results lack {lacking}, and a card shows no number without its condition"
+    ):
+        CardFacts(results=results)
+
+
+def test_provenance(folders):
+    found = json.loads((folders / "specblock" / "provenance.json").read_text())
+    assert found.keys() == {"versions", "commit", "command"}
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert found["versions"].keys() == {"specblock_hf", "transformers", "torch", "huggingface_hub", "safetensors"}
+    assert found["command"] is None  # whatever started this is no subcommand of ours, and nobody else's business
+
+
+# The commands and the way in without a hook.
+
+
+def test_the_push_command(hub, client, folders, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "training.json").write_text(json.dumps({"epochs": 3}))
+    options = ["--license", "mit", "--language", "en", "--dataset", "org/data", "org/more", "--message", "First"]
+    options += [
+        "--training",
+        str(tmp_path / "training.json"),
+        "--results",
+        str(tmp_path / "results.json"),
+        "--private",
+    ]
+    assert client(hub_client.command, "push", str(folders / "specblock"), "org/cli", *options) == 0
+    repo = hub.repos["org/cli"]
+    card = repo.branches["main"].files["README.md"].decode()
+    assert repo.private and "| epochs | 3 |" in card and "Data: org/data, org/more." in card and "0.88x" in card
+    assert (
+        repo.branches["main"].files["model.safetensors"] == (folders / "specblock" / "model.safetensors").read_bytes()
+    )
+    before = repo.branches["main"]
+    (tmp_path / "card.md").write_text("---\nlicense: mit\n---\nmine")
+    options = ["--card", str(tmp_path / "card.md"), "--create-pr"]
+    assert client(hub_client.command, "push", str(folders / "specblock"), "org/cli", *options) == 0
+    assert repo.branches["main"] is before and b"mine" in repo.branches["refs/pr/1"].files["README.md"]
+    golden = str(FIXTURES / "specblock_a" / "checkpoint")
+    assert client(hub_client.command, "push", golden, "org/cli") == 2  # not our layout
+    (tmp_path / "results.json").write_text("{")
+    options = ["--results", str(tmp_path / "results.json")]
+    assert client(hub_client.command, "push", str(folders / "specblock"), "org/cli", *options) == 2
+
+
+def test_custom_generate_by_the_repositorys_name(hub, client, folders):
+    client(hub_client.push, folders / "specblock", "org/custom")
+    generate = hub.repos["org/custom"].branches["main"].files["custom_generate/generate.py"].decode()
+    assert 'custom_generate="org/custom"' in generate and "$" not in generate
+    output, streamed, calls = client(hub_client.custom_generate, "org/custom", do_sample=False)
+    assert output == plain_text() and streamed == [*output, -1]
+    # A prompt, and rounds of one token or more: plain decoding takes 16 forwards, this one no more.
+    assert 2 <= calls <= 16
+    with pytest.raises(
+        ClientError, match=r"^ValueError: a tree drafter speeds up greedy decoding and sampling and this"
+    ):
+        client(hub_client.custom_generate, "org/custom", num_beams=2, do_sample=False)
+
+
+def test_the_server_is_what_the_client_talks_to(hub, client, folders):
+    assert_same(AutoDrafter.from_pretrained(folders / "eagle3"), small_drafter("eagle3"))
+    client(hub_client.push, folders / "eagle3", "org/talk")
+    assert {(method, path.split("?")[0]) for method, path, status, _ in hub.log if status == 200} >= {
+        ("POST", "/api/repos/create"),
+        ("POST", "/api/models/org/talk/preupload/main"),
+        ("POST", "/org/talk.git/info/lfs/objects/batch"),
+        ("POST", "/api/models/org/talk/commit/main"),
+    }

@@ -1,0 +1,305 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The `specblock` command: subcommands are found, fail in one sentence, and say what they measured."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import string
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_target
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from specblock_hf import (
+    Eagle3Config,
+    Eagle3Drafter,
+    GenerationStatistics,
+    JoinedDrafter,
+    LookupDrafter,
+    SpecBlockConfig,
+    cli,
+)
+from specblock_hf.cli import demo
+from specblock_hf.cli import models as terminal
+from specblock_hf.cli.doctor import describe_reading, diagnose
+from specblock_hf.cli.models import Answer
+from specblock_hf.drafters.medusa import MedusaConfig, MedusaDrafter
+from specblock_hf.drafters.specblock.drafting import SpecBlockDrafter
+from specblock_hf.evaluation.divergence import Divergence
+
+
+def subcommand(run):
+    def add_arguments(parser):
+        parser.add_argument("--size", type=int, default=3)
+
+    return SimpleNamespace(add_arguments=add_arguments, run=run)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Two subcommands: `work`, whose `run` a test sets, and `broken`, which cannot be imported."""
+    monkeypatch.setattr(cli, "COMMANDS", {"work": ("fake_work", "do work"), "broken": ("fake_broken", "never works")})
+
+    def set_run(run):
+        monkeypatch.setitem(sys.modules, "fake_work", subcommand(run))
+
+    return set_run
+
+
+def test_help_lists_every_subcommand_and_imports_none(commands, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--help"])
+    assert exit.value.code == 0
+    output = capsys.readouterr().out
+    assert "do work" in output and "never works" in output
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["--size", "1", "work"], ["work", "--unknown"]])
+def test_a_wrong_command_line_ends_with_status_2(commands, capsys, arguments):
+    commands(lambda args: pytest.fail("ran"))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2 and "specblock" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1)])
+def test_the_subcommand_gets_its_arguments_and_sets_the_status(commands, returned, status):
+    sizes = []
+    commands(lambda args: sizes.append(args.size) or returned)
+    assert cli.main(["work", "--size", "7"]) == status
+    assert cli.main(["work"]) == status
+    assert sizes == [7, 3]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, ImportError])
+def test_bad_input_ends_in_its_sentence(commands, capsys, error):
+    def run(args):
+        raise error("That does not fit; use another one.")
+
+    commands(run)
+    assert cli.main(["work"]) == 2
+    assert capsys.readouterr().err == "specblock work: That does not fit; use another one.\n"
+
+
+def test_a_bug_keeps_its_traceback(commands):
+    commands(lambda args: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main(["work"])
+
+
+def test_an_interrupt_is_quiet(commands, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+
+    commands(run)
+    assert cli.main(["work"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+ROOT = Path(__file__).parents[2]
+RUN_AS_MODULES = {
+    module
+    for text in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*")]
+    for module in re.findall(r"-m (specblock_hf[\w.]*)", text.read_text())
+}
+
+
+def test_the_fsdp_example_names_its_own_command():
+    command = (ROOT / "examples" / "fsdp.yaml").read_text().splitlines()[0]
+    assert re.match(r"# accelerate launch --config_file examples/fsdp\.yaml .* -m specblock_hf train ", command)
+
+
+@pytest.mark.parametrize("module", sorted(RUN_AS_MODULES))
+def test_a_module_that_a_documented_command_runs_does_something(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launched", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(module, run_name="__main__")
+    assert exit.value.code == 0 and "regenerate" in capsys.readouterr().out
+
+
+ALPHABET = f"_?{string.ascii_lowercase}0123"
+assert len(ALPHABET) == VOCAB
+
+
+@pytest.fixture(scope="module")
+def models_on_disk(tmp_path_factory):
+    """Folders of a tiny target, whose tokenizer has a token for each of 31 characters, and of an untrained drafter."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(ALPHABET)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder / "target")
+    target = tiny_target("llama")
+    target.save_pretrained(folder / "target")
+    torch.manual_seed(1)
+    drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config, draft_vocab_size=24))
+    drafter.save_pretrained(folder / "drafter")
+    return str(folder / "target"), str(folder / "drafter")
+
+
+def run_demo(models_on_disk, *options):
+    target, drafter = models_on_disk
+    return cli.main(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "12", *options])
+
+
+def test_demo_compares_six_prompts_in_alternating_order(models_on_disk, capsys):
+    assert run_demo(models_on_disk) == 0
+    output = capsys.readouterr().out
+    assert re.findall(r"=== \d/6 (\w+):", output) == ["code", "chat", "arithmetic"] * 2
+    pattern = r"--- (plain generate\(\)|with the drafter)\n((?:[\w?] ?)+)\n"
+    answers = re.findall(pattern, output)
+    order = ["plain generate()", "with the drafter", "with the drafter", "plain generate()"]
+    assert [how for how, _ in answers] == order * 3
+    texts = [text.split() for _, text in answers]
+    assert all(len(text) == 12 for text in texts) and texts[::2] == texts[1::2]
+    assert len(set(map(tuple, texts))) > 1
+    result = output.split("=== result\n")[1]
+    assert re.search(r"^speedup: \d+\.\d\d \(geometric mean of 6 prompts\)", result, re.MULTILINE)
+    assert re.search(r"^tau: [1-9]\.\d\d tokens a round", result, re.MULTILINE)
+    assert re.search(r"^time of a round: draft \d+%, verify \d+%, host \d+%$", result, re.MULTILINE)
+    assert re.search(r"^identical: True\nwall time of the command: \d+ s$", result, re.MULTILINE)
+
+
+def test_demo_draws_the_first_tree_with_the_accepted_path(models_on_disk, capsys):
+    run_demo(models_on_disk, "--prompts", "abc", "--plan", "12", "2", "4")
+    output = capsys.readouterr().out
+    assert "=== 1/1 yours: abc\n" in output
+    tree = output.split("=== first draft tree of prompt 1\n")[1].split("\n\n")[0].splitlines()
+    first_token = re.search(r"--- plain generate\(\)\n([\w?])", output).group(1)
+    assert tree[1] == f"'{first_token}' *" and len(tree) > 3
+    kept = int(re.search(r"\* = kept, (\d+) drafted", tree[0]).group(1))
+    assert sum(line.endswith(" *") for line in tree) == 1 + kept
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0)])
+def test_demo_reports_every_divergence_and_fails_only_in_fp32(models_on_disk, capsys, monkeypatch, dtype, status):
+    found = iter([Divergence(3, 7, 8, 0.25), None, Divergence(0, None, 8, None)])
+    monkeypatch.setattr(demo, "divergence_between", lambda *args, **kwargs: next(found))
+    assert run_demo(models_on_disk, "--dtype", dtype, "--prompts", "a", "b", "c") == status
+    result = capsys.readouterr().out.split("=== result\n")[1]
+    assert (
+        "2 of 3 answers diverge:\n"
+        "  prompt 1: first at new token 3 (plain 7, drafted 8; top-2 margin there 0.250)\n"
+        "  prompt 3: first at new token 0 (plain None, drafted 8; no margin, as plain had ended)\n"
+        "identical: False\n"
+    ) in result
+
+
+def comparison(plain_seconds, drafted_seconds, accepted, seconds=(1.0, 2.0, 1.0)):
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    figures = GenerationStatistics(rounds=len(accepted), accepted=accepted, cut=[False] * len(accepted))
+    figures.draft_seconds, figures.verify_seconds, figures.host_seconds = seconds
+    plain = Answer(ids, 60, plain_seconds, GenerationStatistics())
+    return demo.Comparison("chat", plain, Answer(ids, 60, drafted_seconds, figures), None)
+
+
+def test_the_report_pools_rounds_and_averages_ratios():
+    lines = demo.report([comparison(4.0, 1.0, [3, 1]), comparison(1.0, 2.0, [0], (3.0, 2.0, 1.0))])
+    assert lines == [
+        "plain 24.0 tokens/s, with the drafter 40.0 tokens/s",
+        "speedup: 1.41 (geometric mean of 2 prompts)",
+        "tau: 2.33 tokens a round (2.33 over rounds that nothing cut short)",
+        "time of a round: draft 40%, verify 40%, host 20%",
+        "identical: True",
+    ]
+
+
+def test_a_slowdown_is_reported_as_one():
+    assert "speedup: 0.50 (geometric mean of 1 prompts), slower than plain generate() here" in demo.report(
+        [comparison(1.0, 2.0, [0])]
+    )
+
+
+def test_an_answer_without_a_round_has_no_tree():
+    assert demo.first_tree(GenerationStatistics(), tokenizer=None) == "(the answer ended before a tree was drafted)"
+
+
+def test_generate_streams_one_answer(models_on_disk, capsys):
+    target, drafter = models_on_disk
+    options = ["--target", target, "--drafter", drafter, "--prompt", "ab", "--max-new-tokens", "5"]
+    assert cli.main(["generate", *options]) == 0
+    expected = tiny_target("llama").generate(torch.tensor([[2, 3]]), max_new_tokens=5, do_sample=False)[0, 2:]
+    output = capsys.readouterr().out
+    assert output.startswith(" ".join(ALPHABET[token] for token in expected.tolist()))
+    assert re.search(r"\n5 tokens, \d+\.\d a second, tau \d\.\d\d\n$", output)
+
+
+def test_doctor_checks_and_judges(models_on_disk, capsys):
+    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12"])
+    output = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in output
+    assert "hook in generate(): installed\n" in output
+    reads = "SpecBlockDrafter + LookupDrafter reads what leaves layer 2, layer 2, layer 1 of the target's 4 layers"
+    assert f"compatible: yes ({reads})\n" in output
+    assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
+    assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
+
+
+def test_doctor_refuses_a_drafter_for_another_target(models_on_disk, tmp_path, capsys):
+    other = SpecBlockConfig.for_target(tiny_target("llama").config, draft_vocab_size=24, hidden_size=16, head_dim=8)
+    SpecBlockDrafter(other).save_pretrained(tmp_path)
+    assert cli.main(["doctor", models_on_disk[0], str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("specblock doctor: ") and captured.out == ""
+
+
+def test_diagnosis():
+    figures = GenerationStatistics(rounds=4, accepted=[1, 2, 0, 3], cut=[False] * 4, nodes_verified=40)
+    figures.draft_seconds, figures.verify_seconds, figures.host_seconds = 0.04, 0.12, 0.04
+    assert diagnose(0.025, figures, 1.234) == [
+        "one plain step: 25.0 ms",
+        "one round: 50.0 ms (draft 10.0, verify 30.0, host 10.0; 10 nodes)",
+        "a round yields 2.50 tokens and costs as much as 2.00 plain steps",
+        "use it here? yes, about 1.23x",
+    ]
+    assert diagnose(0.025, figures, 0.8)[-1] == "use it here? no, 0.80x is not faster than plain generate()"
+    assert "give a larger --max-new-tokens" in diagnose(0.025, GenerationStatistics(), 1.0)[0]
+
+
+def test_doctor_names_the_layers_that_a_checkpoint_does_not_record():
+    target = tiny_target("llama")
+    medusa = MedusaDrafter(MedusaConfig.for_target(target.config, feature_layers=[-1]))
+    assert describe_reading(target, JoinedDrafter(medusa, LookupDrafter(target.config))) == (
+        "MedusaDrafter + LookupDrafter reads what leaves the final norm of the target's 4 layers"
+    )
+    eagle = Eagle3Drafter(Eagle3Config.for_target(target.config, feature_layers=[-1, -1, -1]))
+    assert describe_reading(target, eagle) == (
+        "Eagle3Drafter reads what leaves layer 2, layer 2, layer 1 of the target's 4 layers"
+    )
+    assert describe_reading(target, LookupDrafter(target.config)) == (
+        "LookupDrafter reads what leaves no layer of the target's 4 layers"
+    )
+
+
+def test_a_missing_drafter_ends_in_one_sentence(models_on_disk, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(terminal, "DEFAULT_DRAFTER", tmp_path / "absent")
+    assert cli.main(["demo", "--target", models_on_disk[0]]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"specblock demo: There is no trained drafter in {tmp_path / 'absent'}; name the folder or Hub id of one, or "
+        "train one first.\n"
+    )
+
+
+def test_prompts_use_the_chat_template_if_there_is_one(models_on_disk):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(models_on_disk[0])
+    assert terminal.encode(tokenizer, "ab", torch.device("cpu")).tolist() == [[2, 3]]
+    tokenizer.chat_template = "y{{ messages[0]['content'] }}{% if add_generation_prompt %}z{% endif %}"
+    assert terminal.encode(tokenizer, "ab", torch.device("cpu")).tolist() == [[26, 2, 3, 27]]
+
+
+def test_demo_calibrates_unless_a_plan_is_given(models_on_disk, capsys):
+    run_demo(models_on_disk, "--prompts", "abc")
+    assert re.search(
+        r"^calibrated: (\d+ drafted nodes, \d drafter forward|no tree pays)", capsys.readouterr().out, re.M
+    )
+    run_demo(models_on_disk, "--prompts", "abc", "--plan", "3", "1", "1", "--no-lookup")
+    output = capsys.readouterr().out
+    assert "calibrated" not in output
+    assert len(output.split("=== first draft tree of prompt 1\n")[1].split("\n\n")[0].splitlines()) == 1 + 1 + 3

@@ -1,0 +1,144 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock train`: shapes of drafters, what to start from, where the target lies, what is measured on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from conftest import prompt_of, tiny_target
+from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
+
+from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
+from specblock_hf.drafters.layouts import Layout, write_checkpoint
+from specblock_hf.training.target_views import view_target
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """A folder of answers and the tiny target with its tokenizer in another."""
+    folder = tmp_path_factory.mktemp("answers")
+    char_tokenizer().save_pretrained(folder / "target")
+    tiny_target("llama").save_pretrained(folder / "target")
+    (folder / "data").mkdir()
+    with open(folder / "data" / "answers-0.jsonl", "w") as file:
+        for number, tokens in enumerate(Told(24, 14).tokens.tolist()):
+            file.write(json.dumps({"prompt": f"{number}ab", "answer_ids": tokens, "temperature": 0.0}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def train(answers, tmp_path, monkeypatch):
+    """Runs the command and gives its status."""
+    monkeypatch.setattr(SpecBlockDrafter, "plans_that_pay", ((2, 1, 0),))
+
+    def run(*options: object) -> int:
+        fixed = ["train", "--target", answers / "target", "--data", answers / "data", "--output", tmp_path / "run"]
+        fixed += ["--epochs", 1, "--batch-tokens", 60, "--learning-rate", 0.01, "--held-out", 0.3, "--log-steps", 1]
+        fixed += ["--eval-budgets", 4, 8, "--mixed-precision", "no", "--cpu", "--draft-vocab-size", DRAFT_VOCAB]
+        return cli.main([str(option) for option in (*fixed, *options)])
+
+    return run
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_is_measured_while_training(train, tmp_path, capsys):
+    assert train("--objective", "num_blocks=2", "join_at=0.5") == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    for line in ("draft vocabulary: 24 of 32 tokens", "padding: ", "memory: target ", "a step: ", "the run: "):
+        assert line in said
+    rows = log_of(tmp_path)
+    measured = [row for row in rows if "tau_8" in row][-1]
+    assert {"tau_4", "tau_8", "depths", "held_out_chain"} <= measured.keys()
+    assert [len(block) for block in measured["held_out_agreement"]] == [4, 4]
+    assert sum(bucket["frequency"] for bucket in measured["held_out_rank"].values()) == pytest.approx(1, abs=1e-3)
+    steps = [row for row in rows if "loss" in row]
+    first = -(-len(steps) // 2)
+    assert [len(row["agreement"]) for row in steps] == [1] * first + [2] * (len(steps) - first)
+    assert all(sum(row["shares"].values()) == pytest.approx(1, abs=0.01) for row in steps)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"prefix_broadcast": False},
+        {"layer_shift": False},
+        {"branching": [2, 2, 2, 2], "root_width": 2},  # a uniform tree instead of a rank-guided one
+    ],
+)
+def test_every_part_of_the_paper_can_be_left_out(train, tmp_path, capsys, config):
+    pairs = [f"{name}={json.dumps(value)}" for name, value in config.items()]
+    objective = ["--objective", "valid_prefix=false", "num_blocks=1"]
+    status = train("--config", "num_hidden_layers=2", "rank_top_k=12", "root_width=4", *pairs, *objective)
+    assert status == 0, capsys.readouterr().err
+    target = tiny_target("llama")
+    drafter = AutoDrafter.from_pretrained(tmp_path / "run" / "final", target=target).eval()
+    assert {name: getattr(drafter.config, name) for name in config} == config
+    assert len(drafter.shift_proj) == (1 if drafter.config.layer_shift else 0)
+    output = target.generate(prompt_of(6), max_new_tokens=12, do_sample=False, assistant_model=drafter)
+    assert torch.equal(output, target.generate(prompt_of(6), max_new_tokens=12, do_sample=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_without_the_broadcast_later_slots_have_their_query_alone(broadcast):
+    drafter = tiny_drafter(prefix_broadcast=broadcast)
+    conditions, embeds = (torch.randn(2, 3, drafter.config.hidden_size) for _ in range(2))
+    one = drafter.input_layer(conditions, embeds)
+    other = drafter.input_layer(conditions + 1, embeds)
+    assert one.shape == (2, 3, 4, drafter.config.hidden_size)
+    assert not torch.equal(one[:, :, 0], other[:, :, 0])
+    assert torch.equal(one[:, :, 1:], other[:, :, 1:]) != broadcast
+    assert not torch.equal(one[:, :, 1], one[:, :, 2])
+
+
+@pytest.mark.parametrize("layout", [Layout.OURS, Layout.SPECBLOCK])
+def test_a_run_may_start_from_a_drafter_of_another_layout(train, tmp_path, capsys, layout):
+    start = tiny_drafter(rank_top_k=20, rank_hidden_size=256, feature_layers=[2, 2, 1])
+    if layout == Layout.OURS:
+        start.save_pretrained(tmp_path / "start")
+    else:
+        write_checkpoint(start, tmp_path / "start", layout)
+    assert train("--init-from", tmp_path / "start", "--learning-rate", 1e-9) == 0, capsys.readouterr().err
+    trained = AutoDrafter.from_pretrained(tmp_path / "run" / "final", target=tiny_target("llama"))
+    for name, weight in trained.state_dict().items():
+        torch.testing.assert_close(weight, start.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_a_shape_and_a_start_do_not_go_together(train, tmp_path, capsys):
+    tiny_drafter().save_pretrained(tmp_path / "start")
+    assert train("--init-from", tmp_path / "start", "--config", "block_size=2") == 2
+    assert "--config shapes a new drafter and --init-from brings a shape along" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective", "blocks=3"], "--objective got 'blocks=3'; give NAME=VALUE with one of these names: num"),
+        (["--config", "layers"], "--config got 'layers'"),
+        (["--objective", "num_blocks=0"], "at least the first block is trained"),
+    ],
+)
+def test_other_names_are_refused(train, capsys, options, message):
+    assert train(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_views_of_a_target_that_is_spread_over_devices(tmp_path):
+    """A part of the layers on the disk, which on one device is what several are: states that lie where layers ran."""
+    examples = [example_of(tokens, 3) for tokens in Told(3, 12).tokens.tolist()]
+    whole = tiny_target("llama")
+    spread = tiny_target("llama")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(spread.model.layers))}
+    dispatch_model(spread, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    for ours, theirs in zip(*(view_target(t, examples, (0, 2, 4), 5) for t in (whole, spread)), strict=True):
+        torch.testing.assert_close(ours.features, theirs.features)
+        assert torch.equal(ours.top_ids, theirs.top_ids)

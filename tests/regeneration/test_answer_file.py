@@ -1,0 +1,60 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from specblock_hf.data.examples import as_messages, prompt_key, read_rows
+from specblock_hf.regeneration.answer_file import AnswerFile
+
+
+def row(prompt, temperature: float = 0.0, **more) -> dict:
+    return {"prompt": prompt, "answer_ids": [1], "temperature": temperature, **more}
+
+
+def name(prompt, temperature: float = 0.0, sample: int = 0) -> tuple:
+    return prompt_key(as_messages(prompt)), temperature, sample
+
+
+def test_answers_of_all_processes_count(tmp_path):
+    first, second = AnswerFile(tmp_path / "out", 0, 2), AnswerFile(tmp_path / "out", 1, 2)
+    first.append([row("a"), row("a", 1.0), row("a", 1.0, sample=1)])
+    second.append([row([{"role": "user", "content": "b"}])])
+    expected = {name("a"), name("a", 1.0), name("a", 1.0, 1), name("b")}
+    assert first.answered() == second.answered() == AnswerFile(tmp_path / "out").answered() == expected
+
+
+@pytest.mark.parametrize("torn", ['{"prompt": "b", "ans', '{"prompt": "é'.encode()[:-1], ""])
+@pytest.mark.parametrize("processes", [2, 1, 3])
+def test_a_torn_line_is_cut_off_by_whoever_comes_next(tmp_path, torn, processes):
+    """Also by a run of another number of processes, or it would stay and no trainer could read the folder."""
+    killed = AnswerFile(tmp_path, 1, 2)
+    killed.append([row("a")])
+    killed.close()
+    with open(killed.path, "ab") as file:
+        file.write(torn if isinstance(torn, bytes) else torn.encode())
+    AnswerFile(tmp_path, 0, processes)
+    assert killed.path.read_text() == json.dumps(row("a")) + "\n"
+    assert list(read_rows(tmp_path)) == [row("a")]
+
+
+def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
+    other = AnswerFile(tmp_path, 1, 2)
+    other.append([row("a")])
+    with open(other.path, "a") as file:
+        file.write('{"prompt": "b", "ans')
+    before = other.path.read_bytes()
+    assert AnswerFile(tmp_path, 0, 2).answered() == {name("a")} and other.path.read_bytes() == before
+    other.close()
+    assert AnswerFile(tmp_path, 1, 2).path.read_text() == json.dumps(row("a")) + "\n"
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    first = AnswerFile(tmp_path, 0, 1)
+    with pytest.raises(ValueError, match="another process is writing .*answers-00000-of-00001.jsonl; wait until it"):
+        AnswerFile(tmp_path, 0, 1)
+    first.close()
+    AnswerFile(tmp_path, 0, 1)

@@ -1,0 +1,351 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for drawn trees: exactness by enumeration of every draw and every coin, expected lengths, real coins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_verification import tree_of
+from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct
+
+from specblock_hf.evaluation.outcomes import outcomes
+from specblock_hf.trees.rejection_sampling import GlobalCoins, SampledVerifier
+from specblock_hf.trees.sampling import Shape, gumbel_draw, path_shape, tree_shape
+from specblock_hf.trees.tree import DraftTree
+
+
+MODELS = 40
+End = tuple[float, Tokens, torch.Tensor]
+"""A way for a round to end: its mass, the drafted tokens that it kept, the law of the next one."""
+
+RULES = [(sampling, rule) for sampling in ("sampled", "independent", "paths") for rule in ("token", "block")]
+
+
+def shape_of(sampling: str, seed: int, size: int) -> Shape:
+    """A small shape: one or two forwards, two or three levels."""
+    if sampling == "paths":
+        return (path_shape(6, 2, 2), path_shape(6, 2, 1, 2), path_shape(2, 1, 1))[seed % 3]
+    vocab = size if sampling == "sampled" else None
+    shapes = (
+        tree_shape(3, 2, 2, vocab_size=vocab),
+        tree_shape(3, 2, 1, 2, 1, vocab_size=vocab),
+        tree_shape(3, 3, 3, vocab_size=vocab),
+        tree_shape(4, 2, 1, 2, vocab_size=vocab),
+    )
+    # What is drawn independently can be in many more ways.
+    return shapes[seed % (4 if sampling == "sampled" else 3)]
+
+
+def model_of(seed: int, sampling: str = "sampled") -> ToyModel:
+    vocab, unknown = (3, 1) if sampling == "paths" else (3 + seed % 2, seed % 2)
+    return ToyModel(seed, vocab, noise=(0.1, 0.4, 0.9)[seed % 5 % 3], unknown=unknown)
+
+
+def law_of_emitted(model: ToyModel, ends: list[End], length: int) -> dict[Tokens, float]:
+    """The law of the first `length` tokens if rounds end so and the target goes on."""
+    mass: dict[Tokens, float] = {}
+    for part, kept, law in ends:
+        for token, probability in enumerate(law.tolist()):
+            mass[*kept, token] = mass.get((*kept, token), 0.0) + part * probability
+    for size in range(1, length):
+        for text in [text for text in mass if len(text) == size]:
+            part = mass.pop(text)
+            for token, probability in enumerate(model.target_law(text).tolist()):
+                mass[*text, token] = mass.get((*text, token), 0.0) + part * probability
+    return mass
+
+
+def total_variation(model: ToyModel, law: dict[Tokens, float], length: int) -> float:
+    plain = law_of_emitted(model, [(1.0, (), model.target_law(()))], length)
+    return sum(abs(law.get(text, 0.0) - plain.get(text, 0.0)) for text in law | plain) / 2
+
+
+def ends_of(model: ToyModel, trees: list[tuple[DraftTree, float]], rule: str) -> list[End]:
+    ends = []
+    for tree, mass in trees:
+        tokens = tree.tokens[0].tolist()
+        if int(tree.num_nodes[0]) == 1:
+            ends.append((mass, (), model.target_law(())))
+            continue
+        for outcome in outcomes(tree, model, rule):
+            kept = tuple(tokens[node] for node in outcome.nodes[1:])
+            ends.append((mass * outcome.probability, kept, outcome.law))
+    return ends
+
+
+def expected_length(ends: list[End]) -> float:
+    return sum(mass * len(kept) for mass, kept, _ in ends)
+
+
+class Analytic:
+    """Expected lengths by the recursion over siblings, in plain floats, without a tree."""
+
+    def __init__(self, model: ToyModel, shape: Shape, independent: bool, rule: str):
+        self.model, self.shape, self.independent, self.rule = model, shape, independent, rule
+
+    def below(self, node: int, path: Tokens, weight: float) -> float:
+        """Tokens kept below a shape's node that is verified with this weight."""
+        children = [child for child, inner in enumerate(self.shape.nodes) if inner.parent == node]
+        if not children or not weight:
+            return 0.0
+        owed = [weight * p for p in self.model.target_law(path).tolist()]
+        forward, row, slot = self.shape.laws[self.shape.nodes[children[0]].law]
+        start = self.shape.starts[forward][row]
+        q = self.model.draft_law(path[: len(self.shape.path(start))], slot).tolist()
+        if not self.independent:
+            return self._without_replacement(children, path, owed, weight, q)
+        ratio = 1.0
+        if self._accepted(owed, q, 1.0, len(children)) > self._share(owed, q, 1.0):
+            low, high = 1.0, float(len(children))
+            while high - low > 1e-13:
+                ratio = (low + high) / 2
+                pays = self._accepted(owed, q, ratio, len(children)) <= ratio * self._share(owed, q, ratio)
+                low, high = (low, ratio) if pays else (ratio, high)
+        kept, reached = 0.0, 1.0
+        for child in children:
+            accepted = [min(1.0, w / (ratio * x)) if x else 0.0 for w, x in zip(owed, q, strict=False)]
+            kept += reached * sum(x * self._kept(child, (*path, t), accepted[t]) for t, x in enumerate(q))
+            reached *= 1 - sum(x * a for x, a in zip(q, accepted, strict=True))
+        return kept
+
+    def _without_replacement(self, children, path, owed, weight, q) -> float:
+        if not children or not sum(q):
+            return 0.0
+        left = [max(w - x, 0.0) for w, x in zip(owed, [*q, 0.0], strict=False)]
+        rejected = 1 - weight + sum(left)
+        after = [w / rejected for w in left] if sum(left) else left
+        kept = 0.0
+        for token, x in enumerate(q):
+            if x:
+                accepted = min(1.0, owed[token] / x)
+                rest = [0.0 if other == token else y / (1 - x) if x < 1 else 0.0 for other, y in enumerate(q)]
+                later = self._without_replacement(children[1:], path, after, sum(after), rest)
+                kept += x * (self._kept(children[0], (*path, token), accepted) + (1 - accepted) * later)
+        return kept
+
+    def _kept(self, child: int, path: Tokens, accepted: float) -> float:
+        if self.rule == "block":
+            return accepted + self.below(child, path, accepted)
+        return accepted * (1 + self.below(child, path, 1.0))
+
+    @staticmethod
+    def _share(owed: list[float], q: list[float], ratio: float) -> float:
+        return sum(min(w / ratio, x) for w, x in zip(owed, q, strict=False))
+
+    def _accepted(self, owed: list[float], q: list[float], ratio: float, count: int) -> float:
+        return 1 - (1 - self._share(owed, q, ratio)) ** count
+
+
+@pytest.mark.parametrize("sampling", ["sampled", "independent", "paths"])
+def test_the_emitted_law_is_the_targets_and_blocks_keep_no_less(sampling):
+    gained = 0.0
+    for seed in range(MODELS):
+        model = model_of(seed, sampling)
+        shape = shape_of(sampling, seed, len(model.token_ids))
+        trees = all_trees(model, shape, sampling)
+        assert abs(sum(mass for _, mass in trees) - 1) < 1e-12
+        lengths = {}
+        for rule in ("token", "block"):
+            ends = ends_of(model, trees, rule)
+            law = law_of_emitted(model, ends, shape.height + 1)
+            assert total_variation(model, law, shape.height + 1) < 1e-12, (seed, rule)
+            lengths[rule] = expected_length(ends)
+            if sampling != "paths":
+                analytic = Analytic(model, shape, sampling == "independent", rule).below(0, (), 1.0)
+                assert abs(lengths[rule] - analytic) < 1e-9, (seed, rule)
+        assert lengths["block"] >= lengths["token"] - 1e-12, seed
+        gained += lengths["block"] - lengths["token"]
+    assert gained > 0.01
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("sampling", ["sampled", "independent"])
+def test_tokens_that_were_not_drawn_may_stand_beside_drawn_ones(sampling, rule):
+    """As look-ups do; some of them repeat a drawn token."""
+    found = tree_of([(1, 0), (0, 1), (2, 0)])
+    for seed in range(MODELS):
+        model = model_of(seed)
+        shape = tree_shape(2, 2 - seed % 2, 2)
+        trees = [(tree.beside(found), mass) for tree, mass in all_trees(model, shape, sampling)]
+        law = law_of_emitted(model, ends_of(model, trees, rule), 3)
+        assert total_variation(model, law, 3) < 1e-12, seed
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_tree_that_was_not_drawn_keeps_what_the_walk_keeps(rule):
+    tree = tree_of([(1, 0), (0, 1), (2, 0), (2, 1), (1, 3)])
+    for seed in range(MODELS):
+        model = model_of(seed)
+        ends = ends_of(model, [(tree, 1.0)], rule)
+        assert total_variation(model, law_of_emitted(model, ends, 3), 3) < 1e-12
+        law = model.target_law
+        walk = law(())[1] * (1 + law((1,))[0] + law((1,))[2]) + law(())[2] * (1 + law((2,))[1])
+        assert abs(expected_length(ends) - float(walk)) < 1e-12
+
+
+def test_the_enumeration_notices_a_law_that_was_misreported():
+    """Drawn from one law, verified against another."""
+    model, shape = model_of(1), tree_shape(2, 2, 2)
+    trees = [
+        (replace(tree, laws=replace(tree.laws, log_probs=tree.laws.log_probs.flip(1))), mass)
+        for tree, mass in all_trees(model, shape, "sampled")
+    ]
+    for rule in ("token", "block"):
+        assert total_variation(model, law_of_emitted(model, ends_of(model, trees, rule), 3), 3) > 1e-3
+
+
+class ManyCoins:
+    """Real coins for many rounds at once, all of which have met the same ones so far."""
+
+    def __init__(self, fallen: tuple[bool, ...], rounds: int, pending: list):
+        self._given, self._fallen, self._rounds, self._pending = fallen, [], rounds, pending
+
+    def accept(self, probability: float) -> bool:
+        if len(self._fallen) < len(self._given):
+            self._fallen.append(self._given[len(self._fallen)])
+            return self._fallen[-1]
+        accepted = int((torch.rand(self._rounds, dtype=torch.float64) < probability).sum())
+        if 0 < accepted < self._rounds:
+            self._pending.append(((*self._fallen, True), accepted))
+            self._rounds -= accepted
+            accepted = 0
+        self._fallen.append(accepted > 0)
+        return accepted > 0
+
+    def draw(self, mass: torch.Tensor) -> int:
+        self.counts = torch.multinomial(mass, self._rounds, replacement=True).bincount(minlength=len(mass)).tolist()
+        return 0
+
+
+def thrown(model: ToyModel, tree: DraftTree, rule: str, rounds: int) -> dict[Tokens, int]:
+    """What so many rounds with real coins emit."""
+    counts: dict[Tokens, int] = {}
+    pending: list[tuple[tuple[bool, ...], int]] = [((), rounds)]
+    while pending:
+        fallen, rounds = pending.pop()
+        coins = ManyCoins(fallen, rounds, pending)
+        walk = SampledVerifier(model, rule, coins)(tree, [True], never_select, never_stop)
+        kept = tuple(walk.tokens[0, :-1].tolist())
+        for token, count in enumerate(coins.counts):
+            counts[*kept, token] = counts.get((*kept, token), 0) + count
+    return counts
+
+
+@pytest.mark.parametrize(("sampling", "rule"), RULES)
+def test_the_law_with_real_draws_and_real_coins(sampling, rule):
+    torch.manual_seed(1)
+    model, runs = ToyModel(5, 4, 0.5, unknown=1), 200_000
+    shape = path_shape(6, 2, 2) if sampling == "paths" else tree_shape(4, 2, 2)
+    draw = gumbel_draw(torch.Generator().manual_seed(2))
+    tree = model.grow(shape, sampling, draw, runs)
+    counts: dict[Tokens, int] = {}
+    for one, rounds in distinct(tree, torch.ones(runs, dtype=torch.float64)):
+        for text, count in thrown(model, one, rule, int(rounds)).items():
+            counts[text] = counts.get(text, 0) + count
+    for size in (1, 2):  # the target goes on where a round ended early
+        for text in [text for text in counts if len(text) == size]:
+            rounds = counts.pop(text)
+            if rounds:
+                drawn = torch.multinomial(model.target_law(text), rounds, replacement=True).bincount(minlength=4)
+                for token, count in enumerate(drawn.tolist()):
+                    counts[*text, token] = counts.get((*text, token), 0) + count
+    assert sum(counts.values()) == runs
+    assert_drawn_from(law_of_emitted(model, [(1.0, (), model.target_law(()))], 3), counts)
+
+
+def assert_drawn_from(law: dict[Tokens, float], counts: dict[Tokens, int]) -> None:
+    """Chi-squared, six standard deviations wide."""
+    runs = sum(counts.values())
+    assert not any(count for text, count in counts.items() if not law[text])
+    cells = [(runs * chance, counts.get(text, 0)) for text, chance in law.items() if chance]
+    statistic = sum((count - expected) ** 2 / expected for expected, count in cells)
+    degrees = len(cells) - 1
+    assert degrees > 2 and statistic < degrees + 6 * (2 * degrees) ** 0.5
+
+
+def test_the_global_coins():
+    torch.manual_seed(0)
+    coins = GlobalCoins()
+    assert all(coins.accept(1.0) and not coins.accept(0.0) for _ in range(100))
+    heads = sum(coins.accept(0.3) for _ in range(4000))
+    assert abs(heads - 1200) < 6 * (4000 * 0.3 * 0.7) ** 0.5
+    mass = torch.tensor([0.2, 0.0, 0.6], dtype=torch.float64)
+    drawn = [coins.draw(mass) for _ in range(4000)]
+    assert drawn.count(1) == 0 and abs(drawn.count(2) - 3000) < 6 * (4000 * 0.75 * 0.25) ** 0.5
+
+
+class Scripted(GlobalCoins):
+    """Accepts everything, and draws a given token."""
+
+    def accept(self, probability: float) -> bool:
+        return True
+
+    def draw(self, mass: torch.Tensor) -> int:
+        return 3
+
+
+class Kept(ToyModel):
+    """A target that has a token for everything and notes what was kept."""
+
+    def __init__(self):
+        super().__init__(0, 4, 0.0)
+        self.kept: list[tuple[int, int]] = []
+
+    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+        return torch.full((4,), 0.25, dtype=torch.float64)
+
+    def keep(self, row: int, node: int) -> None:
+        self.kept.append((row, node))
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("emitted", [1, 2, 3, 4])
+def test_nothing_is_emitted_after_a_stop(rule, emitted):
+    target, told = Kept(), []
+
+    def stop(row: int, token: int) -> bool:
+        told.append(token)
+        return len(told) == emitted
+
+    verify = SampledVerifier(target, rule, Scripted())
+    walk = verify(tree_of([(1, 0), (2, 1), (0, 2)]), [True], never_select, stop)
+    assert told == walk.tokens[0].tolist() == [1, 2, 0, 3][:emitted]
+    assert walk.nodes[0].tolist() == [0, 1, 2, 3][:emitted] == [node for _, node in target.kept]
+    assert walk.lengths.tolist() == [emitted] and walk.stopped.tolist() == [True]
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_rows_are_independent_and_a_row_without_a_draft_decodes_plainly(rule):
+    target = Kept()
+    tree = tree_of([(1, 0), (2, 1)], [], [(2, 0)], [(1, 0)])
+    walk = SampledVerifier(target, rule, Scripted())(tree, [True, True, False, True], lambda row, node: 9, never_stop)
+    assert walk.tokens.tolist() == [[1, 2, 3], [9, -1, -1], [-1, -1, -1], [1, 3, -1]]
+    assert walk.nodes.tolist() == [[0, 1, 2], [0, -1, -1], [-1, -1, -1], [0, 1, -1]]
+    assert target.kept == [(0, 0), (0, 1), (0, 2), (3, 0), (3, 1)]
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_all_mass_in_the_tree_and_a_coin_that_falls_wrongly_still_emits_a_token_of_the_target(rule):
+    """Only rounding can reject everything then."""
+
+    class Unlucky(GlobalCoins):
+        def accept(self, probability: float) -> bool:
+            return probability == 1.0 and self.tries.pop()
+
+    model = ToyModel(0, 4, 0.0)
+    model.law = lambda row, node, path: torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
+    coins = Unlucky()
+    coins.tries = [True, False]
+    walk = SampledVerifier(model, rule, coins)(tree_of([(0, 0), (1, 0)]), [True], never_select, never_stop)
+    assert walk.tokens[0].tolist()[0] in (0, 1)
+
+
+def never_select(row: int, node: int) -> int:
+    raise AssertionError("a row with a draft is verified by its laws")
+
+
+def never_stop(row: int, token: int) -> bool:
+    return False
