@@ -400,7 +400,7 @@ def test_forward_of_an_instance():
 
 def test_hf_hook():
     """`_hf_hook.execution_device`: where a module computes whose weights accelerate keeps elsewhere."""
-    layer = cpu_offload(nn.Linear(2, 2), execution_device=torch.device("cpu"))
+    layer = cpu_offload(nn.Sequential(nn.Linear(2, 2)), execution_device=torch.device("cpu"))[0]
     assert (has_offloaded_params(layer), layer._hf_hook.execution_device) == (True, torch.device("cpu"))
 
 

@@ -7,17 +7,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -27,14 +35,32 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .hub import _explained, _own_memory
-
 
 LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
-
-
+CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 """Patterns of the files that weights are written to, one of which would be read in place of the others."""
+
+
+@contextmanager
+def _explained(path: Path, name: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every format fails in its own way, and some name ways around the check
+        if path.suffix == ".safetensors":
+            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors, so it is not loaded ({type(error).__name__}); download it "
+            "again, or convert it to safetensors where you trust it."
+        ) from None
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise TypeError
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few numbers that pass for many
+        raise ValueError
+    return tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -67,7 +93,7 @@ class DrafterFiles:
             OSError: There is none, or it cannot be had.
             ValueError: It is not JSON, or not an object.
         """
-        return self._read_json("config.json", self.path("config.json"))
+        return self._read_json(CONFIG, self.path(CONFIG))
 
     def path(self, filename: str) -> Path:
         """
@@ -93,6 +119,8 @@ class DrafterFiles:
             return path if path.is_file() else None
         try:
             before = self._in_cache(filename)
+            if before is None and filename == CONFIG:
+                self._refuse_unreachable()
             found = hf_hub_download(os.fspath(self.name), filename, subfolder=subfolder, **options)
         except LocalEntryNotFoundError as error:
             if is_offline_mode() or options.get("local_files_only"):
@@ -108,6 +136,20 @@ class DrafterFiles:
         if found != before or options.get("force_download"):
             self._check_hash(Path(found), filename)
         return Path(found)
+
+    def _refuse_unreachable(self) -> None:
+        """Ask once before the Hub's client does, which tries six times for half a minute until it gives up."""
+        if is_offline_mode() or self.options.get("local_files_only"):
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(os.fspath(self.name), CONFIG), token=self.options.get("token"))
+        except HfHubHTTPError:
+            pass  # It answers.
+        except HTTPError as error:
+            raise OSError(
+                f"There is no folder {self.name} here, and the Hub cannot be asked for a repository of that name "
+                f"({error}); check the path or the connection."
+            ) from None
 
     def _explain(self, error: Exception) -> str:
         if isinstance(error, GatedRepoError):
@@ -247,3 +289,24 @@ def read_tensors(path: Path, name: object) -> dict[str, torch.Tensor]:
         if not isinstance(found, dict):
             raise TypeError
         return {name: _own_memory(tensor) for name, tensor in found.items()}
+
+
+@contextmanager
+def _explained(path: Path, name: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every format fails in its own way, and some name ways around the check
+        if path.suffix == ".safetensors":
+            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors, so it is not loaded ({type(error).__name__}); download it "
+            "again, or convert it to safetensors where you trust it."
+        ) from None
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise TypeError
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few numbers that pass for many
+        raise ValueError
+    return tensor.clone()

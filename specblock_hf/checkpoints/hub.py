@@ -7,12 +7,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 
-import torch
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -28,27 +25,6 @@ from .saving import save_folder_whole
 
 
 CARD, PROVENANCE, CUSTOM_GENERATE = "README.md", "provenance.json", "custom_generate/generate.py"
-
-
-@contextmanager
-def _explained(path: Path, name: object) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # every format fails in its own way, and some name ways around the check
-        if path.suffix == ".safetensors":
-            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors, so it is not loaded ({type(error).__name__}); download it "
-            "again, or convert it to safetensors where you trust it."
-        ) from None
-
-
-def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        raise TypeError
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few numbers that pass for many
-        raise ValueError
-    return tensor.clone()
 
 
 def publish(
