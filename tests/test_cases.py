@@ -99,7 +99,7 @@ def test_multimodal_targets() -> str:
         target = multimodal_target(kind)
         same_text(target, padded_batch((7,)), dict)
         plain = same_text(target, prompts_with_images(kind, (7,)), dict)
-        drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config)).eval()
+        drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config, feature_layers=[0, 1, 2])).eval()
         chunks = BASE | {"prefill_chunk_size": 3, "assistant_model": drafter}
         assert torch.equal(target.generate(**prompts_with_images(kind, (7,)), **chunks), plain)
     return f"{', '.join(MULTIMODAL)}: text, a picture, and a picture with prefill_chunk_size are exact"
@@ -119,7 +119,7 @@ def test_offloaded_weights() -> str:
     for offload in OFFLOADED:
         target = make_target(TargetKind(wrap=offload))
         plain = same_text(target, padded_batch((7,)), dict)
-        drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config)).eval()
+        drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config, feature_layers=[0, 1, 2])).eval()
         assert torch.equal(target.generate(**padded_batch((7,)), **BASE, assistant_model=drafter), plain)
     return f"{', '.join(OFFLOADED)}: exact"
 
