@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..drafting.drafter import TreeDrafter
+from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
 
 
@@ -92,7 +93,8 @@ def try_plans(
         settings.pad_token_id = 0
     sides: list[DraftingPlan | None] = [None, *plans]
     tokens, seconds = [0] * len(sides), [0.0] * len(sides)
-    for batch in batches_of([ids.to(target.device) for ids in prompts], batch_size, settings.pad_token_id):
+    device = TokenTable.of(target).device
+    for batch in batches_of([ids.to(device) for ids in prompts], batch_size, settings.pad_token_id):
         spent: list[list[float]] = [[] for _ in sides]
         made = [0] * len(sides)
         for repeat in range(REPEATS):
