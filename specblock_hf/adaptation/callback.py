@@ -387,6 +387,3 @@ class OnlineAdaptationCallback(DraftingCallback):
             return
         self.updates += 1
         self.events.append(AdaptationEvent("updated", query, scope, time.perf_counter() - began, **numbers))
-
-
-__all__ = ["AdaptationEvent", "FallMonitor", "OnlineAdaptationCallback", "Policy"]

@@ -186,6 +186,3 @@ def _is_list(values: Any, kind: type, low: float, high: float, nan: bool = False
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-__all__ = ["CheckedConfig", "refusing_misfits"]

@@ -93,6 +93,3 @@ def published(value: str) -> str:
         return value if _NUMBERS.fullmatch(number) else name
     # Both kinds of separators, whatever this system's are.
     return PureWindowsPath(value).name or os.curdir
-
-
-__all__ = ["provenance", "published", "recorded_command"]

@@ -353,15 +353,3 @@ def _speculators_fields(config: Eagle3Config) -> dict[str, Any]:
             "verifier": {"name_or_path": config.target_name_or_path, "architectures": []},
         },
     }
-
-
-__all__ = [
-    "Layout",
-    "layout_of",
-    "read_config",
-    "read_tensors_of",
-    "rope_parameters_of",
-    "target_fields",
-    "write_checkpoint",
-    "write_folder",
-]

@@ -356,6 +356,3 @@ def _key(row: Row) -> tuple[str, str, float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-__all__ = ["Benchmark", "DraftRows", "Method", "ResultFolder", "Run", "Unit", "answer", "evenly", "median_seconds"]

@@ -84,6 +84,3 @@ def _calibrated(target: PreTrainedModel, method: Method, trials: Sequence[torch.
 
 def _listed(plan: DraftingPlan) -> list[int | None]:
     return [plan.tree_budget, plan.num_forwards, plan.max_starts]
-
-
-__all__ = ["apply_plans", "choose_plans"]

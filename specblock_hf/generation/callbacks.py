@@ -153,6 +153,3 @@ class TrackerCallback(DraftingCallback):
         figures = {f"{self.prefix}{name}": value for name, value in call_figures(call.statistics).items()}
         self.tracker.log(figures, step=self.calls)
         self.calls += 1
-
-
-__all__ = ["JsonlTrace", "StatisticsLogger", "TrackerCallback"]

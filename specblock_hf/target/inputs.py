@@ -155,6 +155,3 @@ class TargetInputs:
                 "by one token or more, or pass a longer prompt."
             )
         return new
-
-
-__all__ = ["TargetInputs", "without_training_flags"]

@@ -223,6 +223,3 @@ def _starts_over(target: PreTrainedModel, length: int) -> bool:
     ids = torch.zeros(1, length + 1, dtype=torch.long, device=target.device)
     inputs = target.prepare_inputs_for_generation(ids, **{CACHE: DynamicCache(config=target.config)})
     return inputs.get(CACHE) is None
-
-
-__all__ = ["RopeLimit", "check_length", "check_target", "rope_limits"]
