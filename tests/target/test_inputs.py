@@ -21,7 +21,7 @@ from specblock_hf.target.prompt import PromptPairs
 
 def block_drafter(target) -> SpecBlockDrafter:
     torch.manual_seed(0)
-    return SpecBlockDrafter(SpecBlockConfig.for_target(target.config)).eval()
+    return SpecBlockDrafter(SpecBlockConfig.for_target(target.config, feature_layers=[0, 1, 2])).eval()
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)
