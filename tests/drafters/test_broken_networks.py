@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """A drafter whose network says NaN, infinity or huge numbers costs accepted tokens and nothing else."""
 
 from __future__ import annotations
@@ -26,7 +15,7 @@ from conftest import tiny_target
 from training_for_tests import tiny_drafter
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
-from specblock_hf.sampled_expansion import LARGEST_LOGIT, laws_of
+from specblock_hf.trees.sampling import LARGEST_LOGIT, laws_of
 
 
 HUGE = 3e38
@@ -34,6 +23,7 @@ NUMBERS = {"NaN": math.nan, "infinity": math.inf, "minus infinity": -math.inf, "
 DRAFTERS = {
     "rank-guided": tiny_drafter,
     "best-first": lambda: tiny_drafter(expansion="best_first"),
+    "Markov": lambda: tiny_drafter(markov_rank=4),
     "joined": lambda: JoinedDrafter(tiny_drafter(), LookupDrafter(tiny_target("llama").config)),
     **{name: lambda name=name: baseline(name) for name in BASELINES},
     **{name: lambda name=name: block_drafter(name) for name in VARIANTS},

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """Drafters for targets of every family, whatever names it has for its sizes."""
 
 from __future__ import annotations
@@ -49,11 +38,12 @@ from transformers import (
     Starcoder2Config,
 )
 
-from specblock_hf import SpecBlockConfig, SpecBlockDrafter, TokenTable
-from specblock_hf.auto import TRAINABLE
-from specblock_hf.configuration_drafter import fields_for_target
+from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.drafters.common.configuration import fields_for_target
+from specblock_hf.drafters.common.registry import trainable_drafters
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training.batches import collate, draft_ids_of
-from specblock_hf.training.features import view_target
+from specblock_hf.training.target_views import view_target
 
 
 NAMELESS = {"vocab_size": VOCAB, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None}
@@ -103,6 +93,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedConfig], tuple[int, int, int, f
     "Starcoder2": (lambda: Starcoder2Config(**GROUPED, norm_epsilon=1e-4), (48, 2, 8, 1e-4, 1e4)),
 }
 READS = (0, 2, 3, 4)
+KINDS = {name: made for name, made in trainable_drafters().items() if name != "jetspec"}
 
 
 @cache
@@ -112,7 +103,7 @@ def target_of(family: str) -> PreTrainedModel:
 
 
 def drafter_for(name: str, target: PreTrainedModel):
-    kind, form = TRAINABLE[name]
+    kind, form = KINDS[name]
     fields = form | ({"draft_vocab_size": 24} if name not in ("dflash", "jetspec") else {})
     torch.manual_seed(1)
     return kind(kind.config_class.for_target(target.config, **fields)).eval()
@@ -129,7 +120,7 @@ def test_sizes_are_read_by_meaning(family):
     assert made.hidden_act == "silu" and made.rope_parameters["rope_type"] == "default"
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINABLE if name != "jetspec"])
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_drafter_made_for_a_target_drafts_and_learns(family, name):
     target = target_of(family)
@@ -192,9 +183,9 @@ def test_heads_of_an_odd_size_take_the_targets_own():
     ],
 )
 def test_what_cannot_be_made_is_refused_in_a_sentence(config, sentence):
-    for name in TRAINABLE:
+    for kind, _ in KINDS.values():
         with pytest.raises(ValueError, match=sentence):
-            TRAINABLE[name][0].config_class.for_target(config())
+            kind.config_class.for_target(config())
 
 
 def test_a_drafter_of_the_same_width_is_refused_too():

@@ -1,16 +1,5 @@
-# Copyright 2026 The specblock_hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
 """No round runs more rows of a drafter than its tree can use, whatever the plan, the drafter and its head say."""
 
 from __future__ import annotations
@@ -26,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_for_tests import Told, tiny_drafter
 
-from specblock_hf import DraftingPlan, JoinedDrafter, Limits, LookupDrafter
-from specblock_hf.sampled_expansion import path_shape
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
+from specblock_hf.drafting.plan import Limits
+from specblock_hf.trees.sampling import path_shape
 
 
 FREE = {"branching": [8, 8, 8, 8], "root_width": 12, "max_starts": None}  # an untrained rank head never gives up
@@ -36,6 +26,7 @@ DRAFTERS = {
     "specblock": lambda: tiny_drafter(**FREE),
     "specblock, as wide as can be": lambda: tiny_drafter(**WIDEST),
     "specblock, best-first": lambda: tiny_drafter(**FREE, expansion="best_first"),
+    "specblock, Markov": lambda: tiny_drafter(**FREE, expansion="best_first", markov_rank=4),
     "eagle3": lambda: baseline("eagle3", beam_width=10, num_blocks=8),
     "parallelspec": lambda: baseline("parallelspec"),
     "medusa": lambda: baseline("medusa"),
