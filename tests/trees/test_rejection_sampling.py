@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct
 from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.trees.rejection_sampling import GlobalCoins, SampledVerifier
 from specblock_hf.trees.sampling import Shape, gumbel_draw, tree_shape
-from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.tree import DraftLaws, DraftTree
 
 
 MODELS = 40
@@ -153,6 +154,38 @@ def test_a_tree_that_was_not_drawn_keeps_what_the_walk_keeps(rule):
         law = model.target_law
         walk = law(())[1] * (1 + law((1,))[0] + law((1,))[2]) + law(())[2] * (1 + law((2,))[1])
         assert abs(expected_length(ends) - float(walk)) < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("sampling", ["sampled", "independent"])
+@pytest.mark.parametrize("fault", ["NaN", "nothing", "a token too far", "a token below 0"])
+def test_draws_whose_law_cannot_be_read_count_as_not_drawn(sampling, rule, fault):
+    for seed in range(6):
+        model = model_of(seed)
+        shape = shape_of(sampling, seed, len(model.token_ids))
+        trees = [(unreadable(tree, fault), mass) for tree, mass in all_trees(model, shape, sampling)]
+        law = law_of_emitted(model, ends_of(model, trees, rule), shape.height + 1)
+        assert total_variation(model, law, shape.height + 1) < 1e-12, seed
+
+
+def unreadable(tree: DraftTree, fault: str) -> DraftTree:
+    """The tree with its last law, or the tokens of all laws, made something else."""
+    log_probs, ids = tree.laws.log_probs.clone(), tree.laws.token_ids.clone()
+    if fault.startswith("a token"):
+        ids[0] = 99 if fault == "a token too far" else -1
+    else:
+        log_probs[:, -1] = math.nan if fault == "NaN" else -math.inf
+    return replace(tree, laws=replace(tree.laws, log_probs=log_probs, token_ids=ids))
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_law_of_one_token_has_no_second_draw(rule):
+    """Where float64 knows no other token, a later sibling is no draw of it and is not kept for one."""
+    laws = DraftLaws(torch.tensor([[[0.0, -5000.0, -6000.0]]]), torch.arange(3), torch.tensor([[-1, 0, 0, 0]]))
+    tree = replace(tree_of([(0, 0), (1, 0), (2, 0)]), laws=laws)
+    for seed in range(MODELS):
+        model = ToyModel(seed, 3, noise=0.4)
+        assert total_variation(model, law_of_emitted(model, ends_of(model, [(tree, 1.0)], rule), 2), 2) < 1e-12
 
 
 def test_the_enumeration_notices_a_law_that_was_misreported():
