@@ -63,6 +63,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     ```
     """
 
+    predicts_at_once = True
     objective_class = SpecBlockObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
     plans_that_pay = (
