@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..devices import without_cudnn_attention
+from ..devices import synchronize, without_cudnn_attention
 from ..drafters.eagle3.modeling import Eagle3Model
 from ..drafters.specblock.modeling import SpecBlockModel
 from ..drafting.drafter import TreeDrafter
@@ -296,10 +296,10 @@ class DrafterUpdater:
         """Copy weights into a drafter in place. Under its lock nobody drafts, so that nobody sees half of it."""
         with drafter.lock, torch.inference_mode(False), torch.no_grad():
             # Neither may a draft that is still running on the device, whoever's stream it is on.
-            _synchronize(drafter.device)
+            synchronize(drafter.device)
             for parameter, new in zip(drafter.parameters_of("full"), weights, strict=True):
                 parameter.copy_(new)
-            _synchronize(drafter.device)
+            synchronize(drafter.device)
 
 
 def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> torch.Tensor:
@@ -308,8 +308,3 @@ def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> t
     embeds, features = batch.embeds[:, 1:].to(drafter.dtype), batch.features[:, :-1].to(drafter.dtype)
     hidden = drafter(embeds, drafter.project_features(features), pairs)
     return drafter.draft_logits(hidden.flatten(0, -2)[rows])[1].float()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from ..devices import synchronize
+
 
 class StepClock:
     """
@@ -40,6 +42,5 @@ class StepClock:
         return shares
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter()
