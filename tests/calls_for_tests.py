@@ -280,26 +280,27 @@ class Conversation:
 
     def _after_abort(self, sequences: torch.LongTensor, listener: Listener | None, before: Any) -> torch.LongTensor:
         """What the user knows of the texts after an exception, with `theirs` as plain decoding would leave it."""
-        alone, case = len(sequences) == 1, self.case
-        held = 0 if self.ours is None else int(self.ours.get_seq_length())
-        heard = (listener.tokens or []) if listener is not None else []
-        known = len(heard) if alone else max(held - self._width, 0)
-        if alone and heard != sequences[0, self._width :][: len(heard)].tolist():
-            raise Fault(
-                "mismatch", f"streamed {heard} before an exception, for {sequences[0, self._width :].tolist()}"
-            )
-        least = 0 if self.ours is None else int(before.get_seq_length())
-        least = max(least, self._width - 1) if alone and known and self.ours is not None else least
+        held, alone = 0 if self.ours is None else int(self.ours.get_seq_length()), len(sequences) == 1
+        if alone:
+            heard, written = listener.tokens or [], sequences[0, self._width :].tolist()
+            if heard != written[: len(heard)]:
+                raise Fault("mismatch", f"{heard} before an exception instead of {written}")
+            known, least = len(heard), self._width - 1 if heard and self.ours is not None else 0
+        else:
+            known, least = max(held - self._width, 0), 0
         if not least <= held <= min(self._width + known, sequences.shape[1]):
-            raise Fault("mismatch", f"{held} columns in the cache after {known} tokens of {self._width} + ...")
+            raise Fault("mismatch", f"{held} columns are cached after {self._width} + {known} tokens and an exception")
         if self.ours is not None:
-            if not alone or (case.source == "image" and not known):
-                self.theirs = self._new_cache()
-                self.ours = self._new_cache() if case.source == "image" else self.ours
-            else:
-                self.theirs = before
-                if known:
-                    self._attempt(lambda: self._plain(before, streamer=Listener(Ended(Broken, known - 1))))
+            self.theirs = before if alone else self._new_cache()
+            ended = Ended(Broken, max(known - 1, 0))
+            if alone and known:
+                self._attempt(lambda: self._plain(before, streamer=Listener(ended)))
+            elif alone and held > int(before.get_seq_length()):
+                # The prompt was read and nothing else.
+                self._attempt(lambda: self._plain(before, logits_processor=[ended]))
+            elif self.case.source == "image":
+                # It has been read with one cache and not with the other.
+                self.ours, self.theirs = self._new_cache(), self._new_cache()
         return sequences[:, : self._width + known]
 
     def _go_on(self, sequences: torch.LongTensor, turn: int) -> None:

@@ -282,7 +282,8 @@ def same_text(target, batch: dict, make: Callable[[], dict]) -> torch.Tensor:
     if "inputs_embeds" in batch:
         texts = torch.cat((torch.zeros_like(mask), plain), dim=1)
     mask = mask.repeat_interleave(len(plain) // len(mask), dim=0)
-    for drafter in (oracles(texts, mask), garbage(len(plain))):
+    vocab_size = target.config.get_text_config().vocab_size
+    for drafter in (oracles(texts, mask, vocab_size=vocab_size), garbage(len(plain), vocab_size=vocab_size)):
         assert torch.equal(run(drafter), plain)
     return plain
 

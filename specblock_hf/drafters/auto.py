@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles, read_tensors
-from ..drafting.drafter import TreeDrafter
 from .common.registry import drafter_kind, register_drafter
 from .dflash.layouts import read_block_config
 from .layouts import Layout, layout_of, read_config, read_tensors_of
@@ -40,7 +40,7 @@ class AutoDrafter:
         *,
         target: PreTrainedModel | PreTrainedConfig | None = None,
         **kwargs,
-    ) -> TreeDrafter:
+    ) -> Any:
         """
         Load a drafter: SpecBlock in our layout or the authors' own, EAGLE-3 in ours, SafeAILab's, SGLang's or that of
         `speculators`, and DFlash, DFlash 2, JetSpec and DSpark as published. No code of a repository is ever run.
@@ -71,7 +71,7 @@ class AutoDrafter:
         return drafter
 
 
-def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> TreeDrafter:
+def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> Any:
     found = files.tensors()
     with refusing_misfits(files.name):
         if layout in (Layout.DFLASH, Layout.DSPARK):

@@ -291,6 +291,11 @@ def write_folder(
 
 def _check_writable(config: SpecBlockConfig | Eagle3Config, layout: Layout) -> None:
     depth, layers = config.target_num_layers, tuple(config.feature_layers)
+    if layout == Layout.SPECBLOCK and config.markov_rank:
+        raise ValueError(
+            f"The layout {layout.value} has no place for this drafter's Markov term (markov_rank="
+            f"{config.markov_rank}); keep it in our layout."
+        )
     usual = UNRECORDED_LAYER in layers or (depth is not None and layers == default_feature_layers(depth))
     if layout != Layout.SPECULATORS and not usual:
         raise ValueError(

@@ -96,7 +96,7 @@ def _check_training(target: PreTrainedModel) -> None:
             f"{name} is in training mode and leaves out values at random ({', '.join(sorted(drops))}), so that no two "
             "forwards agree about a token; call target.eval()."
         )
-    if target.training and target.is_gradient_checkpointing:
+    if target.training and any(vars(part).get("gradient_checkpointing") for part in target.modules()):
         raise ValueError(
             f"{name} is in training mode with gradient checkpointing, which turns off the cache that draft trees are "
             "verified against; call target.eval()."
