@@ -22,6 +22,7 @@ from .drafting.plan import DraftingPlan  # noqa: E402
 from .drafting.statistics import GenerationStatistics  # noqa: E402
 from .generation.hook import install, uninstall  # noqa: E402
 from .old_names import find_old_name, know_old_names  # noqa: E402
+from .version import __version__  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _ON_USE = {
 }
 
 __all__ = [
+    "__version__",
     "AutoDrafter",
     "BlockDiffusionConfig",
     "BlockDiffusionDrafter",

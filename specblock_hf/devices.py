@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What forwards may use of a device."""
+"""Which device, what goes to it, and what forwards may use of it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
 def on_device(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
     """The same from lists, nested as the tensor's dimensions."""
     return upload(torch.tensor(numbers), device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def best_device() -> torch.device:
+    """This machine's accelerator if it has one, otherwise the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 class _WithoutCudnnAttention(ContextDecorator):

@@ -14,37 +14,26 @@ from dataclasses import replace
 from functools import wraps
 from importlib.metadata import PackageNotFoundError
 
-import torch
-from baselines_for_tests import baseline
-from conftest import VOCAB, prompt_of, tiny_target
-from drafters_for_tests import ToldDrafter, make_tree
-from families_for_tests import FAMILIES, target_of
-from training_for_tests import tiny_drafter
-from transfers_for_tests import TwoDevices
-
-from specblock_hf import (
-    DraftingPlan,
-    JoinedDrafter,
-    LookupDrafter,
-    SpecBlockConfig,
-    SpecBlockDrafter,
-)
-from specblock_hf.checkpoints import provenance
-from specblock_hf.drafters.common.configuration import UNRECORDED_LAYER
-
 import pytest
 import torch
+from baselines_for_tests import baseline
 from batches_for_tests import garbage, padded_batch
-from conftest import SIZES, prompt_of, tiny_target
+from conftest import SIZES, VOCAB, prompt_of, tiny_target
+from drafters_for_tests import ToldDrafter, make_tree
+from families_for_tests import FAMILIES, target_of
 from fresh_import_for_tests import imported_afresh
 from interruptions_for_tests import Broken, Ended, Listener
 from multimodal_for_tests import MULTIMODAL, multimodal_target, prompts_with_images
 from options_for_tests import BASE, refusal, same_text
 from targets_for_tests import LIMIT, MOE_FAMILIES, OFFLOADED, ROPES, TargetKind, forget_the_past, make_target
+from training_for_tests import tiny_drafter
+from transfers_for_tests import TwoDevices
 from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config
 
-from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.checkpoints import provenance
 from specblock_hf.compat import CACHE
+from specblock_hf.drafters.common.configuration import UNRECORDED_LAYER
 
 
 def case(number: int, fault: str) -> Callable[[Callable[..., str]], Callable[..., None]]:

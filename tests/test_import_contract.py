@@ -25,7 +25,7 @@ FLOORS = (
     {"drafting"},
     {"trees", "regeneration"},
     {"data", "checkpoints"},
-    {"compat", "devices"},
+    {"compat", "devices", "version"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # Within drafters: a kind knows itself and what all kinds share. ParallelSpec is EAGLE-3's network, read otherwise.

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..checkpoints.loading import unsound
-from ..devices import without_cudnn_attention
+from ..devices import synchronize, without_cudnn_attention
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
@@ -370,10 +370,10 @@ class DrafterUpdater:
         """Copy weights into a drafter in place. Under its lock nobody drafts, so that nobody sees half of it."""
         with drafter.lock, torch.inference_mode(False), torch.no_grad():
             # Neither may a draft that is still running on the device, whoever's stream it is on.
-            _synchronize(drafter.device)
+            synchronize(drafter.device)
             for parameter, new in zip(drafter.parameters_of("full"), weights, strict=True):
                 parameter.copy_(new)
-            _synchronize(drafter.device)
+            synchronize(drafter.device)
 
 
 def _differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> set[str]:
@@ -419,8 +419,3 @@ def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> t
     before = batch.tokens[:, (pairs[0, :, None] + 1 + slots).clamp_max(batch.tokens.shape[1] - 1)]
     before = before.masked_fill(slots == 0, -1).flatten()[rows]
     return drafter.draft_logits(hidden.flatten(0, -2)[rows], before)[1].float()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -212,8 +212,8 @@ class TreeDrafter(ABC):
             the output of decoder layer i - 1, and the number of layers the state after the final norm.
             Where that depends on the target's depth, see `feature_layers_for`.
         drafting_plan ([`DraftingPlan`], *optional*):
-            How much a round drafts; `None` asks `default_plan`. A call's own `generation_config.drafting_plan` goes
-            first.
+            How much a round drafts; set to `None`, the default for where the drafter is. A call's own
+            `generation_config.drafting_plan` goes first.
         compiled_rounds ([`CompiledRounds`], *optional*):
             Made by [`compile_rounds`]; `None` runs everything uncompiled.
         last_statistics ([`GenerationStatistics`], *optional*):

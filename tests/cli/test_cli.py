@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import runpy
 import string
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from conftest import VOCAB, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import specblock_command
+import specblock_hf
 from specblock_hf import (
     Eagle3Config,
     Eagle3Drafter,
@@ -59,6 +62,30 @@ def test_help_lists_every_subcommand_and_imports_none(commands, capsys):
     assert exit.value.code == 0
     output = capsys.readouterr().out
     assert "do work" in output and "never works" in output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_help_and_version_are_said_without_importing_the_package(arguments):
+    code = "import sys; from specblock_command import main\ntry: main()\n"
+    code += "finally: assert not {'torch', 'transformers', 'specblock_hf'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    said = {"--help": "answer six prompts", "--version": "specblock_hf 0.1.0"}
+    if arguments:
+        assert done.returncode == 0 and said[arguments[0]] in done.stdout, done.stderr
+    else:
+        assert done.returncode == 2 and done.stderr.endswith("the following arguments are required: COMMAND\n")
+
+
+def test_the_installed_command_runs_subcommands(commands, monkeypatch):
+    commands(lambda args: args.size)
+    monkeypatch.setattr(sys, "argv", ["specblock", "work", "--size", "5"])
+    assert specblock_command.main() == 5
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"specblock_hf {specblock_hf.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["--size", "1", "work"], ["work", "--unknown"]])
@@ -258,6 +285,7 @@ def test_diagnosis():
         "a round yields 2.50 tokens and costs as much as 2.00 plain steps",
         "use it here? yes, about 1.23x",
     ]
+    assert diagnose(0.025, figures, 1.08, drafts=False) == ["use it here? no, generate() is as fast without it"]
     assert diagnose(0.025, figures, 0.8)[-1] == "use it here? no, 0.80x is not faster than plain generate()"
     assert "give a larger --max-new-tokens" in diagnose(0.025, GenerationStatistics(), 1.0)[0]
 

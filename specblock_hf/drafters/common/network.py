@@ -77,6 +77,15 @@ class NetworkDrafter(TreeDrafter):
             return self.feature_layers
         return tuple(self.config.usual_feature_layers(target.config.get_text_config().num_hidden_layers))
 
+    @property
+    def drafting_plan(self) -> DraftingPlan:
+        """The plan that was given or calibrated, or what the drafter drafts by itself where it is."""
+        return vars(self).get("drafting_plan") or self.default_plan(self.device)
+
+    @drafting_plan.setter
+    def drafting_plan(self, plan: DraftingPlan | None) -> None:
+        vars(self)["drafting_plan"] = plan
+
     def check_target(self, target: PreTrainedModel) -> None:
         refuse_other_target(self.config, target)
 
