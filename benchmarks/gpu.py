@@ -11,7 +11,11 @@ Everything that is worth measuring and training on one GPU, step by step, in the
 
     python benchmarks/gpu.py --output DIR --prompts train.jsonl --gsm8k test.jsonl
     python benchmarks/gpu.py --output DIR --only cost
+    python benchmarks/gpu.py --output DIR --only train --kinds specblock --data answers/ --train-seconds 360
     python benchmarks/gpu.py --output DIR --tiny --device cpu
+
+With --train-seconds a run trains at the rate of the machine. Its newest weights are put into DIR once a minute, from
+which another run goes on with `--init-from DIR/train-specblock.json`.
 
 DIR/STEP.json says what each command of a step did; commands that are done are not run again, and one that was killed
 or ran out of its time goes on with the next call. Small results are put beside it, large files stay in `--work`.
@@ -29,7 +33,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -45,6 +51,7 @@ from specblock_hf import SpecBlockConfig, SpecBlockDrafter
 
 
 ROOT = Path(__file__).parents[1]
+WATCH_SECONDS = 60  # between looks at a command that is running
 PART_BYTES = 15 * 2**20  # of a file in DIR, so that it can be taken anywhere
 TAIL = 15  # lines of a failed command's output that are kept
 TARGETS = ("llama-3.1-8b", "qwen3-8b")
@@ -65,11 +72,13 @@ class Task:
         collect (`Callable`):
             Gets what the command printed, leaves files in DIR and returns what the report shall say, also of a command
             that failed or ran out of time.
+        watch (`Callable`): Called every minute while the command runs.
     """
 
     name: str
     command: list[str]
     collect: Callable[[str], Any] = lambda output: None
+    watch: Callable[[], Any] = lambda: None
 
 
 class Runner:
@@ -115,7 +124,8 @@ class Runner:
         name = re.sub("[^a-z0-9]+", "-", task.name.lower())
         logs = [self.logs / f"{self.step}-{name}.{stream}" for stream in ("out", "err")]
         with logs[0].open("w") as out, logs[1].open("w") as err:
-            status = self._wait(subprocess.Popen([sys.executable, *task.command], stdout=out, stderr=err, cwd=ROOT))
+            process = subprocess.Popen([sys.executable, *task.command], stdout=out, stderr=err, cwd=ROOT)
+            status = self._wait(process, task.watch)
         output, errors = (log.read_text(errors="replace") for log in logs)
         row["seconds"] = time.monotonic() - started
         if status is not None:
@@ -124,10 +134,14 @@ class Runner:
             row["tail"] = (output + errors).splitlines()[-TAIL:]
         return row | {"result": task.collect(output)}
 
-    def _wait(self, process: subprocess.Popen) -> int | None:
+    def _wait(self, process: subprocess.Popen, watch: Callable[[], Any]) -> int | None:
         """The exit status, or `None` if the step's time ended first."""
         try:
-            return process.wait(max(self.end - time.monotonic(), 0))
+            while (left := self.end - time.monotonic()) > WATCH_SECONDS:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(WATCH_SECONDS)
+                watch()
+            return process.wait(max(left, 0))
         except subprocess.TimeoutExpired:
             process.terminate()
             try:
@@ -198,19 +212,24 @@ def regenerate(args: argparse.Namespace) -> list[Task]:
 
 
 def train(args: argparse.Namespace) -> list[Task]:
-    """A command for each drafter, all on the same answers for as many epochs."""
+    """A command for each drafter, all on the same answers for as many epochs or seconds."""
     sizes = ["--batch-tokens", "16384", "--learning-rate", "1e-3", "--epochs", f"{args.epochs}"]
-    sizes += ["--save-steps", "200", "--eval-steps", "400"]
+    sizes += ["--save-steps", "50" if args.train_seconds else "200", "--eval-steps", "400"]
     if args.tiny:
         sizes = ["--batch-tokens", "256", "--learning-rate", "1e-3", "--epochs", "1", "--draft-vocab-size", "64"]
-        sizes += ["--eval-examples", "2", "--held-out", "0.2", "--mixed-precision", "no"]
+        sizes += ["--eval-examples", "2", "--held-out", "0.2", "--mixed-precision", "no", "--save-steps", "2"]
+    if args.train_seconds:
+        sizes += ["--max-seconds", f"{args.train_seconds}", "--eval-steps", f"{10**9}"]
+    if args.init_from:
+        sizes += ["--init-from", str(unpack_drafter(args.init_from, args.work / "start"))]
     sizes += ["--cpu"] if args.device == "cpu" else []
     tasks = []
     for name in args.kinds:
         folder = args.work / f"train-{name}"
         command = ["-m", "specblock_hf", "train", "--data", str(args.data), "--drafter", name, *args.models]
         command += ["--output", str(folder), *sizes, *OBJECTIVES.get(name, [])]
-        tasks.append(Task(name, command, lambda output, folder=folder: pack_drafter(folder, args.output)))
+        pack = partial(pack_drafter, folder, args.output)
+        tasks.append(Task(name, command, lambda output, pack=pack: pack(), pack))
     return tasks
 
 
@@ -273,21 +292,51 @@ def pack_answers(folder: Path, output: Path) -> dict[str, int]:
 
 def pack_drafter(folder: Path, output: Path) -> dict[str, Any]:
     """
-    Put a trained drafter's files beside the report, its weights in parts (`cat NAME.safetensors.* >
-    model.safetensors`); the last figures of its log and the tau of every plan.
+    Put a drafter in training beside the report: its configuration, its log, and its newest weights in parts, which
+    NAME.json lists once they are all there. A kill at any moment leaves the parts that the list names.
+
+    Returns:
+        `dict`: What NAME.json says: the parts, the last figures of the log and the tau of every plan.
     """
-    name, final = folder.name, folder / "final"
-    if not final.exists():
+    name = folder.name
+    checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    saved = [*checkpoints, *folder.glob("final")]
+    if not saved:
         return {}
-    shutil.copy(final / "config.json", output / f"{name}.config.json")
-    with (final / "model.safetensors").open("rb") as weights:
+    config = json.loads((saved[-1] / "config.json").read_text())
+    shutil.copy(saved[-1] / "config.json", output / f"{name}.config.json")
+    shutil.copy(folder / "log.jsonl", output / f"{name}.log.jsonl")
+    parts = []
+    with (saved[-1] / "model.safetensors").open("rb") as weights:
         for number, part in enumerate(iter(lambda: weights.read(PART_BYTES), b"")):
-            (output / f"{name}.safetensors.{number:02d}").write_bytes(part)
+            parts.append(f"{name}.{saved[-1].name}.safetensors.{number:02d}")
+            (output / parts[-1]).write_bytes(part)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [row for row in log if "learning_rate" in row]
     measured = [row for row in log if any(key.startswith("tau_") for key in row)]
-    acceptance = json.loads((final / "config.json").read_text()).get("acceptance")
-    return {"last_step": steps[-1:], "held_out": measured[-1:], "acceptance": acceptance}
+    packed = {
+        "parts": parts,
+        "last_step": steps[-1:],
+        "held_out": measured[-1:],
+        "acceptance": config.get("acceptance"),
+    }
+    write(output / f"{name}.json", packed)
+    for old in output.glob(f"{name}.*.safetensors.*"):
+        if old.name not in parts:
+            old.unlink()
+    return packed
+
+
+def unpack_drafter(source: Path, folder: Path) -> Path:
+    """A drafter's folder: `source` itself, or made of the parts that a NAME.json lists."""
+    if source.is_dir():
+        return source
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source.with_suffix(".config.json"), folder / "config.json")
+    with (folder / "model.safetensors").open("wb") as weights:
+        for part in json.loads(source.read_text())["parts"]:
+            weights.write((source.parent / part).read_bytes())
+    return folder
 
 
 def make_tiny(folder: Path) -> None:
@@ -326,10 +375,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="answers for train (default: those of regenerate)")
     add("--kinds", nargs="+", choices=DRAFTERS, default=DRAFTERS, help="of drafters to train (default: all)")
     add("--epochs", type=float, default=3, help="of train (default: %(default)s)")
+    add("--train-seconds", type=float, default=0, help="of each training, instead of epochs")
+    add("--init-from", type=Path, help="drafter that train goes on from: a folder, or NAME.json of an earlier run")
     add("--gsm8k", type=Path, help="JSON lines of GSM8K's test questions, for bench")
     add("--tiny", action="store_true", help="tiny models and few prompts, to try all steps anywhere")
     args = parser.parse_args(arguments)
-    for name in ("output", "work", "data", "gsm8k"):
+    for name in ("output", "work", "data", "gsm8k", "init_from"):
         path = vars(args)[name]
         setattr(args, name, path and path.resolve())
     args.prompts, args.models, args.drafter = [path.resolve() for path in args.prompts], [], None

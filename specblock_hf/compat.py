@@ -39,17 +39,18 @@ def check_transformers(version: str = transformers.__version__) -> None:
         version (`str`, *optional*, defaults to the installed release).
 
     Raises:
-        ImportError: Below 5.17.
+        ImportError: Below the oldest.
     """
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
     if _release(version) < OLDEST:
         raise ImportError(
-            f"specblock_hf needs transformers 5.17 or newer because it relies on that release's caches, and {version} "
-            "is installed; run pip install -U transformers."
+            f"specblock_hf needs transformers {oldest} or newer because it relies on that release's caches, and "
+            f"{version} is installed; run pip install -U transformers."
         )
     if _release(version) > NEWEST:
         warnings.warn(
-            f"specblock_hf was tested with transformers 5.17 to 5.24 and {version} is installed, whose caches may "
-            "differ; install transformers==5.24.* if a call fails.",
+            f"specblock_hf was tested with transformers {oldest} to {newest} and {version} is installed, whose caches "
+            f"may differ; install transformers=={newest}.* if a call fails.",
             stacklevel=2,
         )
 

@@ -127,7 +127,11 @@ def padded_batch(lengths: Sequence[int], seed: int = 0) -> dict[str, torch.LongT
 
 
 def oracles(
-    outputs: torch.LongTensor, attention_mask: torch.LongTensor, plans=None, feature_layers: tuple[int, ...] = ()
+    outputs: torch.LongTensor,
+    attention_mask: torch.LongTensor,
+    plans=None,
+    feature_layers: tuple[int, ...] = (),
+    vocab_size: int = VOCAB,
 ) -> RowWiseDrafter:
     """
     An oracle for each row of what plain `generate()` returned; row r gets r, r + 1, ... tokens right unless `plans`
@@ -137,10 +141,10 @@ def oracles(
     for row, text in enumerate(outputs):
         hidden = int((attention_mask[row] == 0).sum())
         plan = plans[row] if plans else lambda number, row=row: (number * 3 + row * 5) % 9
-        drafters.append(OracleDrafter(VOCAB, text[hidden:].tolist(), plan, feature_layers=feature_layers))
+        drafters.append(OracleDrafter(vocab_size, text[hidden:].tolist(), plan, feature_layers=feature_layers))
     return RowWiseDrafter(drafters)
 
 
-def garbage(rows: int, feature_layers: tuple[int, ...] = ()) -> RowWiseDrafter:
-    drafters = [GarbageDrafter(VOCAB, feature_layers) for _ in range(rows)]
+def garbage(rows: int, feature_layers: tuple[int, ...] = (), vocab_size: int = VOCAB) -> RowWiseDrafter:
+    drafters = [GarbageDrafter(vocab_size, feature_layers) for _ in range(rows)]
     return RowWiseDrafter(drafters)

@@ -70,6 +70,10 @@ def prompt_of(length: int, seed: int = 0) -> torch.LongTensor:
     return torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-docs", action="store_true", help="write docs/generate.md instead of comparing with it")
+
+
 @pytest.fixture(params=[(kind, attention) for kind in KINDS for attention in ATTENTIONS], ids="-".join)
 def target(request) -> PreTrainedModel:
     """Every kind of target with every attention backend."""

@@ -24,6 +24,10 @@ import specblock_hf
 from specblock_hf import AutoDrafter, cli
 
 
+NAPS: list[float] = []
+"""Of this process: the pauses between the client's retries, which are cut short."""
+
+
 class ClientError(Exception):
     """What went wrong in the other process: the class's name and the message."""
 
@@ -67,7 +71,12 @@ def _prepare() -> None:
     # Small enough for a test's files to come in several pieces, which is what can be resumed.
     constants.DOWNLOAD_CHUNK_SIZE = 4096
     sleep = time.sleep
-    time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # between the client's retries
+
+    def nap(seconds: float) -> None:
+        NAPS.append(seconds)
+        sleep(min(seconds, 0.01))
+
+    time.sleep = nap
 
 
 def _outcome(function: Callable, args: tuple, kwargs: dict) -> tuple[str, Any]:
@@ -76,6 +85,10 @@ def _outcome(function: Callable, args: tuple, kwargs: dict) -> tuple[str, Any]:
         return "value", function(*args, **kwargs)
     except Exception as error:
         return "error", f"{type(error).__name__}: {error}"
+
+
+def naps() -> list[float]:
+    return [seconds for seconds in NAPS if seconds]
 
 
 def push(folder: Path, repo_id: str, **kwargs: Any) -> str:

@@ -113,6 +113,9 @@ def multimodal_target(kind: str, attention: str = "sdpa") -> PreTrainedModel:
     target = model_class(config).eval()
     with torch.no_grad():
         target.get_output_embeddings().weight[TEXT_VOCAB:] = 0
+        for name, weight in target.named_parameters():
+            if "mm_input_projection" in name:  # which starts from zero, so that no picture would be seen
+                torch.nn.init.normal_(weight)
     return target
 
 

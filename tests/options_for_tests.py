@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import unified_diff
 from typing import Any
 
 import pytest
@@ -80,6 +81,49 @@ class Row:
 WHOLE_BATCH = "{} may look at a whole batch at once"
 UNPLUGGED = "set num_beams=1"
 SAMPLE = {"do_sample": True, "top_k": 0, "eos_token_id": None}
+
+RIVALS = {
+    "prompt_lookup_num_tokens": 3,
+    "assistant_early_exit": 2,
+    "assistant_ensemble_weight": 0.5,
+    "use_mtp": True,
+    "speculation_type": "dflash",
+}
+"""transformers' own sources of drafts and its lossy verification, with a value of each."""
+
+UNTRIED = {
+    "of ways to decode that are refused as such": {
+        "constraints",
+        "diversity_penalty",
+        "dola_layers",
+        "early_stopping",
+        "force_words_ids",
+        "length_penalty",
+        "low_memory",
+        "num_beam_groups",
+        "penalty_alpha",
+    },
+    "of transformers' own assistants, which alone read it": {
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "is_assistant",
+        "max_matching_ngram_size",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "target_lookbehind",
+    },
+    "of caches and plain steps that transformers makes": {
+        "cache_config",
+        "compile_config",
+        "continuous_batching_config",
+        "disable_compile",
+        "max_cache_len",
+    },
+    "of encoders": {"decoder_start_token_id"},
+    "tried along with others": {"begin_suppress_tokens", "bos_token_id", "pad_token_id"},
+    "what wrote it": {"transformers_version"},
+}
+"""Fields of a `GenerationConfig` that the table does not name, by why."""
 
 ROWS = [
     Row("`max_new_tokens=1`", lambda: {"max_new_tokens": 1}),
@@ -160,10 +204,9 @@ ROWS = [
     ),
     Row("`use_cache=False`", lambda: {"use_cache": False}, *["draft trees are verified against"] * 2),
     Row("`num_beams`", lambda: {"num_beams": 2}, *["a tree drafter speeds up greedy decoding and sampling"] * 2),
-    Row(
-        "`prompt_lookup_num_tokens`",
-        lambda: {"prompt_lookup_num_tokens": 3},
-        *["prompt_lookup_num_tokens"] * 2,
+    *(
+        Row(f"`{name}`", lambda name=name, value=value: {name: value}, *[f"{name} would be ignored next to"] * 2)
+        for name, value in RIVALS.items()
     ),
     Row("`synced_gpus`", lambda: {"synced_gpus": True}, *["synced_gpus needs the same number of forwards"] * 2),
 ]
@@ -175,6 +218,8 @@ NOTES = [
     "  conversation without a cache where acceptance matters more than the prefill.",
     "- `output_hidden_states` and `output_attentions` keep a copy for every emitted token, as plain decoding",
     "  does.",
+    "- `num_assistant_tokens` and the other settings of transformers' own assistants say nothing to a tree drafter;",
+    "  `drafter.drafting_plan` and `generation_config.drafting_plan` say how much it drafts.",
     "- FlexAttention reads the tree's mask as scores to add, so that no block mask is compiled for every shape of",
     "  tree. It was tried without compiling its kernel, and FlashAttention through a function that computes the",
     "  same: neither on a GPU.",
@@ -193,20 +238,35 @@ def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
     lines = [
         "# What `generate(assistant_model=drafter)` accepts",
         "",
-        "Written by `pytest tests/generation/test_generate_matrix.py`, which compares every row with plain `generate()` on tiny",
-        "random targets in fp32, with a drafter that knows the answer and with one that knows nothing. *exact*: the",
-        "very tokens of plain decoding (sampling: under the same seed). *exact in law*: each token follows the",
-        "target's law, but a seed gives other tokens than it gives plain sampling. Anything else is the sentence of",
-        "the refusal. (Laws are enumerated in `tests/generation/test_sampled_calls.py` and `tests/generation/test_batches.py`; combinations of",
-        "options are drawn in `tests/generation/test_generate_fuzz.py`.)",
+        "Written by `pytest tests/generation/test_generate_matrix.py --write-docs` and checked without it: every",
+        "row is compared with plain `generate()` on tiny random targets in fp32, with a drafter that knows the",
+        "answer and with one that knows nothing. *exact*: the very tokens of plain decoding (sampling: under the",
+        "same seed). *exact in law*: each token follows the target's law, but a seed gives other tokens than it",
+        "gives plain sampling. Anything else is the sentence of the refusal. (Laws are enumerated in",
+        "`tests/generation/test_sampled_calls.py` and `tests/generation/test_batches.py`; combinations of options",
+        "are drawn in `tests/generation/test_generate_fuzz.py`.)",
     ]
     for title, rows in sections.items():
         lines += ["", f"## {title}", "", "| | one prompt | padded batch | test |", "|---|---|---|---|"]
-        for name, (one, several, test) in rows.items():
-            same = several == one and one not in (EXACT, LAW)
-            lines.append(f"| {name} | {one} | {'the same' if same else several} | `{test}` |")
+        lines += table_rows(rows)
     lines += ["", "## Notes", "", *NOTES]
     return "\n".join(lines) + "\n"
+
+
+def table_rows(rows: dict[str, tuple[str, str, str]]) -> list[str]:
+    def line(name: str, one: str, several: str, test: str) -> str:
+        same = several == one and one not in (EXACT, LAW)
+        return f"| {name} | {one} | {'the same' if same else several} | `{test}` |"
+
+    return [line(name, *row) for name, row in rows.items()]
+
+
+def outdated(page: str, sections: dict[str, dict[str, tuple[str, str, str]]], whole: bool) -> list[str]:
+    """How a page differs from what was found, line by line; after some of the tests, which of their rows it lacks."""
+    if whole:
+        return list(unified_diff(page.splitlines(), render(sections).splitlines(), "page", "tests", n=0, lineterm=""))
+    found = [line for rows in sections.values() for line in table_rows(rows)]
+    return [f"+{line}" for line in found if line not in page.splitlines()]
 
 
 def same_text(target, batch: dict, make: Callable[[], dict]) -> torch.Tensor:
@@ -222,7 +282,8 @@ def same_text(target, batch: dict, make: Callable[[], dict]) -> torch.Tensor:
     if "inputs_embeds" in batch:
         texts = torch.cat((torch.zeros_like(mask), plain), dim=1)
     mask = mask.repeat_interleave(len(plain) // len(mask), dim=0)
-    for drafter in (oracles(texts, mask), garbage(len(plain))):
+    vocab_size = target.config.get_text_config().vocab_size
+    for drafter in (oracles(texts, mask, vocab_size=vocab_size), garbage(len(plain), vocab_size=vocab_size)):
         assert torch.equal(run(drafter), plain)
     return plain
 

@@ -69,7 +69,7 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
     "This drafter reads hidden state": lambda case: (
         case.drafter.layers == "unrecorded" and case.drafter.name in ("specblock", "best first")
     ),
-    "takes no position_ids": _of_family("bloom", "llama4"),
+    "takes no position_ids or no cache": _of_family("bloom", "llama4"),
     "keeps a recurrent state": _of_family("mamba"),
     "has layers of type conv": _of_family("lfm2"),
     "is in training mode and leaves out values at random": _drops_out,

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import ast
 import inspect
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import FunctionType
 
+import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import has_offloaded_params
 from conftest import SIZES, VOCAB, prompt_of, tiny_target
 from torch import nn
 from transformers import (
@@ -34,7 +38,7 @@ from transformers import (
     StoppingCriteriaList,
     cache_utils,
 )
-from transformers.generation import logits_process
+from transformers.generation import logits_process, utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
@@ -394,6 +398,31 @@ def test_forward_of_an_instance():
     assert "forward" in vars(layer)
 
 
+def test_hf_hook():
+    """`_hf_hook.execution_device`: where a module computes whose weights accelerate keeps elsewhere."""
+    layer = cpu_offload(nn.Sequential(nn.Linear(2, 2)), execution_device=torch.device("cpu"))[0]
+    assert (has_offloaded_params(layer), layer._hf_hook.execution_device) == (True, torch.device("cpu"))
+
+
+def test_what_a_prompt_alone_brings():
+    """`MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL`: what `generate()` passes to the first forward and to no other."""
+    assert {"pixel_values", "mm_encoder_outputs"} <= set(utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
+
+
+def test_adapters_of_weights_are_noted_on_the_model():
+    """`peft_config` on a model that peft has put weights into, and peft's own method where it adds to the prompt."""
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert set(vars(peft.get_peft_model(deepcopy(tiny_target("llama")), lora).get_base_model())["peft_config"]) == {
+        "default"
+    }
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(deepcopy(tiny_target("llama")), prompts)
+    owners = []
+    wrapped.base_model.generate = lambda: owners.append(wrapped.base_model.prepare_inputs_for_generation.__self__)
+    wrapped.generate()
+    assert owners == [wrapped] and wrapped.active_peft_config.is_prompt_learning
+
+
 def test_mark_static_address():
     """`torch._dynamo.mark_static_address`: memory that a CUDA graph may read in place."""
     assert parameters(torch._dynamo.mark_static_address) == ["t", "guard"]
@@ -432,6 +461,7 @@ def test_no_other_private_name_is_used():
         "_initialize_missing_keys",
         "_modules",
         "_dynamo",
+        "_hf_hook",
         "_ArgumentGroup",  # argparse's, in annotations
         "_specblock_hook",  # ours, on what it wraps
     }

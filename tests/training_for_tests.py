@@ -50,7 +50,18 @@ def tiny_drafter(seed: int = 1, dtype: torch.dtype = torch.float32, **overrides)
     torch.manual_seed(seed)
     drafter = SpecBlockDrafter(SpecBlockConfig.for_target(tiny_target("llama").config, **(fields | overrides)))
     drafter.set_draft_vocabulary(torch.randperm(VOCAB)[: drafter.config.draft_vocab_size])
+    if drafter.config.markov_rank:  # which a new drafter has not learned yet
+        drafter.markov_head.markov_w2.weight.data.normal_(std=2.0)
     return drafter.to(dtype).eval()
+
+
+def logits_below(drafter: SpecBlockDrafter, state: torch.Tensor, slot: int, before: int) -> torch.Tensor:
+    """Logits `[draft_vocab_size]` of a slot's state `[d]` after a token, written out."""
+    logits = drafter.lm_head.weight @ drafter.norm(state)
+    if slot == 0 or not drafter.config.markov_rank:
+        return logits
+    head = drafter.markov_head
+    return logits + head.markov_w2.weight @ head.markov_w1.weight[before]
 
 
 def table_of(dtype: torch.dtype = torch.float32) -> TokenTable:

@@ -26,6 +26,8 @@ _READS |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive
 _FROM_LISTS = {"tensor", "as_tensor", "new_tensor"}
 _FILLED = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"}
 _MOVES = {"to", "cpu", "cuda", "copy_", "type_as"}
+# They take the lengths or batch sizes of packed texts, which they want on the host.
+_PACKED = {"_pack_padded_sequence", "_pad_packed_sequence", "lstm"}
 _PACKAGE = str(Path(specblock_hf.__file__).parent)
 
 
@@ -79,9 +81,8 @@ class TwoDevices(TorchFunctionMode):
         result = function(*args, **kwargs)
         if source != destination and any(result is tensor for tensor in tensors):
             result = result.detach()  # one of its own, which knows where it is
-        if destination == HOST:
-            for tensor in _tensors((result,)):
-                self._on_host[tensor] = True
+        for tensor in _tensors(result[1:] if name in _PACKED - {"lstm"} else (result,) if destination == HOST else ()):
+            self._on_host[tensor] = True
         return result
 
     def _device(self, tensor: torch.Tensor) -> torch.device:
@@ -100,7 +101,7 @@ class TwoDevices(TorchFunctionMode):
             return here, HOST if name == "cpu" else named or self._device(tensors[-1])
         if name not in ("__getitem__", "__setitem__"):
             places = {self._device(tensor) for tensor in tensors if tensor.dim()}
-            assert len(places) < 2, f"{name} computes on host and device at once, at {_line()}"
+            assert len(places) < 2 or name in _PACKED, f"{name} computes on host and device at once, at {_line()}"
             here = DEVICE if DEVICE in map(self._device, tensors) else HOST
         counted = name == "where" and len(args) == 1
         counted |= name == "repeat_interleave" and len(tensors) > 1 and kwargs.get("output_size") is None

@@ -307,7 +307,11 @@ def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> t
     pairs = torch.arange(batch.tokens.shape[1] - 1, device=batch.tokens.device).expand(len(batch.tokens), -1)
     embeds, features = batch.embeds[:, 1:].to(drafter.dtype), batch.features[:, :-1].to(drafter.dtype)
     hidden = drafter(embeds, drafter.project_features(features), pairs)
-    return drafter.draft_logits(hidden.flatten(0, -2)[rows])[1].float()
+    slots = torch.arange(hidden.shape[2], device=rows.device)
+    # A block's first slot has the pair's own token to go by, the others the text's token before theirs.
+    before = batch.tokens[:, (pairs[0, :, None] + 1 + slots).clamp_max(batch.tokens.shape[1] - 1)]
+    before = before.masked_fill(slots == 0, -1).flatten()[rows]
+    return drafter.draft_logits(hidden.flatten(0, -2)[rows], before)[1].float()
 
 
 def _synchronize(device: torch.device) -> None:

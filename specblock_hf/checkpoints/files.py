@@ -7,31 +7,60 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
 LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
-
-
+CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 """Patterns of the files that weights are written to, one of which would be read in place of the others."""
+
+
+@contextmanager
+def _explained(path: Path, name: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every format fails in its own way, and some name ways around the check
+        if path.suffix == ".safetensors":
+            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors, so it is not loaded ({type(error).__name__}); download it "
+            "again, or convert it to safetensors where you trust it."
+        ) from None
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise TypeError
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few numbers that pass for many
+        raise ValueError
+    return tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -62,13 +91,9 @@ class DrafterFiles:
 
         Raises:
             OSError: There is none, or it cannot be had.
-            ValueError: It is not JSON.
+            ValueError: It is not JSON, or not an object.
         """
-        path = self.path("config.json")
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config.json of {self.name} is not valid JSON ({error}); download it again.") from error
+        return self._read_json(CONFIG, self.path(CONFIG))
 
     def path(self, filename: str) -> Path:
         """
@@ -94,6 +119,8 @@ class DrafterFiles:
             return path if path.is_file() else None
         try:
             before = self._in_cache(filename)
+            if before is None and filename == CONFIG:
+                self._refuse_unreachable()
             found = hf_hub_download(os.fspath(self.name), filename, subfolder=subfolder, **options)
         except LocalEntryNotFoundError as error:
             if is_offline_mode() or options.get("local_files_only"):
@@ -110,6 +137,20 @@ class DrafterFiles:
             self._check_hash(Path(found), filename)
         return Path(found)
 
+    def _refuse_unreachable(self) -> None:
+        """Ask once before the Hub's client does, which tries six times for half a minute until it gives up."""
+        if is_offline_mode() or self.options.get("local_files_only"):
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(os.fspath(self.name), CONFIG), token=self.options.get("token"))
+        except HfHubHTTPError:
+            pass  # It answers.
+        except HTTPError as error:
+            raise OSError(
+                f"There is no folder {self.name} here, and the Hub cannot be asked for a repository of that name "
+                f"({error}); check the path or the connection."
+            ) from None
+
     def _explain(self, error: Exception) -> str:
         if isinstance(error, GatedRepoError):
             return f"{self.name} is gated; accept its terms on the Hub, and pass token= or log in."
@@ -124,24 +165,72 @@ class DrafterFiles:
             )
         return f"The Hub does not give {self.name} ({error}); try again later."
 
+    def _read_json(self, filename: str, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{filename} of {self.name} is not valid JSON ({error}); download it again.") from error
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{filename} of {self.name} is a JSON {type(found).__name__} and no object with names; download it "
+                "again."
+            )
+        return found
+
     def weights(self) -> list[Path]:
         """
         The files with the weights: one or several of safetensors, otherwise PyTorch's.
 
         Raises:
             OSError: There are none, one is missing, or one was damaged on the way.
+            ValueError: The list of several files is damaged, or names one elsewhere.
         """
         for single in ("model.safetensors", "pytorch_model.bin"):
             if (path := self.optional(single)) is not None:
                 return [path]
             if (index := self.optional(f"{single}.index.json")) is not None:
-                return [
-                    self.path(shard) for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                ]
+                return self._shards(index)
         raise OSError(
             f"{self.name} has neither model.safetensors nor pytorch_model.bin, so there are no weights to load; check "
             "the name, revision and subfolder."
         )
+
+    def _shards(self, index: Path) -> list[Path]:
+        weight_map = self._read_json(index.name, index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"{index.name} of {self.name} has no weight_map with the file of every tensor; download it again."
+            )
+        # Both kinds of separators, whatever this system's are.
+        outside = [name for name in names if PureWindowsPath(name).name != name]
+        paths = [] if outside else [self.path(name) for name in sorted(set(names))]
+        # In the Hub's cache all files are links into one folder.
+        outside += [path.name for path in paths if path.resolve().parent != index.resolve().parent]
+        if outside:
+            raise ValueError(
+                f"{index.name} of {self.name} names {outside[0]!r}, which does not lie beside it, and files elsewhere "
+                "are not read; put all of them into one folder if you trust them."
+            )
+        return paths
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """
+        The shapes of all weights by name, from the heads of safetensors files: nothing large is read.
+
+        Raises:
+            ValueError: The weights are PyTorch's, or damaged.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for path in self.weights():
+            if path.suffix != ".safetensors":
+                raise ValueError(
+                    f"{self.name} has its weights in {path.name}, and drafters in this library's layout keep them in "
+                    "model.safetensors; save it again with save_pretrained, where you trust it."
+                )
+            with _explained(path, self.name), safe_open(path, framework="pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """
@@ -150,7 +239,7 @@ class DrafterFiles:
         Raises:
             ValueError: A file holds something else than tensors, or cannot be read.
         """
-        return {name: tensor for path in self.weights() for name, tensor in read_tensors(path).items()}
+        return {key: value for path in self.weights() for key, value in read_tensors(path, self.name).items()}
 
     def _in_cache(self, filename: str) -> str | None:
         found = try_to_load_from_cache(
@@ -181,19 +270,43 @@ class DrafterFiles:
             )
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, name: object) -> dict[str, torch.Tensor]:
     """
     The tensors of a safetensors or PyTorch file.
+
+    Args:
+        path (`Path`): The file.
+        name (`str` or `os.PathLike`): The checkpoint, for messages.
 
     Raises:
         ValueError: It holds something else than tensors, or cannot be read.
     """
-    try:
+    with _explained(path, name):
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every format fails in its own way
+        # Mapped, so that a small file cannot unpack to a large one.
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(found, dict):
+            raise TypeError
+        return {name: _own_memory(tensor) for name, tensor in found.items()}
+
+
+@contextmanager
+def _explained(path: Path, name: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every format fails in its own way, and some name ways around the check
+        if path.suffix == ".safetensors":
+            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
         raise ValueError(
             f"{path} is damaged or holds more than tensors, so it is not loaded ({type(error).__name__}); download it "
             "again, or convert it to safetensors where you trust it."
-        ) from error
+        ) from None
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise TypeError
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few numbers that pass for many
+        raise ValueError
+    return tensor.clone()

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=comma_separated,
         default=["vanilla", "prompt_lookup", "lookup", "specblock", "specblock+lookup"],
         metavar="NAME,...",
-        help="vanilla, prompt_lookup, assistant:MODEL, lookup, or the name of a drafter, with "
+        help="vanilla, prompt_lookup, assistant:MODEL, dflash_native:MODEL, lookup, or the name of a drafter, with "
         f":{{{','.join(TREES)}}} for another tree of a SpecBlock drafter and +lookup for look-ups joined to it "
         "(default: vanilla,prompt_lookup,lookup,specblock,specblock+lookup)",
     )

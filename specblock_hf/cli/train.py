@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import align_module_device
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -32,6 +31,7 @@ from ..training.arguments import DrafterTrainingArguments
 from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
 from ..training.cpu_attention import NAME as CPU_ATTENTION
 from ..training.estimate import rehearse
+from ..training.initial_weights import reshape, start_from_target
 from ..training.target_views import FeatureStore, TargetView, view_target
 from ..training.trainer import DrafterTrainer, make_accelerator
 from .models import load_target
@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
     parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
     parser.add_argument(
-        "--config", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the drafter's configuration"
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="fields of the drafter's configuration; with --init-from those in which it shall differ",
     )
     parser.add_argument(
         "--objective",
@@ -163,26 +167,32 @@ def _load_target(args: argparse.Namespace, arguments: DrafterTrainingArguments, 
 def _make_drafter(
     args: argparse.Namespace, target: PreTrainedModel, train: list[Example], say: Callable[..., None]
 ) -> PreTrainedModel:
+    vocab_size = target.config.get_text_config().vocab_size
+
+    def chosen(size: int) -> torch.LongTensor:
+        ids, coverage = draft_vocabulary(train, size, vocab_size)
+        say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the answers' tokens")
+        return ids
+
     if args.init_from:
-        if args.config:
-            raise ValueError("--config shapes a new drafter and --init-from brings a shape along; give one of them.")
-        return AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
+        drafter = AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
+        changes = read_pairs(args.config, [f.name for f in dataclasses.fields(drafter.config)], "--config")
+        if not changes:
+            return drafter
+        if not isinstance(drafter, DraftHead):
+            raise ValueError(f"A {type(drafter).__name__} keeps its shape; leave --config out.")
+        size = changes.get("draft_vocab_size")
+        return reshape(drafter, changes, target, None if size is None else chosen(size))
     kind, fields = trainable_drafters()[args.drafter]
     known = [f.name for f in dataclasses.fields(kind.config_class)]
-    vocab_size = target.config.get_text_config().vocab_size
     if issubclass(kind, DraftHead):
         fields = fields | {"draft_vocab_size": min(args.draft_vocab_size, vocab_size)}
     config = kind.config_class.for_target(target.config, **(fields | read_pairs(args.config, known, "--config")))
     drafter = kind(config)
     if not isinstance(drafter, DraftHead):  # it predicts with the target's own head
         return drafter
-    ids, coverage = draft_vocabulary(train, config.draft_vocab_size, vocab_size)
-    say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the answers' tokens")
-    drafter.set_draft_vocabulary(ids)
-    # Starting from the target's own rows saves the drafter from learning what every token means.
-    head = target.get_output_embeddings()
-    with torch.no_grad(), align_module_device(head, execution_device="cpu"):
-        drafter.lm_head.weight.copy_(head.weight[ids])
+    drafter.set_draft_vocabulary(chosen(config.draft_vocab_size))
+    start_from_target(drafter, target)
     return drafter
 
 

@@ -5,16 +5,15 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles, read_tensors
-from ..checkpoints.loading import refuse_misfits
-from ..drafting.drafter import TreeDrafter
 from .common.registry import drafter_kind, register_drafter
 from .dflash.layouts import read_block_config
-from .layouts import Layout, Tensors, layout_of, read_config, read_tensors_of
+from .layouts import Layout, layout_of, read_config, read_tensors_of
 
 
 class AutoDrafter:
@@ -41,7 +40,7 @@ class AutoDrafter:
         *,
         target: PreTrainedModel | PreTrainedConfig | None = None,
         **kwargs,
-    ) -> TreeDrafter:
+    ) -> Any:
         """
         Load a drafter: SpecBlock in our layout or the authors' own, EAGLE-3 in ours, SafeAILab's, SGLang's or that of
         `speculators`, and DFlash, DFlash 2, JetSpec and DSpark as published. No code of a repository is ever run.
@@ -72,31 +71,18 @@ class AutoDrafter:
         return drafter
 
 
-def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> TreeDrafter:
+def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> Any:
     found = files.tensors()
-    if layout in (Layout.DFLASH, Layout.DSPARK):
-        return _load_tensors(files, read_block_config(files.config, files.name, found, target), found, kwargs)
-    mapping = files.optional("vocab_mapping.pt") if layout == Layout.SPECBLOCK else None
-    config = read_config(files.config, files.name, found, target)
-    vocabulary = read_tensors(mapping) if mapping is not None else None
-    return _load_tensors(files, config, read_tensors_of(config, layout, files.name, found, vocabulary), kwargs)
-
-
-def _load_tensors(files: DrafterFiles, config: PreTrainedConfig, tensors: Tensors, kwargs: dict) -> TreeDrafter:
-    config._name_or_path = os.fspath(files.name)
-    kind = drafter_kind(config.model_type)
-    with torch.device("meta"):
-        wanted = {key: value.shape for key, value in kind(config).state_dict().items()}
-    # Said before the loader says it, because it knows only our names and not the checkpoint's.
-    refuse_misfits(
-        files.name,
-        kind.__name__,
-        wanted.keys() - tensors.keys(),
-        tensors.keys() - wanted.keys(),
-        [key for key in wanted.keys() & tensors.keys() if tensors[key].shape != wanted[key]],
-    )
+    with refusing_misfits(files.name):
+        if layout in (Layout.DFLASH, Layout.DSPARK):
+            config, tensors = read_block_config(files.config, files.name, found, target), found
+        else:
+            config = read_config(files.config, files.name, found, target)
+            mapping = files.optional("vocab_mapping.pt") if layout == Layout.SPECBLOCK else None
+            vocabulary = read_tensors(mapping, files.name) if mapping is not None else None
+            tensors = read_tensors_of(config, layout, files.name, found, vocabulary)
     options = {key: value for key, value in kwargs.items() if key not in LOCATION_OPTIONS}
-    return kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+    return drafter_kind(config.model_type).from_tensors(files.name, config, tensors, **options)
 
 
 __all__ = ["AutoDrafter", "register_drafter"]

@@ -79,8 +79,14 @@ def layout_of(config: Mapping[str, Any], name: object) -> Layout:
     Raises:
         ValueError: It is not a drafter that can be read.
     """
-    architectures = config.get("architectures") or []
-    if drafter_kind(config.get("model_type")) is not None:
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    texts = [*architectures, "" if model_type is None else model_type] if isinstance(architectures, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"config.json of {name} names no model (architectures {architectures!r}, model_type {model_type!r}); take "
+            "it from the original repository."
+        )
+    if drafter_kind(model_type) is not None:
         return Layout.OURS
     for architecture in architectures:
         if architecture in _BLOCK_DRAFTERS:
@@ -96,11 +102,11 @@ def layout_of(config: Mapping[str, Any], name: object) -> Layout:
         return Layout.SPECBLOCK
     if "LlamaForCausalLMEagle3" in architectures:
         return Layout.SGLANG
-    if config.get("model_type") == "llama" and "draft_vocab_size" in config:
+    if model_type == "llama" and "draft_vocab_size" in config:
         return Layout.SAFEAILAB
     raise ValueError(
         f"{name} is not a drafter in a known layout (architectures {architectures}, model_type "
-        f"{config.get('model_type')!r}); SpecBlock drafters of this library or its paper's authors can be loaded, and "
+        f"{model_type!r}); SpecBlock drafters of this library or its paper's authors can be loaded, and "
         "EAGLE-3 drafters as SafeAILab, SGLang or speculators write them, DFlash, JetSpec and DSpark as published."
     )
 
@@ -219,7 +225,7 @@ def read_tensors_of(
         mapping (`dict[str, torch.Tensor]`, *optional*): `d2t` and `t2d` of `vocab_mapping.pt`.
 
     Raises:
-        ValueError: The embedding or the draft vocabulary contradicts the configuration.
+        ValueError: The embedding contradicts the configuration, or one draft vocabulary the other.
     """
     theirs, ours = _NAMES.get(layout, ("", ""))
     renamed = {
@@ -241,22 +247,7 @@ def read_tensors_of(
     if "d2t" not in renamed and "t2d" not in renamed and config.draft_vocab_size == config.vocab_size:
         renamed["d2t"] = torch.zeros(config.vocab_size, dtype=torch.long)
         renamed["t2d"] = torch.ones(config.vocab_size, dtype=torch.bool)
-    if "d2t" in renamed and "t2d" in renamed:
-        renamed["d2t"], renamed["t2d"] = renamed["d2t"].long(), renamed["t2d"].bool()
-        _check_vocabulary(config, name, renamed["d2t"], renamed["t2d"])
     return renamed
-
-
-def _check_vocabulary(config: PreTrainedConfig, name: object, d2t: torch.Tensor, t2d: torch.Tensor) -> None:
-    if d2t.shape != (config.draft_vocab_size,) or t2d.shape != (config.vocab_size,):
-        return  # misshapen, which the loader reports by name
-    ids = d2t + torch.arange(len(d2t))
-    valid = bool(((ids >= 0) & (ids < len(t2d))).all()) and len(ids.unique()) == len(ids)
-    if not valid or not bool(t2d[ids].all()) or int(t2d.sum()) != len(ids):
-        raise ValueError(
-            f"d2t and t2d of {name} do not describe one draft vocabulary: d2t must hold offsets, so that target id = "
-            "draft id + d2t[draft id], and t2d mark exactly these target ids; download them again."
-        )
 
 
 def write_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout: Layout) -> None:
@@ -300,6 +291,11 @@ def write_folder(
 
 def _check_writable(config: SpecBlockConfig | Eagle3Config, layout: Layout) -> None:
     depth, layers = config.target_num_layers, tuple(config.feature_layers)
+    if layout == Layout.SPECBLOCK and config.markov_rank:
+        raise ValueError(
+            f"The layout {layout.value} has no place for this drafter's Markov term (markov_rank="
+            f"{config.markov_rank}); keep it in our layout."
+        )
     usual = UNRECORDED_LAYER in layers or (depth is not None and layers == default_feature_layers(depth))
     if layout != Layout.SPECULATORS and not usual:
         raise ValueError(

@@ -11,6 +11,21 @@ import torch
 from .pairs import TokenTable
 
 
+CPU_WORK, DEVICE_WORK = 2**21, 2**28
+"""Numbers of a vocabulary-wide pass: 8 MB stay in a processor's cache between two operations, 1 GB fills a GPU."""
+
+
+def rows_at_once(width: int, device: torch.device) -> int:
+    """
+    Rows of a vocabulary-wide pass.
+
+    Args:
+        width (`int`): Numbers of a row.
+        device (`torch.device`): Where the pass runs.
+    """
+    return max(1, (CPU_WORK if device.type == "cpu" else DEVICE_WORK) // width)
+
+
 @dataclass
 class TargetBatch:
     """

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..drafters.auto import AutoDrafter
 from ..drafters.joined import JoinedDrafter
@@ -62,7 +69,8 @@ class MethodLoader:
         Args:
             names (sequence of `str`):
                 `vanilla` (added in front if missing, because all others are compared with it), `prompt_lookup`
-                (transformers' own), `assistant:MODEL` (transformers' assisted decoding with that model), `lookup`
+                (transformers' own), `assistant:MODEL` (transformers' assisted decoding with that model),
+                `dflash_native:MODEL` (transformers' own DFlash with a drafter that it has a class for), `lookup`
                 (look-ups as trees), `NAME` (the drafter of that name), `NAME:TREE` (with one of `TREES`), and any of
                 the last two with `+lookup`.
 
@@ -83,6 +91,8 @@ class MethodLoader:
             return Method(name, "transformers", {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS})
         if name.startswith("assistant:"):
             return Method(name, "transformers", self._assistant(name.removeprefix("assistant:")))
+        if name.startswith("dflash_native:"):
+            return Method(name, "transformers", self._dflash(name.removeprefix("dflash_native:")))
         drafter = self._drafter(name)
         kind = drafter.config.model_type if name != "lookup" else name
         return Method(name, kind, {"assistant_model": drafter}, drafter)
@@ -93,6 +103,16 @@ class MethodLoader:
         if assistant.config.get_text_config().vocab_size != self.target.config.get_text_config().vocab_size:
             options |= {"tokenizer": self.tokenizer, "assistant_tokenizer": AutoTokenizer.from_pretrained(model)}
         return options
+
+    def _dflash(self, model: str) -> dict[str, Any]:
+        config = AutoConfig.from_pretrained(model)
+        if not hasattr(config, "target_layer_ids"):
+            raise ValueError(
+                f"{model} is no DFlash drafter of transformers' own: its configuration ({config.model_type}) has no "
+                "target_layer_ids; run it as one of ours, with --drafter NAME=PATH."
+            )
+        assistant = AutoModel.from_pretrained(model, dtype=self.target.dtype).eval().to(self.target.device)
+        return {"assistant_model": assistant, "speculation_type": "dflash"}
 
     def _drafter(self, name: str) -> TreeDrafter:
         base, plus, added = name.partition("+")
@@ -111,8 +131,8 @@ class MethodLoader:
         if source not in self.paths:
             known = ", ".join(self.paths) or "none"
             raise ValueError(
-                f"there is no method {base!r}: it is not vanilla, prompt_lookup, assistant:MODEL or lookup, and the "
-                f"drafters are {known}; name its drafter with --drafter {source}=PATH."
+                f"there is no method {base!r}: it is not vanilla, prompt_lookup, assistant:MODEL, dflash_native:MODEL "
+                f"or lookup, and the drafters are {known}; name its drafter with --drafter {source}=PATH."
             )
         # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
         drafter = AutoDrafter.from_pretrained(self.paths[source], target=self.target, dtype="auto")

@@ -30,8 +30,9 @@ from ..drafters.joined import JoinedState
 from ..drafters.specblock.drafting import SpecBlockDrafter
 from ..drafting.drafter import DraftState, TreeDrafter
 from ..target.features import decoder_layers, tap
+from ..target.inputs import without_training_flags
 from ..target.masks import TreeMasks
-from ..target.support import check_target
+from ..target.support import check_target, rope_limits
 
 
 ROWS = (2, 4, 8, 16, 32)
@@ -68,7 +69,7 @@ class CompiledTarget:
         self.target = target
         self.sizes = sorted(set(sizes))
         self.cache = _filled_cache(target, batch_size, max_length + self.sizes[-1])
-        twin, layers = _twin(target), tuple(layers)
+        twin, layers, flags = _twin(target), tuple(layers), without_training_flags(target)
         states: dict[int, torch.Tensor] = {}
         for index in set(layers):
             tap(twin.get_decoder(), index, _kept(states, index))
@@ -83,6 +84,7 @@ class CompiledTarget:
                 use_cache=True,
                 return_dict=True,
                 **{CACHE: cache},
+                **flags,
             )
             features = tuple(states[index] for index in layers)
             states.clear()
@@ -330,6 +332,11 @@ def _filled_cache(target: PreTrainedModel, batch_size: int, columns: int) -> Sta
         raise ValueError(
             f"the attention of this {name} takes no mask of a tree, which its forward would be compiled for; call "
             'target.set_attn_implementation("sdpa") before.'
+        )
+    if rope_limits(target):
+        raise ValueError(
+            f"the rotary positions of {name} change at a length, which a compiled forward would not ask for; use the "
+            "drafter uncompiled."
         )
     target(input_ids=torch.zeros(batch_size, 1, dtype=torch.long, device=target.device), **{CACHE: cache})
     return cache

@@ -115,7 +115,7 @@ def decode(
     while any(active):
         limits = round_limits(plan, choice.remaining, target.room(), target.depth())
         if target.pauses():
-            with drafter.lock:
+            with drafter.lock, without_cudnn_attention:
                 drafter.extend(state, pairs)
         tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
         listeners.on_draft(call, tree)

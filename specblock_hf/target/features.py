@@ -23,14 +23,19 @@ def decoder_layers(decoder: nn.Module) -> Sequence[nn.Module]:
 def tap(decoder: nn.Module, index: int, keep: Callable[[torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
     """Hand a state of the decoder to `keep` in every forward; `index` is one of transformers' `hidden_states`."""
     layers = decoder_layers(decoder)
+
+    def tell(state: torch.Tensor) -> None:
+        # Gemma 3n's layers hand on several states of every token, of which one is active.
+        keep(state if state.ndim == 3 else state[decoder.config.altup_active_idx])
+
     if index == 0:
         return layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda _, args, kwargs: tell(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
     if index == len(layers):
-        return decoder.register_forward_hook(lambda _, args, output: keep(output[0]))
+        return decoder.register_forward_hook(lambda _, args, output: tell(output[0]))
     return layers[index - 1].register_forward_hook(
-        lambda _, args, output: keep(output[0] if isinstance(output, tuple) else output)
+        lambda _, args, output: tell(output[0] if isinstance(output, tuple) else output)
     )
 
 

@@ -38,6 +38,12 @@ _OF_TOKENS = {"mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"}
 _OF_TRAINING = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
+def without_training_flags(target: PreTrainedModel) -> dict[str, bool]:
+    """What turns off in a forward what its configuration turns on for training."""
+    config = target.config.get_text_config(decoder=True)
+    return {name: False for name in _OF_TRAINING if getattr(config, name, False)}
+
+
 class TargetInputs:
     """
     The inputs of a target during one call.
@@ -79,11 +85,7 @@ class TargetInputs:
             model_kwargs.get(name) is not None and (name != "mm_encoder_outputs" or bool(model_kwargs[name]))
             for name in _OF_PROMPT
         )
-        self._off = {
-            name: False
-            for name in _OF_TRAINING
-            if getattr(target.config.get_text_config(decoder=True), name, False) and not model_kwargs.get(name)
-        }
+        self._off = {name: off for name, off in without_training_flags(target).items() if not model_kwargs.get(name)}
 
     def last_positions(self, device: torch.device) -> torch.LongTensor:
         """
@@ -155,4 +157,4 @@ class TargetInputs:
         return new
 
 
-__all__ = ["TargetInputs"]
+__all__ = ["TargetInputs", "without_training_flags"]

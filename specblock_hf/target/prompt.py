@@ -46,6 +46,8 @@ class PromptPairs:
         following = self.tokens if self.embeds is None else self.embeds
         for row, columns in enumerate(seen.nonzero().squeeze(1) for seen in self.visible):
             following[row, columns[:-1]] = source[row, -new:].to(table.device)[columns[1:]]
+        # Ids beyond the vocabulary stand for pictures, as embeddings do.
+        self.tokens[self.tokens >= table.vocab_size] = -1
 
     def pairs(self, features: tuple[torch.Tensor, ...], start: int, end: int) -> Pairs:
         """Those of the new tokens `start` to `end`, whose states are `features`, each `[B, end - start, d]`."""

@@ -96,7 +96,7 @@ def _check_training(target: PreTrainedModel) -> None:
             f"{name} is in training mode and leaves out values at random ({', '.join(sorted(drops))}), so that no two "
             "forwards agree about a token; call target.eval()."
         )
-    if target.training and target.is_gradient_checkpointing:
+    if target.training and any(vars(part).get("gradient_checkpointing") for part in target.modules()):
         raise ValueError(
             f"{name} is in training mode with gradient checkpointing, which turns off the cache that draft trees are "
             "verified against; call target.eval()."
@@ -104,26 +104,26 @@ def _check_training(target: PreTrainedModel) -> None:
 
 
 def _check_adapter(target: PreTrainedModel) -> None:
-    # `PeftModel.generate()` puts its own method there, whatever kind of adapter it has.
+    name = type(target).__name__
+    # peft notes the adapters whose weights it has put into a model on it. One of prompts stays outside, and lends the
+    # model its own method.
+    weights: Mapping[str, Any] = vars(target).get("peft_config", {})
+    if any(adapter.to_dict().get("alora_invocation_tokens") for adapter in weights.values()):
+        raise ValueError(
+            f"an adapter of {name} is activated by tokens (aLoRA) and counts the rows of a forward to know which come "
+            "after them, which says nothing about the nodes of a draft tree; drop assistant_model."
+        )
     prepare = target.prepare_inputs_for_generation
-    if not is_peft_available() or not inspect.ismethod(prepare):
-        return
-    from peft import PeftModel
+    if is_peft_available() and inspect.ismethod(prepare):
+        from peft import PeftModel
 
-    if not isinstance(prepare.__self__, PeftModel):
-        return
-    adapter = prepare.__self__.active_peft_config
-    kind = f"the adapter of this {type(target).__name__} ({adapter.peft_type.value.lower()})"
-    if adapter.is_prompt_learning:
-        raise ValueError(
-            f"{kind} puts columns of its own before the prompt, which shift every position of a draft tree; drop "
-            "assistant_model, or use an adapter of weights such as LoRA."
-        )
-    if adapter.to_dict().get("alora_invocation_tokens"):
-        raise ValueError(
-            f"{kind} is activated by tokens and counts how many rows of a forward follow them, which the nodes of a "
-            "draft tree are not; drop assistant_model."
-        )
+        owner = prepare.__self__
+        if isinstance(owner, PeftModel) and owner.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"the adapter of this {name} ({owner.active_peft_config.peft_type.value.lower()}) puts columns of its "
+                "own before the prompt, which shift every position of a draft tree; drop assistant_model, or use an "
+                "adapter of weights such as LoRA."
+            )
 
 
 def _warn(target: PreTrainedModel) -> None:

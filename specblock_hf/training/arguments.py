@@ -17,6 +17,9 @@ class DrafterTrainingArguments:
     Args:
         output_dir (`str`): Folder of checkpoints, the log and the final drafter.
         epochs (`float`, *optional*, defaults to 20): Passes over the conversations (paper: 20).
+        max_seconds (`float`, *optional*, defaults to 0):
+            Train for so many seconds, evaluations left out, instead of `epochs`: the rate and everything else that
+            follows the share of the run that is done follows the clock. A resumed run has the rest of them.
         batch_tokens (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
         learning_rate (`float`, *optional*, defaults to 5e-5):
             Peak rate (paper: 5e-5 over some 300k dialogues; a small target on little text wants about 1e-3).
@@ -39,6 +42,7 @@ class DrafterTrainingArguments:
 
     output_dir: str
     epochs: float = 20.0
+    max_seconds: float = 0.0
     batch_tokens: int = 4096
     learning_rate: float = 5e-5
     warmup_ratio: float = 0.015

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 from ..data.examples import Example
 from ..drafters.common.head import DraftHead
@@ -60,10 +61,10 @@ def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) ->
 
 
 def draft_ids_of(drafter: DraftHead, vocab_size: int) -> torch.LongTensor:
-    """The draft id of every target id `[vocab_size]`, on the CPU where batches are made; -1 where there is none."""
-    ids = torch.full((vocab_size,), -1, dtype=torch.long)
-    order = drafter.draft_to_target.cpu()
-    ids[order] = torch.arange(len(order))
+    """The draft id of every target id `[vocab_size]`, where the drafter is; -1 where there is none."""
+    order = drafter.draft_to_target
+    ids = torch.full((vocab_size,), -1, dtype=torch.long, device=order.device)
+    ids[order] = torch.arange(len(order), device=order.device)
     return ids
 
 
@@ -71,7 +72,8 @@ def collate(
     examples: Sequence[Example], views: Sequence[TargetView], table: TokenTable, draft_ids: torch.LongTensor
 ) -> TargetBatch:
     """
-    Pad conversations and the target's view of them into one batch.
+    Pad conversations and the target's view of them into one batch, where the views are: those of the target's forward
+    never leave its device.
 
     Args:
         examples (`Sequence[Example]`): B conversations.
@@ -80,32 +82,30 @@ def collate(
         draft_ids (`torch.LongTensor` of shape `[vocab_size]`): Draft id of every target id, -1 outside the draft
             vocabulary.
     """
+    device, here = table.device, views[0].features.device
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(e.input_ids) for e in examples], batch_first=True)
     lengths = torch.tensor([len(e.input_ids) for e in examples])
-    shape = (len(examples), int(lengths.max()))
-    top_k = views[0].top_ids.shape[1]
-    tokens = torch.zeros(shape, dtype=torch.long)
-    features = torch.zeros(*shape, views[0].features[0].numel(), dtype=views[0].features.dtype)
-    top_ids = torch.full((*shape, top_k), -1, dtype=torch.long)
-    top_probs = torch.zeros(*shape, top_k)
-    scored = torch.zeros(shape, dtype=torch.bool)
-    for row, (example, view) in enumerate(zip(examples, views, strict=True)):
-        length = len(example.input_ids)
-        answer = slice(example.answer_start, length)
-        tokens[row, :length] = torch.tensor(example.input_ids)
-        features[row, :length] = view.features.flatten(1)
-        top_ids[row, answer] = draft_ids[view.top_ids.long().cpu()]
-        top_probs[row, answer] = view.top_probs
-        scored[row, answer] = True
-    device = table.device
+    starts = torch.tensor([e.answer_start for e in examples])
+    places = torch.arange(tokens.shape[1])
+    scored = (places >= starts[:, None]) & (places < lengths[:, None])
+    answers = scored.flatten().nonzero().squeeze(1).to(here)
+
+    def padded(rows: list[torch.Tensor], fill: float) -> torch.Tensor:
+        """What is said about the answers' places `[n, k]`, as `[B, T, k]`."""
+        said = torch.cat(rows)
+        everywhere = said.new_full((tokens.numel(), said.shape[1]), fill)
+        return everywhere.index_copy_(0, answers, said).view(*tokens.shape, -1).to(device)
+
+    ids = draft_ids.to(here)
     with torch.no_grad():
         embeds = table.embed(tokens.to(device))
     return TargetBatch(
         tokens.to(device),
         embeds,
-        features.to(device),
+        nn.utils.rnn.pad_sequence([view.features.flatten(1) for view in views], batch_first=True).to(device),
         lengths.to(device),
-        top_ids.to(device),
-        top_probs.to(device),
+        padded([ids[view.top_ids.long()] for view in views], -1),
+        padded([view.top_probs for view in views], 0),
         scored.to(device),
         table,
     )

@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_file_whole, save_text_whole
 from ..data.examples import Example
 from ..devices import without_cudnn_attention
+from ..drafting.target_batch import rows_at_once
+from ..target.features import FeatureTaps
 
 
 @dataclass
@@ -49,24 +52,38 @@ def view_target(
     Right padding needs no mask: a causal target's states never depend on what follows. Only the answer's positions go
     through the head, which for a small target costs as much as the layers.
     """
-    lengths = [len(e.input_ids) for e in examples]
-    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = torch.tensor(example.input_ids)
-    out = target.get_decoder()(ids.to(target.device), use_cache=False, output_hidden_states=True)
-    hidden = out.hidden_states
-    head = target.get_output_embeddings()
-    views = []
-    for row, example in enumerate(examples):
-        predicting = slice(example.answer_start - 1, lengths[row] - 1)
-        logits = head(out.last_hidden_state[row, predicting]).float()
-        values, top_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        top_probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
-        # A target that is spread over devices has its states where its layers are.
-        states = [hidden[i][row, : lengths[row]].to(logits.device) for i in feature_layers]
-        features = torch.stack(states, dim=1)
-        views.append(TargetView(features, top_ids.to(torch.int32), top_probs.to(torch.float32)))
-    return views
+    tokens = [torch.tensor(e.input_ids) for e in examples]
+    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    decoder = target.get_decoder()
+    taps = FeatureTaps(decoder, feature_layers)  # what the drafter will be told while it drafts
+    try:
+        with taps.armed():
+            out = decoder(ids.to(target.device), use_cache=False)
+        hidden = taps.take()
+    finally:
+        taps.remove()
+    places = torch.arange(ids.shape[1])
+    starts = torch.tensor([e.answer_start for e in examples])
+    lengths = torch.tensor([len(e.input_ids) for e in examples])
+    predicting = ((places >= starts[:, None] - 1) & (places < lengths[:, None] - 1)).flatten().nonzero().squeeze(1)
+    last = out.last_hidden_state.flatten(0, 1)
+    top_ids, top_probs = _likeliest(target.get_output_embeddings(), last[predicting.to(last.device)], top_k)
+    # A target that is spread over devices has its states where its layers are.
+    states = torch.stack([state.to(top_ids.device) for state in hidden], dim=2)
+    answers = [len(e.input_ids) - e.answer_start for e in examples]
+    parts = zip(states, tokens, top_ids.split(answers), top_probs.split(answers), strict=True)
+    return [TargetView(features[: len(text)], *likeliest) for features, text, *likeliest in parts]
+
+
+def _likeliest(head: nn.Module, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and probabilities `[n, k]` of the likeliest tokens after states `[n, d]`."""
+    ids, probs = [], []
+    for part in states.split(rows_at_once(head.weight.shape[0], states.device)):
+        logits = head(part).float()
+        best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        ids.append(best.indices.to(torch.int32))
+        probs.append((best.values - logits.logsumexp(-1, keepdim=True)).exp())
+    return torch.cat(ids), torch.cat(probs)
 
 
 class FeatureStore:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -103,16 +104,24 @@ class DrafterTrainer:
         self.module, self.optimizer = self.accelerator.prepare(ObjectiveModule(drafter, objective), optimizer)
         self.clock = StepClock(self.accelerator.device)
         self.step = 0
+        self.seconds = 0.0
         self.tokens_seen = 0
         self.draft_ids = draft_ids_of(drafter, table.vocab_size)
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate(self, step: float) -> float:
         """Linear warm-up, then a cosine to zero."""
         warmup = max(1, round(self.args.warmup_ratio * self.total_steps))
         if step < warmup:
             return self.args.learning_rate * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.total_steps - warmup)
         return self.args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    @property
+    def place(self) -> float:
+        """The step that the run is at; if its time is limited, the one that it would be at if all took as long."""
+        if not self.args.max_seconds:
+            return self.step
+        return self.total_steps * min(1.0, self.seconds / self.args.max_seconds)
 
     def train(self) -> None:
         """
@@ -122,12 +131,16 @@ class DrafterTrainer:
         self.resume()
         self.module.train()
         main, args = self.accelerator.is_main_process, self.args
-        with tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=not main) as bar:
+        total = None if args.max_seconds else self.total_steps
+        with tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not main) as bar:
             started, window = time.perf_counter(), []
             for batches in self.batches_from(self.step):
+                began = time.perf_counter()
                 window.append(self.train_step(batches))
                 self.step += 1
-                last = self.step == self.total_steps
+                if args.max_seconds:
+                    self.seconds += self._agreed(time.perf_counter() - began)
+                last = self.place >= self.total_steps
                 bar.update()
                 if self.step % args.log_steps == 0 or last:
                     self.log(window, time.perf_counter() - started, bar)
@@ -137,15 +150,25 @@ class DrafterTrainer:
                     started = time.perf_counter()
                 if self.step % args.save_steps == 0 or last:
                     self.save()
+                if last:
+                    break
         self.module.eval()
         self.save_drafter(self.folder / "final", self.state_dicts()[0])
 
     def batches_from(self, step: int) -> Iterator[list[list[int]]]:
-        """The batches of every step from `step` on, those of all processes together."""
+        """
+        The batches of every step from `step` on, those of all processes together; without end where the clock decides.
+        """
         count = self.batches_a_step
         stream = batches_from(self.examples, self.args.batch_tokens, self.args.seed, step * count)
-        for _ in range(step, self.total_steps):
+        for _ in itertools.count() if self.args.max_seconds else range(step, self.total_steps):
             yield [next(stream) for _ in range(count)]
+
+    def _agreed(self, seconds: float) -> float:
+        """What all processes take a step to have lasted, so that they end together."""
+        if self.accelerator.num_processes == 1:
+            return seconds
+        return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
 
     def train_step(self, batches: list[list[int]]) -> dict[str, torch.Tensor]:
         """
@@ -157,7 +180,7 @@ class DrafterTrainer:
         Returns:
             `dict[str, torch.Tensor]`: What the drafter's loss returned for this process's batches, and `grad_norm`.
         """
-        outputs = self.gradients(batches, self.step / self.total_steps)
+        outputs = self.gradients(batches, self.place / self.total_steps)
         parameters = list(self.module.parameters())
         for parameter in parameters:
             # A part that has not joined yet has no gradient; the optimiser's state must not depend on that.
@@ -167,7 +190,7 @@ class DrafterTrainer:
         if isinstance(norm, DTensor):  # of sharded weights
             norm = norm.full_tensor()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+            group["lr"] = self.learning_rate(self.place)
         with self.drafter.lock:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -239,7 +262,7 @@ class DrafterTrainer:
 
     def log(self, window: list[dict], seconds: float, bar: tqdm) -> None:
         """Write a line of means over some steps and all processes."""
-        rate = self.learning_rate(self.step - 1)
+        rate = self.optimizer.param_groups[0]["lr"]
         row: dict[str, Any] = {"step": self.step, "tokens": self.tokens_seen, "learning_rate": rate}
         row |= report_of(window, self.accelerator)
         row["seconds_per_step"] = round(seconds / len(window), 3)
@@ -269,7 +292,7 @@ class DrafterTrainer:
         weights, optimizer = self.state_dicts()
         if self.accelerator.is_main_process:
             state = {"optimizer": optimizer, "step": self.step, "tokens_seen": self.tokens_seen}
-            state["batches_a_step"] = self.batches_a_step
+            state |= {"batches_a_step": self.batches_a_step, "seconds": self.seconds}
             final, aside = self.folder / f"checkpoint-{self.step}", self.folder / "checkpoint.partial"
             with save_folder_whole(final, partial=aside) as partial:
                 self.save_drafter(partial, weights)
@@ -316,6 +339,7 @@ class DrafterTrainer:
         )
         self.draft_ids = draft_ids_of(self.drafter, self.table.vocab_size)
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.seconds = state.get("seconds", 0.0)  # checkpoints of before runs had a limit of time
 
 
 def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accelerator:

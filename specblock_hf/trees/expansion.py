@@ -56,6 +56,35 @@ class BlockOutputs:
         return children
 
 
+def children_by_parent(
+    logits: torch.Tensor,
+    gains: Callable[[torch.LongTensor], torch.Tensor],
+    width: int,
+    token_ids: torch.LongTensor,
+    first_level: int = 0,
+) -> Children:
+    """
+    The `width` best tokens below every node by logits of its slot and what they gain from the node's own token.
+
+    Args:
+        logits (`torch.Tensor` of shape `[B, S, K, D]`): Of every slot, whatever comes before.
+        gains (`Callable`): Turns tokens before `[B, F]` into what logits gain from them `[B, F, D]`.
+        width (`int`): Children of a node.
+        token_ids (`torch.LongTensor` of shape `[D]`): The target id of every logit.
+        first_level (`int`, *optional*, defaults to 0): The first slot whose logits gain something.
+    """
+
+    def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        picked = logits[:, :, level].gather(1, rows.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+        if level >= first_level:
+            picked = picked + gains(tokens)
+        best = picked.topk(width, dim=-1)
+        log_probs = best.values.float() - picked.float().logsumexp(-1, keepdim=True)
+        return token_ids[best.indices], log_probs
+
+    return children
+
+
 @dataclass
 class Starts:
     """
@@ -240,7 +269,7 @@ def best_first(
     children. With a beam as wide as the tree's budget nothing that pruning would keep is missed.
 
     Unlike [`rank_guided`] it also continues alternatives within a block. Drafters differ only in `children`: a block's
-    slots have laws of their own whatever token a node has, a Markov drafter's depend on it.
+    slots have laws of their own whatever token a node has, a Markov term makes them depend on it.
 
     Args:
         tree (`DraftTree`): The tree so far, N nodes wide.

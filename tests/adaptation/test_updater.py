@@ -13,7 +13,7 @@ from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, WatchedLock
 from serving_for_tests import GREEDY, same, weights_of
 from test_windows import Record
-from training_for_tests import tiny_drafter
+from training_for_tests import logits_below, tiny_drafter
 
 from specblock_hf import JoinedDrafter, LookupDrafter
 from specblock_hf.adaptation import DrafterUpdater, UpdateSettings
@@ -113,8 +113,9 @@ def test_the_drift_starts_at_zero_and_its_weight_holds_it_down():
     assert held < free / 3
 
 
-def test_the_drift_is_the_divergence_from_the_drafter_before_deployment():
-    updater, buffer = updater_of(), filled_buffer(1)
+@pytest.mark.parametrize("markov_rank", [0, 3])
+def test_the_drift_is_the_divergence_from_the_drafter_before_deployment(markov_rank):
+    updater, buffer = updater_of(tiny_drafter(markov_rank=markov_rank)), filled_buffer(1)
     updater.train("full", updater.draw(buffer))
     (windows,) = buffer.draw(1, 1000, updater.random)
     (window,) = windows
@@ -123,11 +124,18 @@ def test_the_drift_is_the_divergence_from_the_drafter_before_deployment():
     with torch.no_grad():
         for drafter in (updater.original, updater.trained):
             pairs = torch.arange(len(window))[None]
-            hidden = drafter(batch_embeds, drafter.project_features(batch_features), pairs)
-            laws.append(drafter.draft_logits(hidden)[1].log_softmax(-1)[0])
-        size = updater.trained.config.block_size
+            hidden = drafter(batch_embeds, drafter.project_features(batch_features), pairs)[0]
+            size, before = drafter.config.block_size, [-1, *window.tokens.tolist()]
+            laws.append(
+                [
+                    # The token before slot k's is that of pair i + k.
+                    [logits_below(drafter, slots[k], k, before[min(i + k + 1, len(window))]) for k in range(size)]
+                    for i, slots in enumerate(hidden)
+                ]
+            )
+        laws = [[[logits.log_softmax(-1) for logits in slots] for slots in law] for law in laws]
         divergences = [
-            float((laws[0][pair, slot].exp() * (laws[0][pair, slot] - laws[1][pair, slot])).sum())
+            float((laws[0][pair][slot].exp() * (laws[0][pair][slot] - laws[1][pair][slot])).sum())
             for pair in range(len(window))
             for slot in range(size)
             # Pair i's slot k is about the token of pair i + 1 + k.
@@ -285,8 +293,10 @@ def test_an_average_that_never_moves_is_refused(averaging):
         UpdateSettings(averaging=averaging)
 
 
-def test_a_snapshot_is_compared_on_the_same_texts():
-    updater, buffer = updater_of(drift_weight=0.0, steps=8, learning_rate=5e-3), filled_buffer()
+@pytest.mark.parametrize("markov_rank", [0, 3])
+def test_a_snapshot_is_compared_on_the_same_texts(markov_rank):
+    drafter = tiny_drafter(markov_rank=markov_rank)
+    updater, buffer = updater_of(drafter, drift_weight=0.0, steps=8, learning_rate=5e-3), filled_buffer()
     windows, before = buffer.newest(3), updater.snapshot()
     assert updater.share_kept(before, windows) == 1.0
     assert updater.share_kept(before, []) is None
@@ -324,7 +334,7 @@ def chains(drafter, windows) -> list[int]:
                 wanted = place + 1 + slot
                 if wanted == len(window):
                     break
-                logits = drafter.draft_logits(hidden[0, place, slot][None])[1][0]
+                logits = logits_below(drafter, hidden[0, place, slot], slot, int(window.tokens[wanted - 1]))
                 if drafter.draft_to_target[logits.argmax()] != window.tokens[wanted]:
                     break
                 right += 1

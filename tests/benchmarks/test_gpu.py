@@ -129,6 +129,10 @@ def test_the_commands_are_ones(gpu, tmp_path, tiny):
     assert answers.command[:3] == ["-m", "specblock_hf", "regenerate"]
     assert [Path(path).name for path in read.prompts] == ["a.jsonl", "b.jsonl"]
     assert (read.answers, read.temperature, read.greedy_share) == (2, 1.0, 1.0)
+    timed = gpu.parse([*options, "--train-seconds", "30", "--init-from", str(final), "--kinds", "specblock"])
+    (task,) = gpu.train(timed)
+    read_back = accepts(command, task.command[3:])
+    assert (read_back.max_seconds, read_back.init_from) == (30.0, str(final))
     trained = [accepts(command, task.command[3:]) for task in gpu.train(args)]
     assert [each.drafter for each in trained] == list(gpu.DRAFTERS)
     assert {each.data for each in trained} == {read.output}
@@ -156,10 +160,56 @@ def test_large_files_come_in_parts(gpu, tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
     packed = gpu.pack_drafter(final.parent, output)
-    parts = sorted(output.glob("train-eagle3.safetensors.*"))
-    assert len(parts) == 3 and b"".join(part.read_bytes() for part in parts) == weights
-    assert packed == {"last_step": [rows[1]], "held_out": [rows[2]], "acceptance": [[8, 1, 0, 2.0, 2.5]]}
+    parts = [f"train-eagle3.final.safetensors.0{number}" for number in range(3)]
+    figures = {"last_step": [rows[1]], "held_out": [rows[2]], "acceptance": [[8, 1, 0, 2.0, 2.5]]}
+    assert packed == {"parts": parts} | figures == json.loads((output / "train-eagle3.json").read_text())
+    unpacked = gpu.unpack_drafter(output / "train-eagle3.json", tmp_path / "start")
+    assert (unpacked / "model.safetensors").read_bytes() == weights
+    assert (unpacked / "config.json").read_text() == (final / "config.json").read_text()
+    assert gpu.unpack_drafter(final, tmp_path / "other") == final
     assert gpu.pack_drafter(tmp_path / "train-medusa", output) == {}
+
+
+def test_the_newest_weights_replace_older_ones_once_they_are_all_there(gpu, tmp_path, monkeypatch):
+    folder, output = tmp_path / "train-specblock", tmp_path / "out"
+    output.mkdir()
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("")
+    for step in (8, 10):
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "model.safetensors").write_bytes(bytes([step]) * 10)
+        (checkpoint / "config.json").write_text('{"acceptance": null}')
+        if step == 8:
+            gpu.pack_drafter(folder, output)
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gpu.pack_drafter(folder, output)
+    start = gpu.unpack_drafter(output / "train-specblock.json", tmp_path / "start")
+    assert (start / "model.safetensors").read_bytes() == bytes([8]) * 10
+    gpu.pack_drafter(folder, output)
+    start = gpu.unpack_drafter(output / "train-specblock.json", tmp_path / "start")
+    assert (start / "model.safetensors").read_bytes() == bytes([10]) * 10
+    assert [path.name for path in output.glob("*.safetensors.*")] == ["train-specblock.checkpoint-10.safetensors.00"]
+
+
+def test_a_command_is_looked_after_while_it_runs(gpu, runner, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WATCH_SECONDS", 0.2)
+    seen, release = [], tmp_path / "release"
+    code = f"import os, time\nwhile not os.path.exists({str(release)!r}): time.sleep(0.05)"
+
+    def watch():
+        seen.append(len(seen))
+        if len(seen) == 3:
+            release.touch()
+
+    assert runner().run([gpu.Task("one", ["-c", code], str.split, watch)])
+    assert len(seen) >= 3
 
 
 def test_answers_are_packed(gpu, tmp_path):

@@ -241,6 +241,20 @@ def test_names_that_do_not_exist(hub, client, cache):
         client(hub_client.pull, "not//a name", cache_dir=cache)
 
 
+def test_a_folder_that_is_not_there_without_a_connection(tmp_path, cache):
+    nowhere = Client("http://127.0.0.1:9", tmp_path / "home")
+    try:
+        with pytest.raises(
+            ClientError,
+            match=r"^OSError: There is no folder model_cards/mine here, and the Hub cannot be asked for a repository "
+            r"of that name \(.*\); check the path or the connection\.$",
+        ):
+            nowhere(hub_client.pull, "model_cards/mine", cache_dir=cache)
+        assert nowhere(hub_client.naps) == []
+    finally:
+        nowhere.close()
+
+
 def test_pushing_needs_a_token(hub, client, folders):
     with pytest.raises(ClientError, match=r"(?i)^HfHubHTTPError: .*40[13]"):
         client(hub_client.push_with, folders / "specblock", "org/not-mine", READER)

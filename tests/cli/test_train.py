@@ -112,10 +112,23 @@ def test_a_run_may_start_from_a_drafter_of_another_layout(train, tmp_path, capsy
         torch.testing.assert_close(weight, start.state_dict()[name], rtol=0, atol=1e-6)
 
 
-def test_a_shape_and_a_start_do_not_go_together(train, tmp_path, capsys):
-    tiny_drafter().save_pretrained(tmp_path / "start")
-    assert train("--init-from", tmp_path / "start", "--config", "block_size=2") == 2
-    assert "--config shapes a new drafter and --init-from brings a shape along" in capsys.readouterr().err
+def test_a_start_may_get_another_shape_and_vocabulary(train, tmp_path, capsys):
+    start = tiny_drafter(rank_top_k=12)
+    start.save_pretrained(tmp_path / "start")
+    changes = ["--config", "markov_rank=3", "draft_vocab_size=20"]
+    assert train("--init-from", tmp_path / "start", *changes, "--learning-rate", 1e-9) == 0, capsys.readouterr().err
+    trained = AutoDrafter.from_pretrained(tmp_path / "run" / "final", target=tiny_target("llama"))
+    assert trained.config.markov_rank == 3 and trained.lm_head.weight.shape[0] == 20
+    for name in ("layers.0.mlp.up_proj.weight", "rank_head.0.weight"):
+        torch.testing.assert_close(trained.state_dict()[name], start.state_dict()[name], rtol=0, atol=1e-6)
+    assert "draft vocabulary: 20 of 32 tokens" in capsys.readouterr().out
+
+
+def test_a_start_without_a_head_of_its_own_keeps_its_shape(train, tmp_path, capsys):
+    assert train("--drafter", "dflash") == 0, capsys.readouterr().err
+    final = tmp_path / "run" / "final"
+    assert train("--init-from", final, "--output", tmp_path / "next", "--config", "block_size=2") == 2
+    assert "A BlockDiffusionDrafter keeps its shape; leave --config out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,8 @@ def test_every_token_of_the_own_embedding_is_read(llama):
     drafter = random_drafter(own_embedding=True)
     llama_table = TokenTable.of(llama)
     state = drafter.begin(llama_table, 1, 4)
-    assert state.table.embedding is drafter.embed_tokens and state.table.head is not None
+    assert state.table.embedding is drafter.embed_tokens
+    assert state.table.output_head is llama.get_output_embeddings()
     with torch.no_grad():
         pairs = Pairs(
             prompt_of(5),

@@ -18,7 +18,7 @@ from test_loading import assert_same, rewrite, small_drafter
 from transformers import LlamaConfig
 from transformers.pipelines.base import load_assistant_model
 
-from specblock_hf import AutoDrafter, Eagle3Drafter, SpecBlockDrafter, cli
+from specblock_hf import AutoDrafter, Eagle3Drafter, SpecBlockConfig, SpecBlockDrafter, cli
 from specblock_hf.drafters.layouts import Layout, layout_of, write_checkpoint
 
 
@@ -405,6 +405,14 @@ def test_a_layout_of_another_method_is_refused(kind, layout, tmp_path):
         ValueError, match=rf"^A {kind} drafter cannot be written in the layout {layout}; choose another"
     ):
         write_checkpoint(small_drafter(kind), tmp_path / "out", Layout(layout))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_markov_term_has_no_place_in_the_release_layout(tmp_path):
+    config = small_drafter("specblock").config.to_dict() | {"markov_rank": 2}
+    message = r"^The layout specblock has no place for this drafter's Markov term \(markov_rank=2\); keep it in our"
+    with pytest.raises(ValueError, match=message):
+        write_checkpoint(SpecBlockDrafter(SpecBlockConfig(**config)), tmp_path / "out", Layout.SPECBLOCK)
     assert not (tmp_path / "out").exists()
 
 

@@ -4,13 +4,16 @@
 
 import pytest
 import torch
+from baselines_for_tests import baseline
 from conftest import VOCAB, prompt_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specblock_hf import SpecBlockConfig, SpecBlockDrafter
+from specblock_hf import DraftingCallback, DraftingPlan, SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.drafters.common.configuration import UNRECORDED_LAYER
 from specblock_hf.drafters.joined import JoinedDrafter
 from specblock_hf.drafters.lookup import LATEST_PLACES, LONGEST_MATCH, FoundText, LookupDrafter
+from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.plan import Limits
 
@@ -167,3 +170,92 @@ def test_there_is_nothing_to_train():
     assert drafter.parameters_of("full") == []
     with pytest.raises(TypeError, match="no weights to train"):
         drafter.loss(None)
+
+
+class Part(TreeDrafter):
+    """A drafter whose methods are marks."""
+
+    def begin(self, table, batch_size, max_length, *, first_position=0):
+        raise NotImplementedError
+
+    check_target = extend = propose = begin
+
+
+ATTRIBUTES = {"can_sample", "compiled_rounds", "config", "drafting_plan", "feature_layers", "lock", "objective_class"}
+METHODS = {
+    "acceptance": ((True,), {}),
+    "default_plan": (("cpu",), {}),
+    "feature_layers_for": (("target",), {}),
+    "loss": (("batch", "objective"), {"progress": 0.5, "generator": "generator"}),
+    "parameters_of": (("head",), {}),
+}
+OF_ALL_PARTS = {"add_callback", "begin", "callbacks", "check_target", "extend", "label", "propose", "remove_callback"}
+
+
+def test_nobody_forgets_what_a_joined_drafter_says():
+    """A new name of the protocol has to be delegated, and to be named here."""
+    public = {name for name in {*vars(TreeDrafter), *TreeDrafter.__annotations__} if not name.startswith("_")}
+    assert public == {*ATTRIBUTES, *METHODS, *OF_ALL_PARTS, "network", "last_statistics"}
+    assert public - vars(JoinedDrafter).keys() == {"last_statistics", "add_callback"}
+
+
+@pytest.mark.parametrize("name", sorted(ATTRIBUTES))
+def test_what_is_set_on_a_part_after_joining_is_seen(name):
+    part, mark = Part(), object()
+    joined = JoinedDrafter(part, LookupDrafter(tiny_target("llama").config))
+    setattr(part, name, mark)
+    assert getattr(joined, name) is mark
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_first_part_is_asked_with_the_very_arguments(name):
+    part = Part()
+    joined = JoinedDrafter(part, LookupDrafter(tiny_target("llama").config))
+    setattr(part, name, lambda *given, **named: (given, named))
+    given, named = METHODS[name]
+    assert getattr(joined, name)(*given, **named) == METHODS[name]
+
+
+def test_callbacks_of_the_parts_listen_to_the_joined_drafter():
+    part, lookup = Part(), LookupDrafter(tiny_target("llama").config)
+    joined, listeners = JoinedDrafter(part, lookup), [DraftingCallback() for _ in range(3)]
+    assert joined.network is part
+    for drafter, listener in zip((part, joined, lookup), listeners, strict=True):
+        drafter.add_callback(listener)
+    assert joined.callbacks == (listeners[0], listeners[2], listeners[1])
+    assert part.callbacks == (listeners[0],) and lookup.callbacks == (listeners[2],)
+    for listener in listeners:
+        joined.remove_callback(listener)
+    assert joined.callbacks == part.callbacks == lookup.callbacks == ()
+    with pytest.raises(ValueError, match="was not added"):
+        joined.remove_callback(listeners[0])
+
+
+def test_what_a_joined_drafter_is_given_is_not_its_part_s():
+    part = Part()
+    joined = JoinedDrafter(part, LookupDrafter(tiny_target("llama").config))
+    joined.drafting_plan, joined.compiled_rounds = DraftingPlan(5, 1), "compiled"
+    part.drafting_plan = DraftingPlan(9, 1)
+    assert joined.drafting_plan == DraftingPlan(5, 1) and part.drafting_plan == DraftingPlan(9, 1)
+    assert part.compiled_rounds is None
+    joined.compiled_rounds = None
+    part.compiled_rounds = "compiled"
+    assert joined.compiled_rounds is None
+
+
+@pytest.mark.parametrize("name", ["medusa", "falcon_drafter", "eagle3"])
+def test_a_joined_drafter_reads_the_layers_that_a_checkpoint_does_not_record(name):
+    target, drafter = tiny_target("llama"), baseline(name)
+    layers = drafter.feature_layers
+    drafter.config.feature_layers = [UNRECORDED_LAYER] * len(layers)
+    joined = JoinedDrafter(drafter, LookupDrafter(target.config))
+    assert joined.feature_layers_for(target) == drafter.feature_layers_for(target) == layers
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    plain = target.generate(prompt_of(9), **settings)
+    assert torch.equal(target.generate(prompt_of(9), assistant_model=joined, **settings), plain)
+
+
+def test_drafters_read_well():
+    lookup = LookupDrafter(tiny_target("llama").config, branches=3)
+    assert repr(lookup) == "LookupDrafter(branches=3, depth=8)"
+    assert repr(JoinedDrafter(baseline("medusa"), lookup)) == "JoinedDrafter(MedusaDrafter + LookupDrafter)"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCAB
-from training_for_tests import DRAFT_VOCAB, Told, naive_states, tiny_drafter
+from training_for_tests import DRAFT_VOCAB, Told, logits_below, naive_states, tiny_drafter
 
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective, specblock_loss
 from specblock_hf.drafting.target_batch import TargetBatch
@@ -53,7 +53,7 @@ def batch_of(drafter, told: Told, seed: int = 0) -> TargetBatch:
     return replace(batch, top_ids=draft_ids[target_ids], top_probs=probs)
 
 
-def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: list[int]):
+def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: list[int], width: int = 1):
     """Draft loss, rank loss, and hits and counts `[blocks][slots]`, one position at a time."""
     size = drafter.config.block_size
     hits, counts, draft_sums, rank_sums = ([[0] * size for _ in range(num_blocks)] for _ in range(4))
@@ -64,6 +64,7 @@ def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: l
             for block in range(num_blocks):
                 place = pair + 2 + sum(cut for cut, _ in path)
                 states = naive_states(drafter, told, row, pair, path)
+                chain = True  # whether it is the greedy chain so far
                 reached = None  # whether the chain is right up to the cut, that slot itself left out
                 for slot in range(size):
                     at = place + slot
@@ -74,7 +75,8 @@ def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: l
                     ids, probs = batch.top_ids[row, at], batch.top_probs[row, at]
                     if ids[0] < 0:
                         break
-                    normed, logits = drafter.draft_logits(states[slot])
+                    normed = drafter.norm(states[slot])
+                    logits = logits_below(drafter, states[slot], slot, text[at - 1])
                     target = torch.zeros(DRAFT_VOCAB)
                     for index, prob in zip(ids.tolist(), probs.tolist(), strict=True):
                         if index >= 0:
@@ -85,10 +87,12 @@ def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: l
                     label = next(b for b, most in enumerate((1, 4, 10, DRAFT_VOCAB)) if place_in_order <= most)
                     rank_logits = drafter.rank_logits(normed, logits.topk(drafter.config.rank_top_k).values)
                     rank_sums[block][slot] = rank_sums[block][slot] - rank_logits.log_softmax(-1)[label]
-                    counts[block][slot] += 1
-                    if drafter.draft_to_target[logits.argmax()] != text[at]:
+                    likeliest = drafter.draft_to_target[logits.argsort(descending=True)].tolist()
+                    counts[block][slot] += chain
+                    chain = chain and likeliest[0] == text[at]
+                    hits[block][slot] += chain
+                    if text[at] not in likeliest[:width]:
                         break
-                    hits[block][slot] += 1
                 if reached is None or reached + 1 >= LENGTHS[row] or reached + 1 < ANSWER_STARTS[row]:
                     break
                 path.append((cuts[block], text[reached]))
@@ -102,15 +106,20 @@ def naive_loss(drafter, told: Told, batch: TargetBatch, num_blocks: int, cuts: l
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "cuts", "block_size"),
-    [(1, [], 4), (2, [1], 4), (2, [4], 4), (3, [2, 1], 4), (3, [1, 3], 4), (3, [3, 3], 3), (2, [1], 1)],
+    ("num_blocks", "cuts", "block_size", "markov_rank", "width"),
+    [
+        *((1, [], 4, 0, 1), (2, [1], 4, 0, 1), (2, [4], 4, 0, 1), (3, [2, 1], 4, 0, 1), (3, [1, 3], 4, 0, 1)),
+        *((3, [3, 3], 3, 0, 1), (2, [1], 1, 0, 1), (1, [], 4, 3, 1), (3, [2, 1], 4, 3, 1)),
+        *((1, [], 4, 3, 2), (3, [2, 1], 4, 3, 2), (2, [3], 4, 0, 3)),
+    ],
 )
-def test_loss_counts_and_gradients_equal_the_naive_ones(num_blocks, cuts, block_size):
-    drafter = lively_drafter(block_size=block_size)
+def test_loss_counts_and_gradients_equal_the_naive_ones(num_blocks, cuts, block_size, markov_rank, width):
+    drafter = lively_drafter(block_size=block_size, markov_rank=markov_rank)
     told = favoured_text(drafter)
     batch = batch_of(drafter, told)
-    out = specblock_loss(drafter, batch, SpecBlockObjective(num_blocks, rank_weight=0.7), cuts)
-    draft, rank, hits, counts = naive_loss(drafter, told, batch, num_blocks, cuts)
+    objective = SpecBlockObjective(num_blocks, rank_weight=0.7, prefix_width=width)
+    out = specblock_loss(drafter, batch, objective, cuts)
+    draft, rank, hits, counts = naive_loss(drafter, told, batch, num_blocks, cuts, width)
 
     assert out["counted"].tolist() == counts and out["agreed"].tolist() == hits
     assert counts[0][0] > 40 and sum(counts[-1]) > 0 and hits[0][0] < counts[0][0]
@@ -309,6 +318,7 @@ def test_the_rest_joins_when_its_time_has_come():
     ("fields", "message"),
     [
         ({"num_blocks": 0}, "at least the first block is trained"),
+        ({"prefix_width": 0}, "prefix_width is 0; a prefix holds likeliest tokens, so give 1 or more"),
         ({"slot_mean": "all"}, "slot_mean is 'all'; known are first and survivors"),
         ({"rank_loss": "ordinal"}, "rank_loss is 'ordinal'; known are plain and release"),
     ],

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import tiny_target
+import torch
+from conftest import SIZES, prompt_of, tiny_target
 from models_for_tests import save_models, tiny_drafter, tiny_tokenizer
+from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
 from specblock_hf import JoinedDrafter, LookupDrafter, SpecBlockDrafter
 from specblock_hf.evaluation.methods import MethodLoader, grow_as
@@ -46,6 +48,36 @@ def test_names_mean_what_they_say(loader):
     assert specblock.options == {"assistant_model": specblock.drafter}
     assert type(joined.drafter) is JoinedDrafter and joined.kind == "eagle3"
     assert joined.drafter.label == "Eagle3Drafter + LookupDrafter"
+
+
+def test_transformers_own_dflash_writes_the_plain_text(loader, tmp_path):
+    target = loader.target
+    sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = MuseGlimmerAssistantConfig(
+        **sizes,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        block_size=4,
+        mask_token_id=3,
+        target_layer_ids=[0, 2],
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    MuseGlimmerAssistantModel(config).save_pretrained(tmp_path)
+    _, native = loader.load([f"dflash_native:{tmp_path}"])
+    assert native.kind == "transformers" and native.drafter is None
+    drafts = []
+    native.options["assistant_model"].register_forward_hook(lambda *args: drafts.append(args))
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    drafted = target.generate(prompt_of(7), **settings, **native.options)
+    assert drafts and torch.equal(drafted, target.generate(prompt_of(7), **settings))
+
+
+def test_what_transformers_has_no_dflash_class_for_is_refused(loader):
+    with pytest.raises(ValueError, match=r"configuration \(llama\) has no target_layer_ids; run it as one of ours"):
+        loader.load([f"dflash_native:{loader.folders['target']}"])
 
 
 def test_a_drafter_is_loaded_once_for_each_tree(loader):

@@ -11,6 +11,7 @@ from models_for_tests import tiny_drafter
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
 from specblock_hf.calibration import calibrate as calibration
 from specblock_hf.calibration import trial
+from specblock_hf.calibration.calibrate import Calibration
 from specblock_hf.evaluation import plans
 from specblock_hf.evaluation.methods import Method
 from specblock_hf.evaluation.plans import apply_plans, choose_plans
@@ -31,14 +32,14 @@ def chosen() -> dict[str, Method]:
     return {"prompt_lookup": helper} | {name: method(name, drafter) for name, drafter in drafters.items()}
 
 
-def quick_calibration(monkeypatch, speeds=None) -> list[str]:
+def quick_calibration(monkeypatch, speeds=None) -> list[tuple[str, Calibration]]:
     """Little is measured, and the trials' speeds are given; the drafters that are calibrated, as they come."""
     calibrated, real = [], plans.calibrate
 
     def quick(target, drafter, prompts):
         assert prompts is TRIALS
-        calibrated.append(drafter.label)
-        return real(target, drafter, context=16, repeats=1, prompts=prompts)
+        calibrated.append((drafter.label, real(target, drafter, context=16, repeats=1, prompts=prompts)))
+        return calibrated[-1][1]
 
     monkeypatch.setattr(plans, "calibrate", quick)
     monkeypatch.setattr(trial, "TRIAL_TOKENS", 4)
@@ -52,13 +53,14 @@ def test_plans_are_given_defaults_or_calibrated(llama, monkeypatch):
     methods = chosen()
     given = {"specblock": DraftingPlan(6, 2, 3), "eagle3": DraftingPlan(4, 2)}
     notes = choose_plans(list(methods.values()), llama, given, TRIALS)
-    assert calibrated == ["SpecBlockDrafter + LookupDrafter"]
+    [(label, calibration)] = calibrated
+    assert label == "SpecBlockDrafter + LookupDrafter"
     assert notes["specblock"] == {"from": "given", "plan": [6, 2, 3]}
     assert notes["eagle3"] == {"from": "given", "plan": [4, 2, None]}
     assert notes["lookup"] == {"from": "default", "plan": [8, 1, None]}
     joined = notes["specblock+lookup"]
     assert joined["from"] == "calibrated, assumed acceptance" and joined["curves"]["plain"] > 0
-    assert joined["spread"] >= 0
+    assert joined["spread"] == calibration.spread and joined["curves"] == calibration.curves.to_dict()
     # One plan with one forward and one with two; the faster one, if it is faster than plain.
     assert [plan[1] for plan, _ in joined["tried"]] == [1, 2]
     fastest, speed = max(joined["tried"], key=lambda tried: tried[1])

@@ -8,6 +8,7 @@ import copy
 import pickle
 import shutil
 import threading
+from types import FunctionType
 
 import pytest
 import torch
@@ -15,12 +16,22 @@ from batches_for_tests import garbage, oracles, padded_batch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import OracleDrafter
 from models_for_tests import tiny_drafter
-from transformers import DynamicCache
+from targets_for_tests import TargetKind, make_target
+from torch import nn
+from transformers import CompileConfig, DynamicCache
 
-from specblock_hf import DraftingCallback, DraftingPlan, JoinedDrafter, LookupDrafter, compile_rounds
+from specblock_hf import (
+    DraftingCallback,
+    DraftingPlan,
+    JoinedDrafter,
+    LookupDrafter,
+    SpecBlockConfig,
+    SpecBlockDrafter,
+    compile_rounds,
+)
 from specblock_hf.compat import CACHE
 from specblock_hf.drafters.falcon import FalconDrafter, FalconDrafterConfig
-from specblock_hf.generation.compilation import ROWS
+from specblock_hf.generation.compilation import ROWS, _kept
 
 
 GREEDY = {"do_sample": False}
@@ -261,7 +272,35 @@ def test_what_cannot_be_compiled_is_refused(llama):
     target.model.forward = target.model.forward
     with pytest.raises(ValueError, match="^the forward of this LlamaModel was replaced .* onto one device.$"):
         compile_rounds(target, drafter)
+    target = copy.deepcopy(llama)
+    target.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(
+        ValueError, match="^the rotary positions of LlamaForCausalLM change at a length, .* uncompiled.$"
+    ):
+        compile_rounds(target, drafter)
     assert drafter.compiled_rounds is None
+
+
+def test_what_keeps_a_state_can_be_traced():
+    states: dict[int, torch.Tensor] = {}
+    layer, keep = nn.Linear(2, 2), _kept(states, 3)
+    # torch 2.11 traces no partial of a method of `dict`.
+    assert type(keep) is FunctionType
+    layer.register_forward_hook(lambda _, args, output: keep(output))
+    traced = torch.compile(lambda x: (layer(x), states[3]), backend="eager", fullgraph=True)
+    output, kept = traced(torch.ones(1, 2))
+    assert torch.equal(output, kept) and torch.equal(output, layer(torch.ones(1, 2)))
+
+
+def test_flags_of_training_are_off(graphs):
+    target = make_target(TargetKind("mixtral", flag="output_router_logits"))
+    drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config)).eval()
+    text = target.generate(**whole(prompt_of(6)), **GREEDY, max_new_tokens=12)
+    compile_rounds(target, drafter, max_length=18, tree_sizes=(5,), backend="eager", fullgraph=False)
+    assert torch.equal(
+        text, target.generate(**whole(prompt_of(6)), **GREEDY, max_new_tokens=12, assistant_model=drafter)
+    )
+    assert drafter.last_statistics.compiled_rounds
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
@@ -271,3 +310,16 @@ def test_compiled_code_writes_the_same_text(llama):
     compile_rounds(llama, drafter, max_length=18, tree_sizes=(5,), backend="inductor")
     assert torch.equal(text, llama.generate(**inputs, **GREEDY, max_new_tokens=12, assistant_model=drafter))
     assert drafter.last_statistics.compiled_rounds == drafter.last_statistics.rounds
+
+
+@pytest.mark.parametrize("lengths", [(7,), (7, 4, 9)])
+def test_a_static_cache_that_plain_decoding_compiles_for(llama, graphs, lengths):
+    """As it does by itself on accelerators; the rounds of a drafter stay uncompiled, because trees change shape."""
+    llama = copy.deepcopy(llama)  # transformers keeps the compiled call on it
+    everywhere = CompileConfig(backend=lambda graph, inputs: graphs(graph, inputs), mode=None, fullgraph=False)
+    everywhere._compile_all_devices = True
+    batch, options = padded_batch(lengths), {"cache_implementation": "static", "compile_config": everywhere}
+    plain = llama.generate(**batch, **GREEDY, **options, max_new_tokens=12)
+    compiled = graphs.count
+    output = llama.generate(**batch, **GREEDY, **options, max_new_tokens=12, assistant_model=garbage(len(lengths)))
+    assert torch.equal(output, plain) and 0 < compiled == graphs.count

@@ -1,13 +1,15 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What users pass to `generate()`: every option writes what plain decoding writes, or is refused in one sentence. A run
-of the whole file writes `docs/generate.md`.
+What users pass to `generate()`: every option writes what plain decoding writes, or is refused in one sentence.
+`docs/generate.md` must say what is found here; a run of the whole file with `--write-docs` writes it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,9 +23,12 @@ from options_for_tests import (
     BASE,
     EXACT,
     ONE,
+    RIVALS,
     ROWS,
     SEVERAL,
+    UNTRIED,
     outcome,
+    outdated,
     plainly,
     refusal,
     render,
@@ -38,6 +43,8 @@ from transformers import (
     BloomConfig,
     DynamicCache,
     FalconConfig,
+    GenerationConfig,
+    GenerationMixin,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
@@ -59,6 +66,7 @@ from transformers.utils import logging
 from specblock_hf import SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.cli.default_target import load_default_target
 from specblock_hf.compat import CACHE
+from specblock_hf.generation.requests import RIVAL_OPTIONS
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "generate.md"
@@ -66,19 +74,64 @@ IN_OUT = "Other ways in and out"
 
 
 @pytest.fixture(scope="module")
-def table(request):
-    """Sections of the table, filled by the tests; written if the whole file ran and passed."""
+def ran() -> set[str]:
+    """The tests of this file that this process has run, which may share them with others."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def note(request, ran):
+    ran.add(request.node.nodeid)
+
+
+@pytest.fixture(scope="module")
+def table(request, ran):
+    """Sections of the table, filled by the tests; the page is compared with them, or written if the whole file ran."""
     sections: dict[str, dict[str, tuple[str, str, str]]] = {"Options": {}, IN_OUT: {}, "Targets": {}}
     failed_before = request.session.testsfailed
     yield sections
-    chosen = {item.originalname for item in request.session.items if item.path == request.path}
-    whole = chosen >= {name for name in vars(request.module) if name.startswith("test_")}
-    if request.session.testsfailed > failed_before or len(sections["Options"]) < len(ROWS) or not whole:
+    if request.session.testsfailed > failed_before:
         return
-    text = render(sections)
-    if not DOCS.exists() or DOCS.read_text() != text:
-        DOCS.parent.mkdir(exist_ok=True)
-        DOCS.write_text(text)
+    chosen = [item for item in request.session.items if item.path == request.path]
+    whole = {item.originalname for item in chosen} >= {name for name in vars(request.module) if name[:5] == "test_"}
+    whole &= len(sections["Options"]) == len(ROWS) and ran == {item.nodeid for item in chosen}
+    if request.config.getoption("--write-docs"):
+        assert whole, "--write-docs needs a run of the whole file in one process"
+        DOCS.write_text(render(sections))
+    elif differences := outdated(DOCS.read_text(), sections, whole):
+        command = "pytest tests/generation/test_generate_matrix.py --write-docs"
+        pytest.fail("\n".join([f"docs/generate.md is out of date; `{command}` writes it anew:", *differences]))
+
+
+def test_every_field_of_a_generation_config_has_its_place():
+    listed = {name for row in ROWS for name in re.findall(r"\w+", row.option)} | set().union(*UNTRIED.values())
+    listed |= set(re.findall(r"\w+", DOCS.read_text().split(f"## {IN_OUT}")[1].split("## ")[0]))
+    new = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - listed
+    assert not new, f"say in tests/options_for_tests.py what becomes of {sorted(new)} beside a drafter"
+
+
+def test_generate_takes_no_argument_that_nobody_here_has_heard_of():
+    known = "self inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus "
+    known += "assistant_model streamer negative_prompt_ids negative_prompt_attention_mask custom_generate kwargs"
+    assert inspect.signature(GenerationMixin.generate).parameters.keys() <= set(known.split())
+
+
+def test_what_would_be_ignored_beside_a_drafter_is_refused():
+    assert set(RIVAL_OPTIONS) == RIVALS.keys() <= vars(GenerationConfig()).keys()
+
+
+def test_a_page_that_says_something_else_is_noticed():
+    sections = {"Options": {"`a`": (EXACT, EXACT, "test_option"), "`b`": ("no.", "no.", "test_option")}}
+    page = render(sections)
+    assert outdated(page, sections, True) == outdated(page, sections, False) == []
+    other = {"Options": {"`b`": ("never.", "no.", "test_option")}}
+    assert outdated(page, other, False) == ["+| `b` | never. | no. | `test_option` |"]
+    changes = outdated(page, other, True)
+    assert [line for line in changes if line.startswith(("-|", "+|"))] == [
+        "-| `a` | exact | exact | `test_option` |",
+        "-| `b` | no. | the same | `test_option` |",
+        "+| `b` | never. | no. | `test_option` |",
+    ]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.option.replace("`", ""))

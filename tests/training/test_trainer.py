@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -179,6 +180,37 @@ def test_training_learns_and_leaves_a_drafter_behind(tmp_path):
     for name, weight in final.state_dict().items():
         assert torch.equal(weight, trainer.drafter.state_dict()[name])
     assert not trainer.drafter.training
+
+
+def test_a_run_of_limited_time_follows_the_clock(tmp_path, monkeypatch):
+    """Every step lasts 4 s of a clock that this test winds: 5 of them fill 20 s, whatever `epochs` says."""
+    now = itertools.count(0, 4.0)
+    monkeypatch.setattr("specblock_hf.training.trainer.time.perf_counter", lambda: next(now))
+    options = {"epochs": 100, "max_seconds": 20.0, "warmup_ratio": 0.01, "log_steps": 1, "save_steps": 2}
+    trainer = tiny_trainer(tmp_path / "whole", **options)
+    monkeypatch.setattr(trainer, "_agreed", lambda seconds: 4.0)
+    trainer.train()
+    assert trainer.step == 5 and trainer.seconds == 20.0
+    rates = [row["learning_rate"] for row in log_of(tmp_path / "whole")]
+    assert rates[1:] == [trainer.learning_rate(share * trainer.total_steps) for share in (0.2, 0.4, 0.6, 0.8)]
+    # Killed after the third step, it has the seconds behind the second left.
+    parts = tiny_trainer(tmp_path / "parts", **options)
+    steps = parts.train_step
+
+    def interrupted(batches):
+        if parts.step == 3:
+            raise KeyboardInterrupt
+        return steps(batches)
+
+    parts.train_step, parts._agreed = interrupted, lambda seconds: 4.0
+    with pytest.raises(KeyboardInterrupt):
+        parts.train()
+    again = tiny_trainer(tmp_path / "parts", **options)
+    again._agreed = lambda seconds: 4.0
+    again.resume()
+    assert again.step == 2 and again.seconds == 8.0
+    again.train()
+    assert again.step == 5
 
 
 def test_a_run_that_is_taken_up_ends_with_the_same_weights(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig, PreTrainedConfig
 
 from ...checkpoints.card import Paper
+from ...checkpoints.configuration_checks import CheckedConfig
 
 
 # What families call it that do not call it as Llama does.
@@ -18,9 +19,6 @@ _NAMES = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "rms_norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "max_position_embeddings": ("max_position_embeddings",),
-    "bos_token_id": ("bos_token_id",),
-    "eos_token_id": ("eos_token_id",),
-    "pad_token_id": ("pad_token_id",),
 }
 
 
@@ -42,9 +40,10 @@ def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
         target_config ([`~transformers.PreTrainedConfig`]): Of a decoder-only target.
 
     Raises:
-        ValueError: No rotary positions fit the heads.
+        ValueError: The target's embedding is narrower than its states, or no rotary positions fit the heads.
     """
     text = target_config.get_text_config()
+    refuse_projected_embedding(text)
     hidden, heads = text.hidden_size, text.num_attention_heads
     fields = {
         "vocab_size": text.vocab_size,
@@ -53,6 +52,8 @@ def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": _head_dim(text),
+        # None where the target has none: pipelines compare them.
+        **{name: _first_of(text, (name,)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "target_num_layers": text.num_hidden_layers,
         "target_name_or_path": target_config.name_or_path or None,
         "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(text)},
@@ -63,6 +64,22 @@ def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
     if _first_of(text, ("multi_query",)) and not _first_of(text, ("new_decoder_architecture",)):
         fields["num_key_value_heads"] = 1  # whatever Falcon's num_kv_heads says
     return fields
+
+
+def refuse_projected_embedding(text: PreTrainedConfig) -> None:
+    """
+    Args:
+        text ([`~transformers.PreTrainedConfig`]): Of a target's decoder.
+
+    Raises:
+        ValueError: Its embedding is not as wide as its states, so that a drafter could not read both.
+    """
+    width = _first_of(text, ("word_embed_proj_dim",))
+    if width not in (None, text.hidden_size):
+        raise ValueError(
+            f"The target's embedding is {width} wide and its states {text.hidden_size}, which no drafter here can "
+            "read together; use a LookupDrafter, which reads neither."
+        )
 
 
 def _first_of(config: PreTrainedConfig, names: Sequence[str]) -> Any:
@@ -89,7 +106,7 @@ def _rope_theta(text: PreTrainedConfig) -> float:
     return (rope.get("full_attention") or rope).get("rope_theta", 10000.0)
 
 
-class DrafterConfig(LlamaConfig):
+class DrafterConfig(CheckedConfig, LlamaConfig):
     r"""
     Base of the configurations of drafters that are made of Llama-type layers and a head over a part of the target's
     vocabulary; every field of [`~transformers.LlamaConfig`] keeps its meaning.

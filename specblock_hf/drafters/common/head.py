@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The reduced vocabulary that a draft head scores, and the head."""
+"""The reduced vocabulary that a draft head scores, the head, and what its logits gain from the token before."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+
+
+class MarkovHead(nn.Module):
+    """
+    What a slot's logits gain from the token before: W_2 W_1[before] (DSpark, "vanilla").
+
+    Args:
+        num_tokens (`int`): Tokens that may come before.
+        rank (`int`): Width between the two.
+        num_logits (`int`): Tokens that are scored.
+    """
+
+    def __init__(self, num_tokens: int, rank: int, num_logits: int):
+        super().__init__()
+        self.markov_w1 = nn.Embedding(num_tokens, rank)
+        self.markov_w2 = nn.Linear(rank, num_logits, bias=False)
+
+    def forward(self, before: torch.LongTensor) -> torch.Tensor:
+        """Token ids `[...]` to logits `[..., num_logits]`; they are 0 where -1 says that nothing is known."""
+        known = self.markov_w1(before.clamp_min(0)).masked_fill((before < 0).unsqueeze(-1), 0.0)
+        return self.markov_w2(known)
 
 
 class DraftHead:
@@ -51,10 +72,15 @@ class DraftHead:
         """`[draft_vocab_size]`: the target id of every row of the draft head."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def draft_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def draft_logits(
+        self, hidden: torch.Tensor, before: torch.LongTensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden (`torch.Tensor` of shape `[..., d]`): States before the final norm.
+            before (`torch.LongTensor` of shape `[...]`, *optional*):
+                Target ids of the tokens before the predicted ones, -1 where there is none: for drafters with a Markov
+                term, the others have no use for them.
 
         Returns:
             The normed states `[..., d]` and the logits `[..., draft_vocab_size]` over the draft vocabulary.

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import torch
 
-
-WORK = 2**21  # numbers of a vocabulary-wide pass, 8 MB: stays in the cache between two operations
+from ...drafting.target_batch import rows_at_once
 
 
 def soft_cross_entropy(logits: torch.Tensor, ids: torch.LongTensor, probs: torch.Tensor) -> torch.Tensor:
@@ -38,7 +37,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         weights = weights.to(dtype)
         losses, gradient = weights.new_empty(len(logits)), torch.empty_like(logits)
-        rows = max(1, WORK // logits.shape[-1])
+        rows = rows_at_once(logits.shape[-1], logits.device)
         for first in range(0, len(logits), rows):
             part = slice(first, first + rows)
             log_probs = logits[part].log_softmax(-1, dtype=dtype)

@@ -16,7 +16,7 @@ from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...trees.expansion import BlockOutputs, Starts, best_first
 from ...trees.tree import DraftTree
-from .configuration import UNRECORDED_LAYER
+from .configuration import UNRECORDED_LAYER, refuse_projected_embedding
 
 
 def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
@@ -26,9 +26,11 @@ def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
         target ([`~transformers.PreTrainedModel`]): What it shall draft for.
 
     Raises:
-        ValueError: The target has another size, vocabulary or depth; the message names which.
+        ValueError: The target has another size, vocabulary or depth, the message names which; or an embedding of
+            another width than its states.
     """
     text = target.config.get_text_config()
+    refuse_projected_embedding(text)
     for what, ours, theirs in (
         ("hidden size", config.target_hidden_size, text.hidden_size),
         ("vocabulary", config.vocab_size, text.vocab_size),
@@ -94,7 +96,7 @@ class NetworkDrafter(TreeDrafter):
         if not rows:
             return super().acceptance(with_lookup)
         return [
-            (DraftingPlan(int(nodes), int(forwards), int(starts) or None), taus[with_lookup])
+            (DraftingPlan(int(nodes), int(forwards), int(starts) or None), taus[-1 if with_lookup else 0])
             for nodes, forwards, starts, *taus in rows
         ]
 

@@ -11,23 +11,24 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging
 
-from ...drafting.drafter import TreeDrafter
-
 
 logger = logging.get_logger(__name__)
 
 ENTRY_POINTS = "specblock_hf.drafters"
 """Group of the entry points that name modules of other packages which register drafters."""
 
-_KINDS: dict[str, type[TreeDrafter]] = {}
-_TRAINABLE: dict[str, tuple[type[TreeDrafter], Mapping[str, Any]]] = {}
+DrafterClass = type[Any]
+"""Of a [`TreeDrafter`] that is a [`~transformers.PreTrainedModel`], for which there is no annotation."""
+
+_KINDS: dict[str, DrafterClass] = {}
+_TRAINABLE: dict[str, tuple[DrafterClass, dict[str, Any]]] = {}
 
 
 def register_drafter(
     config_class: type[PreTrainedConfig],
-    drafter_class: type[TreeDrafter],
+    drafter_class: DrafterClass,
     *,
-    trainable: Mapping[str, Mapping[str, Any]] | None = None,
+    trainable: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """
     Make a kind of drafter known: [`AutoDrafter`] and transformers' Auto classes load it by the `model_type` of its
@@ -37,7 +38,7 @@ def register_drafter(
     Args:
         config_class (`type[PreTrainedConfig]`):
             With a `model_type` of its own; to be trainable also with `for_target(target_config, **overrides)`.
-        drafter_class (`type[TreeDrafter]`): A [`~transformers.PreTrainedModel`] that is a [`TreeDrafter`].
+        drafter_class (`type`): A [`~transformers.PreTrainedModel`] that is a [`TreeDrafter`].
         trainable (`dict[str, dict]`, *optional*):
             Names for `specblock train --drafter`, each with the fields of the configuration that make that form of the
             drafter. Defaults to the `model_type` alone; `{}` for one that cannot be trained.
@@ -46,7 +47,7 @@ def register_drafter(
         ValueError: Another drafter has this `model_type` or one of the names already.
     """
     model_type = config_class.model_type
-    forms = {model_type: {}} if trainable is None else trainable
+    forms: Mapping[str, dict[str, Any]] = {model_type: {}} if trainable is None else trainable
     taken = {name: kind for name, (kind, _) in _TRAINABLE.items() if name in forms}
     for name, other in ({model_type: _KINDS.get(model_type, drafter_class)} | taken).items():
         # Not by identity: a notebook that runs a module again defines its class again.
@@ -58,20 +59,20 @@ def register_drafter(
     AutoModel.register(config_class, drafter_class, exist_ok=True)
 
 
-def drafter_kind(model_type: Any) -> type[TreeDrafter] | None:
+def drafter_kind(model_type: Any) -> DrafterClass | None:
     """The class of drafters with this `model_type`; `None` for one that nobody has registered."""
     if model_type not in _KINDS:
         _load_entry_points()
     return _KINDS.get(model_type)
 
 
-def drafter_kinds() -> Mapping[str, type[TreeDrafter]]:
+def drafter_kinds() -> Mapping[str, DrafterClass]:
     """Classes of drafters by the `model_type` of their configurations, those of other packages included."""
     _load_entry_points()
     return _KINDS
 
 
-def trainable_drafters() -> Mapping[str, tuple[type[TreeDrafter], Mapping[str, Any]]]:
+def trainable_drafters() -> Mapping[str, tuple[DrafterClass, dict[str, Any]]]:
     """What `specblock train --drafter` makes: the class, and the fields of its configuration that make that form."""
     _load_entry_points()
     return _TRAINABLE

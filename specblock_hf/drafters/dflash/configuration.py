@@ -7,6 +7,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig, Qwen3Config
 
 from ...checkpoints.card import Paper
+from ...checkpoints.configuration_checks import CheckedConfig
 from ..common.configuration import UNRECORDED_LAYER, fields_for_target
 
 
@@ -26,7 +27,7 @@ def spread_feature_layers(num_features: int, target_num_layers: int) -> list[int
     return [round(1 + k * (target_num_layers - 4) / (num_features - 1)) + 1 for k in range(num_features)]
 
 
-class BlockDiffusionConfig(Qwen3Config):
+class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
     r"""
     Configuration of a [`BlockDiffusionDrafter`] (DFlash, https://huggingface.co/papers/2602.06036, and what grew from
     it). The layers are Qwen3-type layers whatever the target is, so every field of [`~transformers.Qwen3Config`] keeps
@@ -142,6 +143,17 @@ class BlockDiffusionConfig(Qwen3Config):
             raise ValueError(
                 f"The target's embedding is {self.target_hidden_size} wide and the drafter's states "
                 f"{self.hidden_size}; a drafter of another width needs own_embedding=True."
+            )
+        known = {"full_attention", "sliding_attention"}
+        if len(self.layer_types) != self.num_hidden_layers or not known.issuperset(self.layer_types):
+            raise ValueError(
+                f"layer_types is {self.layer_types}; give each of the {self.num_hidden_layers} layers one of "
+                f"{', '.join(sorted(known))}."
+            )
+        if self.own_embedding and self.mask_token_id >= self.vocab_size:
+            raise ValueError(
+                f"mask_token_id is {self.mask_token_id} and the drafter's own embedding has {self.vocab_size} rows; "
+                "name one of them."
             )
         if self.conv_kernel_size and (self.conv_group_size < 1 or self.hidden_size % self.conv_group_size):
             raise ValueError(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
-from ...trees.expansion import BlockOutputs, Children, Starts, best_first
+from ...trees.expansion import BlockOutputs, Children, Starts, best_first, children_by_parent
 from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ...trees.tree import DraftTree
 from ..common.block import BlockState
@@ -196,7 +196,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         if self.config.selector_rank:
             children = self._selector_children(block, width)
         elif self.config.markov_rank:
-            children = self._markov_children(block, width)
+            children = children_by_parent(block.logits.unsqueeze(1), self.markov_head, width, self.draft_to_target)
         else:
             best = block.logits.topk(width, dim=-1)
             log_probs = best.values - block.logits.logsumexp(-1, keepdim=True)
@@ -214,16 +214,6 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             best = (unary[:, level].unsqueeze(1) + gained).log_softmax(-1).topk(min(width, count), dim=-1)
             ids = candidates[:, level].unsqueeze(1).expand(-1, tokens.shape[1], -1)
             return ids.gather(2, best.indices), best.values
-
-        return children
-
-    def _markov_children(self, block: Block, width: int) -> Children:
-        def children(
-            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = block.logits[:, level].unsqueeze(1) + self.markov_head(tokens)
-            best = logits.topk(width, dim=-1)
-            return best.indices, best.values - logits.logsumexp(-1, keepdim=True)
 
         return children
 

@@ -35,6 +35,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...drafting.pairs import TokenTable
 from ..common.cache import BlockCache, GraphCache
+from ..common.head import MarkovHead
 from .configuration import BlockDiffusionConfig
 
 
@@ -89,19 +90,6 @@ class CandidateSelector(nn.Module):
         """States `[B, d]`, tokens before `[B, F]` and candidates `[B, k]` to what the logits gain, `[B, F, k]`."""
         weighted = self.predecessor_codebook[before] * self.hidden_projection(hidden).unsqueeze(1)
         return weighted.float() @ self.successor_codebook[candidates].float().transpose(1, 2)
-
-
-class MarkovHead(nn.Module):
-    """What a slot's logits gain from the token before: W_2 W_1[before] (DSpark, "vanilla")."""
-
-    def __init__(self, config: BlockDiffusionConfig):
-        super().__init__()
-        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
-        self.markov_w2 = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
-
-    def forward(self, before: torch.LongTensor) -> torch.Tensor:
-        """Token ids `[...]` to logits `[..., vocab_size]`."""
-        return self.markov_w2(self.markov_w1(before)).float()
 
 
 class ConfidenceHead(nn.Module):
@@ -190,7 +178,7 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         if config.selector_rank:
             self.candidate_selector = CandidateSelector(config)
         if config.markov_rank:
-            self.markov_head = MarkovHead(config)
+            self.markov_head = MarkovHead(config.vocab_size, config.markov_rank, config.vocab_size)
         if config.confidence_head:
             self.confidence_head = ConfidenceHead(config)
         self.post_init()
@@ -299,8 +287,8 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         The logits `[..., vocab_size]` of normed states `[..., d]`, in float32 whatever the head is in: rounded ones
         tie.
         """
-        head = table.embedding.weight
-        logits = table.head(hidden.to(head.device, head.dtype)).to(self.device).float()
+        hidden = hidden.to(table.device, table.embedding.weight.dtype)
+        logits = table.head(hidden).to(self.device).float()
         if self.config.output_multiplier != 1:
             logits = logits * self.config.output_multiplier
         if self.config.final_logit_softcapping:

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
+from ...devices import upload
 from ..common.cache import BlockCache
 from ..common.head import DraftHead
 from .configuration import FalconDrafterConfig
@@ -88,12 +89,16 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
         inputs = torch.cat([token_embeds, features], dim=-1)
         if lengths is None:
             return self.lstm(inputs, memory)
-        packed = pack_padded_sequence(inputs, lengths.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False)
-        states, after = self.lstm(packed, memory)
-        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=inputs.shape[1])
+        lengths = lengths.cpu()
+        # Sorted here, because torch would ask the device for the order that it made itself.
+        order = lengths.argsort(descending=True)
+        sort, unsort, some = (upload(part, inputs.device) for part in (order, order.argsort(), lengths[:, None] > 0))
         before = self.no_memory(len(inputs)) if memory is None else memory
-        some = (lengths > 0)[:, None]
-        return padded, (torch.where(some, after[0], before[0]), torch.where(some, after[1], before[1]))
+        packed = pack_padded_sequence(inputs[sort], lengths[order].clamp_min(1), batch_first=True)
+        states, after = self.lstm(packed, (before[0][:, sort], before[1][:, sort]))
+        padded, _ = pad_packed_sequence(states, batch_first=True, total_length=inputs.shape[1])
+        hidden, cell = (torch.where(some, new[:, unsort], old) for new, old in zip(after, before, strict=True))
+        return padded[unsort], (hidden, cell)
 
     def append_keys(self, states: torch.Tensor, position_ids: torch.LongTensor, cache: BlockCache) -> None:
         """

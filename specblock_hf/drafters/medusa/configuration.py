@@ -50,6 +50,7 @@ class MedusaConfig(LastStateConfig):
         arxiv="2401.10774",
         year=2024,
     )
+    attends = False
 
     block_size: int = 5
     tree_width: int = 10

@@ -40,6 +40,10 @@ class SpecBlockConfig(DrafterConfig):
         layer_shift (`bool`, *optional*, defaults to `True`):
             Carry the state of the slot before into every slot between the layers; `False` is an ablation of the
             paper's.
+        markov_rank (`int`, *optional*, defaults to 0):
+            Rank of the Markov term, by which the token before shifts the logits of every slot but a block's first
+            (DSpark; not in the paper); 0 for none. Trees that grow best-first then give every alternative children of
+            its own, rank-guided ones read the term along their greedy chain.
         acceptance (`list[list[float]]`, *optional*):
             Measured tau of several plans, each row `[tree_budget, num_blocks, max_starts, tau, tau with look-ups]`
             with 0 starts for all; [`calibrate`] chooses among them.
@@ -76,6 +80,7 @@ class SpecBlockConfig(DrafterConfig):
     max_starts: int | None = None
     prefix_broadcast: bool = True
     layer_shift: bool = True
+    markov_rank: int = 0
 
     def __post_init__(self, **kwargs):
         if self.branching is None:

@@ -12,7 +12,16 @@ from torch import nn
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
-from ...trees.expansion import BlockOutputs, Branching, Starts, best_first, limit_starts, rank_guided
+from ...trees.expansion import (
+    BlockOutputs,
+    Branching,
+    Children,
+    Starts,
+    best_first,
+    children_by_parent,
+    limit_starts,
+    rank_guided,
+)
 from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
@@ -63,7 +72,10 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         *((32, 3, 8), (60, 3, 8)),
     )
 
-    can_sample = True
+    @property
+    def can_sample(self) -> bool:
+        """Whether the laws of a block are known before a token of it is, so that a tree can be drawn from them."""
+        return not self.config.markov_rank
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         config = self.config
@@ -139,18 +151,32 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         config = self.config
         if config.expansion == "best_first":
             width = min(config.root_width, budget)
-            children = self._block_outputs(hidden, width, ranked=False).children(width)
-            return best_first(tree, starts, children, config.block_size, budget, forward)
+            return best_first(tree, starts, self._children(hidden, width), config.block_size, budget, forward)
         widths = tuple(min(width, budget) for width in config.branching)
         branching = Branching(widths, min(config.root_width, budget), config.probability_cuts)
-        outputs = self._block_outputs(hidden, branching.most(forward == 0))
+        outputs = self._chain_outputs(hidden, branching.most(forward == 0))
         return rank_guided(tree, starts, outputs, branching, forward)
 
-    def _block_outputs(self, hidden: torch.Tensor, width: int, ranked: bool = True) -> BlockOutputs:
-        """The best tokens of every slot `[B, S, K, d]` and, if wanted, the rank head's bucket."""
-        if not ranked:
-            return BlockOutputs(*self.best_tokens(hidden, width))
-        normed, logits = self.draft_logits(hidden)
+    def _children(self, hidden: torch.Tensor, width: int) -> Children:
+        """The best tokens below any node of a block with these states `[B, S, K, d]`."""
+        if self.config.markov_rank:
+            _, logits = self.draft_logits(hidden)
+            return children_by_parent(logits, self.markov_head, width, self.draft_to_target, first_level=1)
+        return BlockOutputs(*self.best_tokens(hidden, width)).children(width)
+
+    def _chain_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
+        """The best tokens and the rank head's bucket of every slot `[B, S, K, d]`, below the greedy token before."""
+        if not self.config.markov_rank:
+            return self._block_outputs(hidden, width)
+        outputs, before = [], None
+        for slot in hidden.split(1, dim=2):
+            outputs.append(self._block_outputs(slot, width, before))
+            before = outputs[-1].tokens[..., 0]
+        parts = zip(*((out.tokens, out.log_probs, out.rank_class) for out in outputs), strict=True)
+        return BlockOutputs(*(torch.cat(part, dim=2) for part in parts))
+
+    def _block_outputs(self, hidden: torch.Tensor, width: int, before: torch.LongTensor | None = None) -> BlockOutputs:
+        normed, logits = self.draft_logits(hidden, before)
         best = logits.topk(max(width, self.config.rank_top_k), dim=-1)
         log_probs = best.values[..., :width].float() - logits.float().logsumexp(-1, keepdim=True)
         ids = best.indices[..., :width]
@@ -158,7 +184,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         return BlockOutputs(ids + self.d2t[ids], log_probs, rank_logits.argmax(-1))
 
     def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
-        modules = [self.lm_head, self.rank_head] if scope == "head" else [self]
+        heads = [self.lm_head, self.rank_head] + ([self.markov_head] if self.config.markov_rank else [])
+        modules = heads if scope == "head" else [self]
         return [p for module in modules for p in module.parameters()]
 
     def loss(

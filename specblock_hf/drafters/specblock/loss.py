@@ -39,6 +39,10 @@ class SpecBlockObjective:
         valid_prefix (`bool`, *optional*, defaults to `True`):
             Leave out slots after a wrong guess, and blocks that a tree under verification cannot have reached (section
             3.3); without it every place of an answer counts in every slot.
+        prefix_width (`int`, *optional*, defaults to 1):
+            A slot comes after a right guess if the text's token is among so many of the likeliest: 1 is the paper's
+            greedy chain, more also trains what comes below the alternatives of a tree, which only a drafter with a
+            Markov term can tell apart. Counts of right guesses are of a block's greedy chain all the same.
         slot_mean (`str`, *optional*, defaults to `"first"`):
             What a slot's sum is divided by: the rows of the block's `"first"` slot, so that the mean is the paper's
             expectation, or its own `"survivors"` as in the authors' release.
@@ -58,6 +62,7 @@ class SpecBlockObjective:
     join_at: float = 0.1
     slot_decay: float = 0.8
     valid_prefix: bool = True
+    prefix_width: int = 1
     slot_mean: str = "first"
     rank_loss: str = "plain"
     earlier_keys: bool = False
@@ -67,6 +72,10 @@ class SpecBlockObjective:
         if self.num_blocks < 1:
             raise ValueError(
                 f"num_blocks is {self.num_blocks}; at least the first block is trained, so give 1 or more."
+            )
+        if self.prefix_width < 1:
+            raise ValueError(
+                f"prefix_width is {self.prefix_width}; a prefix holds likeliest tokens, so give 1 or more."
             )
         for name, value, known in (
             ("slot_mean", self.slot_mean, ("first", "survivors")),
@@ -153,7 +162,7 @@ def specblock_loss(
     # Divided by the first slots, the mean is the paper's expectation, and a late slot with one survivor weighs as
     # little as its noise deserves.
     first = sums["counted"][:, :1].clamp_min(1)
-    rows = first if objective.slot_mean == "first" else sums["counted"].clamp_min(1)
+    rows = first if objective.slot_mean == "first" else sums["rows"].clamp_min(1)
     decay = objective.slot_decay ** torch.arange(drafter.config.block_size, device=first.device)
     draft_loss = (sums["draft"] / rows * decay).sum()
     plain = objective.rank_loss == "plain"
@@ -234,6 +243,7 @@ def _score_block(
     err), and their states `[B, R, d]` of that slot.
     """
     alive, survivors, conditions = block.valid, block.valid, None
+    chain = alive  # where the greedy chain is
     last = batch.tokens.shape[1] - 1
     slots = []
     for slot in range(drafter.config.block_size):
@@ -249,19 +259,24 @@ def _score_block(
         counted = batch.counted[row, places[row, column]]
         row, column = row[counted], column[counted]
         place = places[row, column]
-        normed, logits = drafter.draft_logits(states[counted])
+        before = batch.tokens[row, place - 1] if slot else None
+        normed, logits = drafter.draft_logits(states[counted], before)
         best = logits.detach().topk(drafter.config.rank_top_k)
         ids = batch.top_ids[row, place]
-        right = drafter.draft_to_target[best.indices[:, 0]] == batch.tokens[row, place]
+        guesses = drafter.draft_to_target[best.indices[:, : objective.prefix_width]]
+        hits = guesses == batch.tokens[row, place].unsqueeze(-1)
+        right = hits[:, 0] & chain[row, column]
         sums = {
             "draft": soft_cross_entropy(logits, ids, batch.top_probs[row, place]).sum(),
             "agreed": right.sum(),
-            "counted": torch.tensor(len(row), device=right.device),
+            "counted": chain[row, column].sum(),
+            "rows": torch.tensor(len(row), device=right.device),
         }
         own = logits.detach().gather(-1, ids[:, :1]).squeeze(-1)
         slots.append(sums | _score_ranks(drafter, normed, best.values, own, objective))
         if objective.valid_prefix:
-            alive = torch.zeros_like(alive).index_put((row, column), right)
+            alive = torch.zeros_like(alive).index_put((row, column), hits.any(-1))
+            chain = torch.zeros_like(alive).index_put((row, column), right)
     return {name: torch.stack([sums[name] for sums in slots]) for name in slots[0]}, survivors, conditions
 
 

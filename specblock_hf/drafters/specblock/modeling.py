@@ -13,6 +13,8 @@ that followed. One forward turns every row into K slots that predict the K token
     x^1 = Layer_1(z),   x^l = Layer_l(W_s [x^{l-1}_k ; x^{l-1}_{k-1}])    layer-wise shift, with x_{-1} := x_0
     logits_k = W_lm norm(x_k),   rank_k = MLP([norm(x_k) ; phi_k])
 
+With a Markov term the logits of every slot but the first gain W_2 W_1[token before], and phi is taken from the sum.
+
 Slot k of the row at position i sits at RoPE index i + 1 + k, in every block. Keys are laid out row-major, slot by
 slot, so that
 "all slots of earlier rows and the slots up to one's own" is plain causal attention over the flattened slots.
@@ -27,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
 from ..common.cache import BlockCache, GraphCache, OpenBlock, backend_mask
-from ..common.head import DraftHead
+from ..common.head import DraftHead, MarkovHead
 from .configuration import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .layer import SpecBlockLayer
 
@@ -95,9 +97,16 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
             nn.SiLU(),
             nn.Linear(config.rank_hidden_size, config.num_rank_classes, bias=False),
         )
+        if config.markov_rank:
+            self.markov_head = MarkovHead(config.vocab_size, config.markov_rank, config.draft_vocab_size)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.register_draft_vocabulary()
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if self.config.markov_rank and module is self.markov_head.markov_w2:  # starts as if it were not there
+            nn.init.zeros_(module.weight)
 
     def get_input_embeddings(self) -> None:
         """None: the token embedding is the target's and is handed in."""
@@ -211,6 +220,14 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         slots = hidden.view(batch, rows, self.config.block_size, -1)
         previous = torch.cat([slots[:, :, :1], slots[:, :, :-1]], dim=2)
         return self.shift_proj[index](torch.cat([slots, previous], dim=-1)).flatten(1, 2)
+
+    def draft_logits(
+        self, hidden: torch.Tensor, before: torch.LongTensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, logits = super().draft_logits(hidden)
+        if before is None or not self.config.markov_rank:
+            return normed, logits
+        return normed, logits + self.markov_head(before)
 
     def rank_logits(self, normed: torch.Tensor, top_logits: torch.Tensor) -> torch.Tensor:
         """

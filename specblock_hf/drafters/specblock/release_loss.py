@@ -79,7 +79,8 @@ def _score(
         trained = (places <= last) & counted.gather(1, places.clamp_max(last))
         row, column = ((keep | rank_keep) & (block.pairs + 2 + slot <= last)).nonzero(as_tuple=True)
         place = places[row, column].clamp_max(last)
-        normed, logits = drafter.draft_logits(states[row, column, slot])
+        before = batch.tokens[row, place - 1] if slot else None
+        normed, logits = drafter.draft_logits(states[row, column, slot], before)
         best = logits.detach().topk(config.rank_top_k)
         truth = _likeliest(batch.top_ids[row, place])
         right = best.indices[:, 0] == truth
