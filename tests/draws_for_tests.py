@@ -224,7 +224,8 @@ def _drafter(dice: Dice, target: TargetKind) -> DrafterKind:
         detail = dice.choice(list(FAULTS))
     elif name == "network":
         name, detail = dice.choice(NETWORKS), dice.mostly("", 0.25, *DAMAGES)
-        sent = dice.mostly("", 0.06, "copied", "pickled")
+        # Nobody gives a vocabulary to a drafter that is loaded.
+        sent = "saved" if detail.startswith("d2t") else dice.mostly("", 0.1, "copied", "pickled", "saved")
         listener = dice.mostly("", 0.15, *LISTENERS)
     depths = [[dice.randint(0, 8) for _ in range(dice.randint(1, 6))] for _ in range(4)] if name == "oracle" else []
     return DrafterKind(name, detail, layers, name != "lookup" and dice.chance(0.15), sent, listener, depths)
