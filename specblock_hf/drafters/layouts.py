@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,10 @@ from transformers import PreTrainedConfig
 from ..checkpoints.files import WEIGHTS
 from ..checkpoints.saving import save_folder_whole
 from .common.configuration import UNRECORDED_LAYER, default_feature_layers
+from .common.layout import Layout, Tensors, rope_parameters_of, target_fields
 from .common.registry import drafter_kind
 from .eagle3.configuration import Eagle3Config
 from .specblock.configuration import SpecBlockConfig
-
-
-Tensors = dict[str, torch.Tensor]
-
-
-class Layout(StrEnum):
-    """Who wrote a checkpoint, as its `config.json` tells."""
-
-    OURS = "specblock_hf"
-    SPECBLOCK = "specblock"
-    SAFEAILAB = "safeailab"
-    SGLANG = "sglang"
-    SPECULATORS = "speculators"
-    DFLASH = "dflash"
-    DSPARK = "dspark"
 
 
 # Fields that every layout names as transformers' LlamaConfig does.
@@ -151,26 +136,6 @@ def read_config(
         depth = fields.get("target_num_layers")
         fields["feature_layers"] = list(default_feature_layers(depth)) if depth else [UNRECORDED_LAYER] * 3
     return kind(**fields)
-
-
-def rope_parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As transformers 5 keeps it. The authors of both methods mean 10000 where nothing is said."""
-    if config.get("rope_parameters"):
-        return dict(config["rope_parameters"])
-    scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("type", "default")
-    return {"rope_type": kind, **scaling, "rope_theta": float(config.get("rope_theta", 10000.0))}
-
-
-def target_fields(target: PreTrainedConfig) -> dict[str, Any]:
-    text = target.get_text_config()
-    return {
-        "target_num_layers": text.num_hidden_layers,
-        "target_name_or_path": target.name_or_path or None,
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
-        "pad_token_id": text.pad_token_id,
-    }
 
 
 def _specblock_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.configuration import UNRECORDED_LAYER
-from ..layouts import Layout, Tensors, rope_parameters_of, target_fields, write_folder
+from ..common.layout import Layout, Tensors, rope_parameters_of, target_fields, write_folder
 from .configuration import BlockDiffusionConfig, spread_feature_layers
 
 
