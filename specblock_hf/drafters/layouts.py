@@ -8,19 +8,15 @@ changes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from ..checkpoints.files import WEIGHTS
-from ..checkpoints.saving import save_folder_whole
 from .common.configuration import UNRECORDED_LAYER, default_feature_layers
-from .common.layout import Layout, Tensors, rope_parameters_of, target_fields
+from .common.layout import Layout, Tensors, rope_parameters_of, target_fields, write_folder
 from .common.registry import drafter_kind
 from .eagle3.configuration import Eagle3Config
 from .specblock.configuration import SpecBlockConfig
@@ -241,17 +237,6 @@ def write_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout: Layou
         }
     mapping = {key: tensors[key] for key in ("d2t", "t2d")} if layout == Layout.SPECBLOCK else None
     write_folder(folder, written, tensors, mapping)
-
-
-def write_folder(
-    folder: str | Path, config: Mapping[str, Any], tensors: Tensors, mapping: Tensors | None = None
-) -> None:
-    """Write `config.json`, the weights and maybe `vocab_mapping.pt`: all of them, or nothing."""
-    with save_folder_whole(folder, obsolete=WEIGHTS) as written:
-        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
-        if mapping is not None:
-            torch.save(mapping, written / "vocab_mapping.pt")
 
 
 def _check_writable(config: SpecBlockConfig | Eagle3Config, layout: Layout) -> None:

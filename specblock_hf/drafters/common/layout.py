@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
+
+from ...checkpoints.files import WEIGHTS
+from ...checkpoints.saving import save_folder_whole
 
 
 Tensors = dict[str, torch.Tensor]
@@ -45,3 +51,14 @@ def target_fields(target: PreTrainedConfig) -> dict[str, Any]:
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,
     }
+
+
+def write_folder(
+    folder: str | Path, config: Mapping[str, Any], tensors: Tensors, mapping: Tensors | None = None
+) -> None:
+    """Write `config.json`, the weights and maybe `vocab_mapping.pt`: all of them, or nothing."""
+    with save_folder_whole(folder, obsolete=WEIGHTS) as written:
+        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
+        if mapping is not None:
+            torch.save(mapping, written / "vocab_mapping.pt")
