@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 from .bandit import Action, AdaptationBandit, Decision
 from .monitor import FallMonitor
-from .updater import DrafterUpdater, UpdateSettings, refuse_unsound_state
+from .state import refuse_unsound_state
+from .updater import DrafterUpdater, UpdateSettings
 from .windows import CallRecorder, Window, WindowBuffer
 
 
@@ -262,13 +264,16 @@ class OnlineAdaptationCallback(DraftingCallback):
         """What a service needs to go on after a restart, for `torch.save`: weights and numbers, no text."""
         self.wait()
         with self._lock:
-            return {
-                "updater": self.updater.state_dict(),
-                "bandit": self.bandit.state_dict(),
-                "good": [weight.clone() for weight in self._good],
-                "queries": self.queries,
-                "updates": self.updates,
-            }
+            # A copy: no update begins meanwhile, but the next one would change what is just being written.
+            return deepcopy(
+                {
+                    "updater": self.updater.state_dict(),
+                    "bandit": self.bandit.state_dict(),
+                    "good": self._good,
+                    "queries": self.queries,
+                    "updates": self.updates,
+                }
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
 from ..training.batches import draft_ids_of
+from .state import differences, refuse_unsound_state
 from .windows import Window, WindowBuffer, collate
 
 
@@ -315,7 +316,7 @@ class DrafterUpdater:
 
     def _refuse(self, state: dict[str, Any]) -> None:
         for theirs in filter(None, (state["trained"], state["averaged"])):
-            other = _differences(self.trained.state_dict(), theirs)
+            other = differences(self.trained.state_dict(), theirs)
             if other:
                 raise ValueError(
                     f"this state is another drafter's: they differ in {', '.join(sorted(other))}; load it for the "
@@ -374,39 +375,6 @@ class DrafterUpdater:
             for parameter, new in zip(drafter.parameters_of("full"), weights, strict=True):
                 parameter.copy_(new)
             synchronize(drafter.device)
-
-
-def _differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names that only one has, of other shapes, or of other whole numbers: those are the draft vocabulary."""
-    return {
-        name
-        for name in ours.keys() | theirs.keys()
-        if name not in ours
-        or name not in theirs
-        or ours[name].shape != theirs[name].shape
-        or (not ours[name].is_floating_point() and not torch.equal(ours[name].cpu(), theirs[name].cpu()))
-    }
-
-
-def refuse_unsound_state(state: Any) -> None:
-    """
-    Raises:
-        ValueError: A tensor anywhere in this state has values that are not finite, or absurdly large.
-    """
-    broken = unsound(dict(_tensors_in(state, "")))
-    if broken:
-        raise ValueError(
-            f"this state is not finite, or absurdly large, in {', '.join(broken)}; load one that was saved before, or "
-            "begin anew."
-        )
-
-
-def _tensors_in(state: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(state, torch.Tensor):
-        yield name, state
-    elif isinstance(state, dict | list | tuple):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from _tensors_in(value, f"{name}.{key}" if name else str(key))
 
 
 def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import prompt_of, tiny_target
 from serving_for_tests import FAST, GREEDY, KINDS, adapted, plain, same, serve, trainable, weights_of
+from test_saving import FULL, contents, room_for
 from test_updater import filled_buffer, updater_of
 from training_for_tests import tiny_drafter
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,8 +74,8 @@ def test_a_last_step_that_ends_badly_never_comes_into_service(value, averaging, 
     )
     assert same(weights_of(drafter), good)
     # Rolled back with all copies, so that what is kept for a restart is good as well.
-    for copy in (callback.updater.trained, callback.updater.averaged):
-        assert copy is None or same(weights_of(copy), good)
+    for learning in (callback.updater.trained, callback.updater.averaged):
+        assert learning is None or same(weights_of(learning), good)
     assert len(records_of_ours(caplog)) == 1
     drafter.remove_callback(callback)
     assert finite(drafter) and serve(drafter, 2) == plain(2)
@@ -84,8 +85,8 @@ def test_what_the_drafters_precision_cannot_hold_never_comes_into_service():
     drafter = tiny_drafter(dtype=torch.float16)
     callback = adapted(drafter, every=2, settings=FAST)
     with torch.no_grad():
-        for copy in (callback.updater.trained, callback.updater.averaged):
-            copy.layers[0].mlp.down_proj.weight[0, 0] = 7e4  # finite in float32, where training goes on
+        for learning in (callback.updater.trained, callback.updater.averaged):
+            learning.layers[0].mlp.down_proj.weight[0, 0] = 7e4  # finite in float32, where training goes on
     assert serve(drafter, 2) == plain(2)
     assert "in layers.0.mlp.down_proj.weight" in str(callback.failure) and finite(drafter)
 
@@ -131,6 +132,35 @@ def test_a_state_that_is_not_finite_is_refused(part, value, tmp_path):
     assert same(weights_of(again), before) and resumed.queries == 0
     resumed.load_state(tmp_path / "state.pt")
     assert same(weights_of(again), weights_of(drafter)) and resumed.queries == 4
+
+
+@pytest.mark.parametrize("room", [0, 3000])
+def test_a_full_disk_leaves_the_state_and_the_drafter_before(room, tmp_path):
+    drafter = tiny_drafter()
+    callback = adapted(drafter, every=2, settings=FAST)
+    callback.save_state(tmp_path / "state.pt")
+    callback.save_pretrained(tmp_path / "drafter")
+    before = contents(tmp_path)
+    serve(drafter, 2)
+    with pytest.raises(FULL), room_for(room):
+        callback.save_state(tmp_path / "state.pt")
+    with pytest.raises(FULL), room_for(room):
+        callback.save_pretrained(tmp_path / "drafter")
+    assert contents(tmp_path) == before
+
+
+def test_a_state_is_of_the_moment_at_which_it_was_taken():
+    drafter = tiny_drafter()
+    callback = adapted(drafter, every=1, settings=FAST)
+    serve(drafter, 2)
+    state = callback.state_dict()
+    heads = [state["updater"][name]["lm_head.weight"] for name in ("trained", "averaged")]
+    taken = [head.clone() for head in heads]
+    serve(drafter, 2)
+    assert callback.updates == 4 and same(heads, taken)
+    assert not torch.equal(callback.updater.trained.lm_head.weight, taken[0])
+    state["good"][0].fill_(torch.nan)
+    assert finite(drafter) and all(bool(weight.isfinite().all()) for weight in callback._good)
 
 
 def test_a_state_of_another_drafter_is_refused():
