@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import specblock_command
 import specblock_hf
 from specblock_hf import (
+    DraftingPlan,
     Eagle3Config,
     Eagle3Drafter,
     GenerationStatistics,
@@ -29,7 +30,7 @@ from specblock_hf import (
     SpecBlockConfig,
     cli,
 )
-from specblock_hf.cli import demo
+from specblock_hf.cli import demo, doctor
 from specblock_hf.cli import models as terminal
 from specblock_hf.cli.doctor import describe_reading, diagnose
 from specblock_hf.cli.models import Answer
@@ -258,7 +259,7 @@ def test_generate_streams_one_answer(models_on_disk, capsys):
 
 
 def test_doctor_checks_and_judges(models_on_disk, capsys):
-    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12"])
+    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12", "--plan", "6", "1", "4"])
     output = capsys.readouterr().out
     assert f"torch {torch.__version__}" in output
     assert "hook in generate(): installed\n" in output
@@ -266,6 +267,23 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     assert f"compatible: yes ({reads})\n" in output
     assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
+
+
+@pytest.mark.parametrize("nodes", [0, 6])
+def test_doctor_says_what_its_calibration_says(nodes, models_on_disk, capsys, monkeypatch):
+    def calibrated(target, drafter, progress):
+        assert progress
+        drafter.drafting_plan = DraftingPlan(nodes, 1)
+        return SimpleNamespace(plan=drafter.drafting_plan, spread=0.01, speedup=1.5)
+
+    monkeypatch.setattr(doctor, "calibrate", calibrated)
+    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12"])
+    output = capsys.readouterr().out
+    assert ("calibrated: no tree pays here" in output) == (nodes == 0)
+    if nodes == 0:
+        assert status == 1 and output.endswith(" ms\nuse it here? no, generate() is as fast without it\n")
+    else:
+        assert "calibrated: 6 drafted nodes" in output and "one round: " in output
 
 
 def test_doctor_refuses_a_drafter_for_another_target(models_on_disk, tmp_path, capsys):
@@ -285,7 +303,10 @@ def test_diagnosis():
         "a round yields 2.50 tokens and costs as much as 2.00 plain steps",
         "use it here? yes, about 1.23x",
     ]
-    assert diagnose(0.025, figures, 1.08, drafts=False) == ["use it here? no, generate() is as fast without it"]
+    assert diagnose(0.025, figures, 1.08, drafts=False) == [
+        "one plain step: 25.0 ms",
+        "use it here? no, generate() is as fast without it",
+    ]
     assert diagnose(0.025, figures, 0.8)[-1] == "use it here? no, 0.80x is not faster than plain generate()"
     assert "give a larger --max-new-tokens" in diagnose(0.025, GenerationStatistics(), 1.0)[0]
 
