@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import runpy
 import string
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +77,25 @@ def test_help_and_version_are_said_without_importing_the_package(arguments):
         assert done.returncode == 0 and said[arguments[0]] in done.stdout, done.stderr
     else:
         assert done.returncode == 2 and done.stderr.endswith("the following arguments are required: COMMAND\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_says_what_it_is(name):
+    parser = argparse.ArgumentParser()
+    import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+    assert [
+        action.dest for action in parser._actions if not re.sub(r"\(?default.*", "", action.help or "").strip()
+    ] == []
+
+
+@pytest.mark.parametrize("name", ["demo", "doctor", "bench"])
+def test_commands_take_the_best_device(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    parser = argparse.ArgumentParser()
+    import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+    given = parser.parse_args(["--output", "x"] if name == "bench" else [])
+    assert given.device == "xpu" and set(terminal.DTYPES) == {"float32", "bfloat16", "float16"}
 
 
 def test_the_installed_command_runs_subcommands(commands, monkeypatch):
