@@ -63,9 +63,9 @@ class _WithoutCudnnAttention(ContextDecorator):
 without_cudnn_attention = _WithoutCudnnAttention()
 """
 A context, or a decorator, for every forward over shapes that change from round to round or from batch to batch. For
-masked attention torch prefers cuDNN on Hopper, which plans each new shape: 14 ms a layer forward and 42 backward on an
-H100. What else the user has allowed stays allowed, and nothing changes for a user who has allowed cuDNN alone. The
-backward pass takes the backend of its forward.
+masked attention torch prefers cuDNN on Hopper, which plans each new shape for 14 ms forward and 42 backward (H100,
+torch 2.11). What else the user has allowed stays allowed, and nothing changes for a user who has allowed cuDNN alone.
+The backward pass takes the backend of its forward.
 
 torch keeps this setting for the whole process, so that it is taken back when the last of several threads has left.
 `torch.nn.attention.sdpa_kernel` would restore what it found, which may be what another thread has set for a moment.

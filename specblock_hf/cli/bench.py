@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", type=comma_separated, default=[], metavar="NAME,...", help="humaneval, mtbench, gsm8k")
     add("--gsm8k", metavar="FILE", help="JSON lines of GSM8K, which no package carries")
     add("--prompts", metavar="FILE", help="JSON lines of your own: prompt, question or turns")
-    add("--temperature", type=float, nargs="+", default=[0.0], help="default: 0")
+    add("--temperature", type=float, nargs="+", default=[0.0], help="0 is greedy (default: 0)")
     add("--max-new-tokens", type=int, default=128, help="of every answer (default: %(default)s)")
     add("--limit", type=int, help="prompts of each suite, evenly spaced (default: all)")
     add("--repeats", type=int, default=3, help="times that every answer is made (default: %(default)s)")

@@ -70,8 +70,9 @@ def diagnose(step: float, figures: GenerationStatistics, speedup: float, drafts:
     Returns:
         `list[str]`: The lines to print.
     """
+    plain = f"one plain step: {1000 * step:.1f} ms"
     if not drafts:
-        return ["use it here? no, generate() is as fast without it"]
+        return [plain, "use it here? no, generate() is as fast without it"]
     if not figures.rounds:
         return ["no round was timed because the answer ended at once; give a larger --max-new-tokens"]
     parts = [
@@ -83,7 +84,7 @@ def diagnose(step: float, figures: GenerationStatistics, speedup: float, drafts:
         f"yes, about {speedup:.2f}x" if speedup > 1 else f"no, {speedup:.2f}x is not faster than plain generate()"
     )
     return [
-        f"one plain step: {1000 * step:.1f} ms",
+        plain,
         f"one round: {draft + verify + host:.1f} ms (draft {draft:.1f}, verify {verify:.1f}, host {host:.1f}; "
         f"{figures.nodes_verified / figures.rounds:.0f} nodes)",
         f"a round yields {figures.tau:.2f} tokens and costs as much as {even:.2f} plain steps",

@@ -24,9 +24,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the options that only a trace has."""
     add = group.add_argument
     add("--against", metavar="DRAFTER", help="folder or Hub id of another drafter, traced at the same place")
-    add("--prompt", default=PROMPTS[0][1], help="default: the first one of `specblock demo`")
+    add("--prompt", default=PROMPTS[0][1], help="what to ask (default: the first one of `specblock demo`)")
     add("--round", type=int, default=1, help="whose tree to draw (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    add("--max-new-tokens", type=int, default=128, help="of the answer (default: %(default)s)")
     add(
         "--plan",
         type=plan_of,

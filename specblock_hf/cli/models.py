@@ -68,7 +68,9 @@ def add_dtype(parser: argparse._ActionsContainer, default: str = "float32") -> N
 
 def add_device(parser: argparse._ActionsContainer) -> None:
     """Add `--device`, the best one of this machine if it is not said."""
-    parser.add_argument("--device", default=str(best_device()), help="default: this machine's best, %(default)s")
+    parser.add_argument(
+        "--device", default=str(best_device()), help="where to run (default: %(default)s, the best here)"
+    )
 
 
 def load_target(

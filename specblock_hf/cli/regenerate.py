@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     here.add_argument("--batch-size", type=int, default=128, help="most prompts at once (default: %(default)s)")
     here.add_argument("--batch-tokens", type=int, default=65536, help="most tokens of their cache (%(default)s)")
     add_dtype(here, "bfloat16")
-    here.add_argument("--device", help="default: this process's GPU, or cpu")
+    here.add_argument("--device", help="where to run (default: this process's GPU, or cpu)")
     there = parser.add_argument_group("asking a server instead that speaks OpenAI's chat protocol")
     there.add_argument("--server", metavar="URL", help="up to and including /v1")
     there.add_argument("--model", help="its name for the target (default: the name of --target)")
