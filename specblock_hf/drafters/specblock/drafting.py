@@ -44,6 +44,10 @@ TYPICAL_ACCEPTANCE = (
 )
 
 
+MARKOV_CANDIDATES = 256
+"""A slot's likeliest tokens that a Markov term may reorder below each node: a node then costs next to nothing."""
+
+
 class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     """
     A drafter that predicts K tokens a forward and repeats the forward from several nodes of its own draft tree
@@ -154,7 +158,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         """The best tokens below any node of a block with these states `[B, S, K, d]`."""
         if self.config.markov_rank:
             _, logits = self.draft_logits(hidden)
-            return children_by_parent(logits, self.markov_head, width, self.draft_to_target, first_level=1)
+            most = max(width, MARKOV_CANDIDATES)
+            return children_by_parent(logits, self.markov_head, width, self.draft_to_target, 1, most)
         return BlockOutputs(*self.best_tokens(hidden, width)).children(width)
 
     def _chain_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
