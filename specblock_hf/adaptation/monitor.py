@@ -55,6 +55,3 @@ class FallMonitor:
         if len(self.taus) > self.falls and falling and tau < (1 - self.least_fall) * self.taus[0]:
             return "fallen"
         return "held" if tau >= level else "fell"
-
-
-__all__ = ["FallMonitor"]
