@@ -197,6 +197,3 @@ class TargetInputs:
                 "by one token or more, or pass a longer prompt."
             )
         return new
-
-
-__all__ = ["Rereading", "TargetInputs", "without_training_flags"]

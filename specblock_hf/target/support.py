@@ -220,6 +220,3 @@ def starting_over(target: PreTrainedModel) -> int | None:
         if inputs.get(CACHE) is None:
             return limit.length
     return None
-
-
-__all__ = ["RopeLimit", "check_length", "check_target", "rope_limits", "starting_over"]

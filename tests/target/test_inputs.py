@@ -13,8 +13,9 @@ from options_for_tests import BASE, refusal, same_text
 from targets_for_tests import MOE_FAMILIES, OFFLOADED, TargetKind, make_target
 from transformers import DynamicCache
 
-from specblock_hf import SpecBlockConfig, SpecBlockDrafter, TokenTable
+from specblock_hf import SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.compat import CACHE
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.target.prompt import PromptPairs
 
 
