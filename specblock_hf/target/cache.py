@@ -91,9 +91,10 @@ class TargetCache:
 
     def secure(self, width: int) -> None:
         """
-        What a call that is broken off from now on leaves of a user's cache: its first `width` columns. They hold
-        committed tokens only, so that whoever goes on with all tokens that were emitted, or with fewer, is right. The
-        rows of a batch are at different tokens, of which nobody has been shown any: they go back to their prompts.
+        What a call that is broken off from now on leaves of a user's cache: its first `width` columns. Behind the
+        prompt they hold committed tokens only, which are the first of those that were emitted, so that plain decoding
+        is right to go on with the cache and all that the user was shown. The rows of a batch are at different tokens,
+        of which nobody has been shown any: they go back to their prompts.
         """
         if is_users(self.cache):
             sliding = {

@@ -48,19 +48,25 @@ class Rereading:
     Args:
         length (`int`): The last one that goes on with what was read before.
         ids (`torch.LongTensor` of shape `[1, P]`): The prompt.
+        first (`torch.LongTensor` of shape `[1, 1]`): Its first position.
         beside (`dict`): What the target's forward gets beside ids and positions.
         emitted (`list` of `torch.LongTensor` of shape `[1, E]`): The tokens after it, round by round.
     """
 
     length: int
     ids: torch.LongTensor
+    first: torch.LongTensor
     beside: dict[str, Any]
     emitted: list[torch.LongTensor] = field(default_factory=list)
 
+    def depth(self, root: int) -> int | None:
+        """How deep a tree below a root in this column may be; `None` for as deep as one likes."""
+        return None if root > self.length else max(self.length - 1 - root, 0)
+
     def inputs(self) -> dict[str, Any]:
         """Of the forward that reads the whole text."""
-        ids = torch.cat((self.ids.to(self.emitted[0].device), *self.emitted), dim=1)
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        ids = torch.cat((self.ids.to(self.first.device), *self.emitted), dim=1)
+        positions = self.first + torch.arange(ids.shape[1], device=ids.device)
         return {"input_ids": ids, "position_ids": positions, "use_cache": True} | self.beside
 
 
@@ -147,12 +153,13 @@ class TargetInputs:
     def of_tree(self, nodes: int, rows: list[int]) -> dict[str, Any]:
         """For a tree of so many nodes in these rows of the batch, beside its ids, positions, mask and cache."""
         kept = {}
-        for name in _OF_TOKENS & self._kwargs.keys():
-            last = self._kwargs[name][rows, -1:].expand(-1, nodes)
-            kept[name] = torch.zeros_like(last) if name == "mm_token_type_ids" else last
+        for name in _OF_TOKENS:
+            if self._kwargs.get(name) is not None:
+                last = self._kwargs[name][rows, -1:].expand(-1, nodes)
+                kept[name] = torch.zeros_like(last) if name == "mm_token_type_ids" else last
         return self._off | kept
 
-    def rereading(self, all_visible: bool) -> Rereading | None:
+    def rereading(self, all_visible: bool, device: torch.device) -> Rereading | None:
         """
         What this call reads again and where, if it does. A prompt that has a part only in the cache, or none as ids,
         is nothing that plain decoding could read again; behind padding it does so too early for it to matter.
@@ -166,7 +173,8 @@ class TargetInputs:
                 f"tokens, and of this prompt the cache holds {self.cached} already; pass it without a cache."
             )
         more = {name: self._kwargs[name] for name in ("logits_to_keep",) if name in self._kwargs}
-        return Rereading(length, self.ids, {CACHE: self.cache} | self._off | more)
+        first = self.last_positions(device) - (width - 1)
+        return Rereading(length, self.ids, first, {CACHE: self.cache} | self._off | more)
 
     def _check(self) -> None:
         known = _HANDLED | _OF_PROMPT | _OF_TOKENS

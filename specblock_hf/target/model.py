@@ -102,7 +102,7 @@ class TargetModel:
         self._next_position = inputs.last_positions(self.device) + 1
         self._limits = rope_limits(target)
         self._ahead = int(self._next_position.max()) - width if self._limits else 0
-        self._rereading = inputs.rereading(visible is None) if self._limits else None
+        self._rereading = inputs.rereading(visible is None, self.device) if self._limits else None
         self._scored = 1
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
         self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
@@ -139,9 +139,10 @@ class TargetModel:
 
     def depth(self) -> int | None:
         """Most levels that the next tree may have below its root; `None` for as many as one likes."""
-        if self._rereads():
-            return 0
-        depths = [limit.depth(self._committed.width + self._ahead) for limit in self._limits]
+        width = self._committed.width
+        depths = [limit.depth(width + self._ahead) for limit in self._limits]
+        if self._rereading is not None:
+            depths.append(self._rereading.depth(width))
         return min((depth for depth in depths if depth is not None), default=None)
 
     def check_length(self, remaining: int) -> None:

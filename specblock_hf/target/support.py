@@ -211,8 +211,8 @@ def check_length(target: PreTrainedModel, last: torch.LongTensor, remaining: int
 
 def starting_over(target: PreTrainedModel) -> int | None:
     """
-    The length over which plain decoding gives its cache up and reads the whole text again, once: that of a text which
-    it has read by the frequencies of short ones. `None` for most targets.
+    The length over which plain decoding gives its cache up, whose keys were turned by the frequencies of short texts,
+    and reads the whole text again; `None` for most targets.
     """
     for limit in rope_limits(target):
         ids = torch.zeros(1, limit.length + 1, dtype=torch.long, device=target.device)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Phi3Config, PreTrainedModel
 from transformers.utils import logging
 
-from specblock_hf.compat import CACHE
+from specblock_hf.compat import CACHE, RELEASE
 from specblock_hf.target.support import RopeLimit, rope_limits
 
 
@@ -164,6 +164,17 @@ def test_a_model_that_reads_a_text_again(phi3, length, store):
             if ids.shape[1] > LIMIT + 3:
                 again = phi3.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **GREEDY)
                 assert torch.equal(phi3.generate(ids, **GREEDY, **more), again)
+
+
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding loses the text whose cache it has given up")
+@pytest.mark.parametrize("first", [2, 30])
+def test_a_text_that_is_read_again_keeps_its_positions(phi3, first):
+    # Its frequencies change by position, and it is read again by column.
+    batch = padded_batch((LIMIT - 5,)) | {"position_ids": torch.arange(LIMIT - 5).unsqueeze(0) + first}
+    plain = phi3.generate(**batch, **GREEDY)
+    for plan in range(4):
+        drafter = oracles(plain, batch["attention_mask"], [lambda number, plan=plan: plan])
+        assert torch.equal(phi3.generate(**batch, **GREEDY, assistant_model=drafter), plain)
 
 
 def test_a_call_that_ends_while_a_text_is_read_again(phi3):
