@@ -121,7 +121,7 @@ def break_off(target: PreTrainedModel, cache: DynamicCache | StaticCache, drafte
 
 @pytest.mark.parametrize(("kind", "store"), KINDS)
 @pytest.mark.parametrize("way", ["streamer", "criterion", "processor"])
-@pytest.mark.parametrize("token", [1, 2, 4, 5, 6, 12])
+@pytest.mark.parametrize("token", [1, 2, 5, 12])
 def test_whatever_looks_at_tokens_may_raise(kind, store, way, token):
     target = tiny_target(kind)
     drafter, cache = oracle(target), make_cache(target, store)
@@ -240,7 +240,7 @@ def test_a_call_may_end_at_any_line(kind, store, lengths):
     target, batch = tiny_target(kind), padded_batch(lengths)
     plain = target.generate(**batch, **GREEDY)
     lines = 0
-    for line in range(60, 10_000, 97):
+    for line in range(60, 10_000, 149):
         cache = make_cache(target, store)
         drafter = oracles(plain, batch["attention_mask"])
         with Interrupts(line):
