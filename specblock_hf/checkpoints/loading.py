@@ -119,7 +119,7 @@ class StrictPreTrainedModel(HubModel):
                     "which knows the kinds and layouts."
                 )
             # What to load weights as is not what the configuration says of them.
-            wanted = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+            wanted: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
             config, kwargs = cls.config_class.from_dict(
                 described.config, name_or_path=os.fspath(name), return_unused_kwargs=True, **kwargs
             )
