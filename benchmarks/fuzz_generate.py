@@ -48,7 +48,7 @@ class Record:
     Args:
         settings (`dict`): What the calls depend on; a run goes on only where these are the same.
         calls (`int`): Seeds that are done, from the first one on.
-        seconds (`float`): Of all calls together, plain decoding included.
+        seconds (`float`): Of the processes for all calls together, plain decoding included.
         drafted_tokens_kept (`int`): In all calls.
         outcomes (`Counter`): Calls by what became of them.
         draws (`Counter`): Calls by what was drawn.

@@ -10,7 +10,8 @@ check_transformers()
 from importlib import import_module  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from .drafters.auto import AutoDrafter, register_drafter  # noqa: E402
+from .drafters.auto import AutoDrafter  # noqa: E402
+from .drafters.common.registry import register_drafter  # noqa: E402
 from .drafters.dflash import BlockDiffusionConfig, BlockDiffusionDrafter  # noqa: E402
 from .drafters.eagle3 import Eagle3Config, Eagle3Drafter  # noqa: E402
 from .drafters.joined import JoinedDrafter  # noqa: E402

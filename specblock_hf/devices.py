@@ -70,6 +70,3 @@ The backward pass takes the backend of its forward.
 torch keeps this setting for the whole process, so that it is taken back when the last of several threads has left.
 `torch.nn.attention.sdpa_kernel` would restore what it found, which may be what another thread has set for a moment.
 """
-
-
-__all__ = ["best_device", "on_device", "synchronize", "upload", "without_cudnn_attention"]

@@ -52,7 +52,7 @@ class DrafterKind:
         detail (`str`): What is wrong with it: one of `FAULTS`, or of `DAMAGES` for a network.
         layers (`str`): "none", "some" or "unrecorded", for one that reads the target's states.
         joined (`bool`): A look-up goes with it.
-        sent (`str`): "", "copied" or "pickled" before the call.
+        sent (`str`): "", or "copied", "pickled" or "saved" before the call.
         listener (`str`): "" or one of `LISTENERS`.
         depths (`list[list[int]]`): For an oracle: right tokens in each round, of each row.
     """

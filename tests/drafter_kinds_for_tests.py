@@ -77,16 +77,20 @@ def make_drafter(case: Case, config: PreTrainedConfig, texts: Sequence[Sequence[
     if kind.listener:
         # Of a joined drafter it is added to the part.
         first.add_callback(_listener(kind.listener, first))
-        first = _sent(first, kind.sent)
+        first = _sent(first, kind.sent) if kind.sent != "saved" else first
         if not kind.joined:
             whole = first
     return whole
 
 
 def _sent(drafter: TreeDrafter, how: str) -> TreeDrafter:
-    """What arrives of a drafter that is copied, or sent to another process."""
+    """What arrives of a drafter that is copied, or sent to another process, or kept in a folder."""
     if how == "copied":
         return copy.deepcopy(drafter)
+    if how == "saved":
+        with tempfile.TemporaryDirectory() as folder:
+            drafter.save_pretrained(folder)
+            return type(drafter).from_pretrained(folder, dtype=drafter.dtype)
     return pickle.loads(pickle.dumps(drafter)) if how == "pickled" else drafter
 
 

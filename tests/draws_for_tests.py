@@ -224,7 +224,8 @@ def _drafter(dice: Dice, target: TargetKind) -> DrafterKind:
         detail = dice.choice(list(FAULTS))
     elif name == "network":
         name, detail = dice.choice(NETWORKS), dice.mostly("", 0.25, *DAMAGES)
-        sent = dice.mostly("", 0.06, "copied", "pickled")
+        # Nobody gives a vocabulary to a drafter that is loaded.
+        sent = "saved" if detail.startswith("d2t") else dice.mostly("", 0.1, "copied", "pickled", "saved")
         listener = dice.mostly("", 0.15, *LISTENERS)
     depths = [[dice.randint(0, 8) for _ in range(dice.randint(1, 6))] for _ in range(4)] if name == "oracle" else []
     return DrafterKind(name, detail, layers, name != "lookup" and dice.chance(0.15), sent, listener, depths)
@@ -242,7 +243,7 @@ def _plan(dice: Dice, drafter: DrafterKind, samples: bool) -> Plan | None:
     }
     draws = drafter.name in ("specblock", "best first", "third party", "dflash", "jetspec")
     if dice.chance(0.5 if samples and draws else 0.03):
-        fields["draft_sampling"] = dice.choice(["sampled", "independent", "paths"])
+        fields["draft_sampling"] = "sampled"
         fields["verification"] = dice.choice([None, "walk", "token", "block"])
     return Plan(
         fields, dice.choice(["drafter", "call", "part"]) if drafter.joined else dice.choice(["drafter", "call"])

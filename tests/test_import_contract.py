@@ -16,7 +16,8 @@ import specblock_hf
 ROOT = Path(specblock_hf.__file__).parent
 # From the top down. Rooms that share a floor do not know each other.
 FLOORS = (
-    {"", "__main__", "custom_generate", "old_names"},
+    {"", "__main__", "custom_generate"},
+    {"old_names"},
     {"cli"},
     {"evaluation", "adaptation"},
     {"training", "calibration"},

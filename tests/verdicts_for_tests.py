@@ -21,7 +21,7 @@ import specblock_hf
 
 FAULTS = ("mismatch", "raw error", "needless refusal", "late refusal", "touched target", "unheard")
 FAULTS = (*FAULTS, "over bound", "slow")
-SLOW = 30  # seconds
+SLOW = 30  # seconds of the process, which others on the machine do not slow down
 _PACKAGE = Path(specblock_hf.__file__).parent
 _CLOSE = 1e-3  # of keys, values and scores
 
@@ -36,7 +36,7 @@ class Verdict:
             "same" tokens, same "law" (where a seed's tokens cannot be compared), "refused" in a sentence of ours,
             "plain raises" (and so do we, or we write), or one of `FAULTS`.
         detail (`str`): The sentence, or what is wrong.
-        seconds (`float`): Of the whole case, plain decoding included.
+        seconds (`float`): Of the process for the whole case, plain decoding included.
         kept (`int`): Drafted tokens that were kept.
     """
 
@@ -59,13 +59,13 @@ def time_limit() -> Iterator[None]:
     def stop(*args: Any) -> None:
         raise TooSlow
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SLOW)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SLOW)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -298,6 +298,3 @@ def _rising(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...
         most = min(most, seconds)
         curve.append((size, most))
     return tuple(reversed(curve))
-
-
-__all__ = ["Calibration", "calibrate"]

@@ -120,6 +120,3 @@ def _answer(
     output = target.generate(**batch, generation_config=config, assistant_model=helper).cpu()  # waits for the device
     took = time.perf_counter() - start
     return took, sum(map(len, answers(output[:, batch["input_ids"].shape[1] :], config.eos_token_id)))
-
-
-__all__ = ["answers", "batches_of", "padded", "try_plans"]

@@ -362,6 +362,3 @@ def median_seconds(row: Row) -> float:
 
 def _key(row: Row) -> tuple[str, str, float]:
     return row["suite"], row["prompt"], row["temperature"]
-
-
-__all__ = ["Benchmark", "DraftRows", "Method", "ResultFolder", "Run", "Unit", "answer", "evenly", "median_seconds"]

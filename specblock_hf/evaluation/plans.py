@@ -91,6 +91,3 @@ def _calibrated(
 
 def _listed(plan: DraftingPlan) -> list[int | None]:
     return [plan.tree_budget, plan.num_forwards, plan.max_starts]
-
-
-__all__ = ["apply_plans", "choose_plans"]
