@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -267,3 +268,24 @@ def read_tensors(path: Path, name: object) -> dict[str, torch.Tensor]:
         if not isinstance(found, dict):
             raise TypeError
         return {name: _own_memory(tensor) for name, tensor in found.items()}
+
+
+@contextmanager
+def _explained(path: Path, name: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every format fails in its own way, and some name ways around the check
+        if path.suffix == ".safetensors":
+            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors, so it is not loaded ({type(error).__name__}); download it "
+            "again, or convert it to safetensors where you trust it."
+        ) from None
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise TypeError
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few numbers that pass for many
+        raise ValueError
+    return tensor.clone()
