@@ -18,7 +18,7 @@ from drafter_kinds_for_tests import make_drafter
 from interruptions_for_tests import ERRORS, Broken, Ended, Listener, Watch, interrupted
 from multimodal_for_tests import prompts_with_images
 from refusals_for_tests import is_warranted
-from targets_for_tests import config_of, forget_the_past, make_target
+from targets_for_tests import LIMIT, config_of, forget_the_past, make_target
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache, set_seed
 from verdicts_for_tests import (
@@ -113,6 +113,8 @@ class Conversation:
             self._check_bounds(watch, len(plain.sequences))
             self._check_weights()
         if not self._is_reproducible(len(plain.sequences)):
+            if error is None:
+                self._check_law(text.sequences, plain.sequences)
             return Verdict("law")
         if error is None:
             self._compare(text, plain, listener, random_state)
@@ -245,6 +247,15 @@ class Conversation:
         bound = prompt + rows * statistics.emitted + later + slots
         if statistics.drafter_rows > bound:
             raise Fault("over bound", f"{statistics.drafter_rows} drafter rows, at most {bound} by {made}")
+
+    def _check_law(self, ours: torch.LongTensor, theirs: torch.LongTensor) -> None:
+        """What holds of tokens that follow the target's law whatever they are."""
+        prompt = 0 if self.case.source == "embeds" else self._width
+        longest = prompt + self.case.options.get("max_new_tokens", LIMIT)
+        vocab_size = self.config.get_text_config().vocab_size
+        right = torch.equal(ours[:, :prompt], theirs[:, :prompt]) and prompt < ours.shape[1] <= longest
+        if not right or not bool(((ours >= 0) & (ours < vocab_size)).all()):
+            raise Fault("mismatch", f"{ours.tolist()} cannot be drawn after {theirs[:, :prompt].tolist()}")
 
     def _check_weights(self) -> None:
         """Whatever it learns from, a sound drafter stays one."""
