@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from dataclasses import replace
@@ -80,7 +79,7 @@ class Service:
         self.drafter.add_callback(self.callback)
         self.state = Path(args.state) / f"{args.task}-{policy}.pt"
         if self.state.exists() and policy != "never" and not args.identity:
-            self.callback.load_state_dict(torch.load(self.state, weights_only=True))
+            self.callback.load_state(self.state)
 
     def answer(self, query: int, prompt_ids: torch.LongTensor, tokens: int) -> dict[str, Any]:
         """One query's figures."""
@@ -113,9 +112,7 @@ class Service:
         last["clock_seconds"] = round(last["clock_seconds"] + self.clock() - used, 4)
         last["events"] += [vars(event) for event in list(self.callback.events)[events:]]
         self.state.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.state.with_suffix(".partial")
-        torch.save(self.callback.state_dict(), partial)
-        os.replace(partial, self.state)
+        self.callback.save_state(self.state)
 
 
 def parse() -> argparse.Namespace:

@@ -44,10 +44,6 @@ METHODS = (
     ("sampled", "walk"),
     ("sampled", "token"),
     ("sampled", "block"),
-    ("independent", "token"),
-    ("independent", "block"),
-    ("paths", "token"),
-    ("paths", "block"),
 )
 
 

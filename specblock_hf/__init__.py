@@ -10,7 +10,8 @@ check_transformers()
 from importlib import import_module  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from .drafters.auto import AutoDrafter, register_drafter  # noqa: E402
+from .drafters.auto import AutoDrafter  # noqa: E402
+from .drafters.common.registry import register_drafter  # noqa: E402
 from .drafters.dflash import BlockDiffusionConfig, BlockDiffusionDrafter  # noqa: E402
 from .drafters.eagle3 import Eagle3Config, Eagle3Drafter  # noqa: E402
 from .drafters.joined import JoinedDrafter  # noqa: E402
@@ -21,6 +22,7 @@ from .drafting.plan import DraftingPlan  # noqa: E402
 from .drafting.statistics import GenerationStatistics  # noqa: E402
 from .generation.hook import install, uninstall  # noqa: E402
 from .old_names import find_old_name, know_old_names  # noqa: E402
+from .version import __version__  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ _ON_USE = {
 }
 
 __all__ = [
+    "__version__",
     "AutoDrafter",
     "BlockDiffusionConfig",
     "BlockDiffusionDrafter",

@@ -105,16 +105,3 @@ def take_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMod
     """
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
-
-
-__all__ = [
-    "CACHE",
-    "HTTP",
-    "NEWEST",
-    "OLDEST",
-    "RELEASE",
-    "check_transformers",
-    "crop",
-    "layer_types",
-    "take_special_tokens",
-]

@@ -54,6 +54,3 @@ def generate_without_hook(
         )
 
     return target.generate(custom_generate=decode, stopping_criteria=stopping_criteria, **kwargs)
-
-
-__all__ = ["generate_without_hook"]

@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What forwards may use of a device."""
+"""Which device, what goes to it, and what forwards may use of it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
 def on_device(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
     """The same from lists, nested as the tensor's dimensions."""
     return upload(torch.tensor(numbers), device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def best_device() -> torch.device:
+    """This machine's accelerator if it has one, otherwise the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 class _WithoutCudnnAttention(ContextDecorator):
@@ -52,13 +63,10 @@ class _WithoutCudnnAttention(ContextDecorator):
 without_cudnn_attention = _WithoutCudnnAttention()
 """
 A context, or a decorator, for every forward over shapes that change from round to round or from batch to batch. For
-masked attention torch prefers cuDNN on Hopper, which plans each new shape: 14 ms a layer forward and 42 backward on an
-H100. What else the user has allowed stays allowed, and nothing changes for a user who has allowed cuDNN alone. The
-backward pass takes the backend of its forward.
+masked attention torch prefers cuDNN on Hopper, which plans each new shape for 14 ms forward and 42 backward (H100,
+torch 2.11). What else the user has allowed stays allowed, and nothing changes for a user who has allowed cuDNN alone.
+The backward pass takes the backend of its forward.
 
 torch keeps this setting for the whole process, so that it is taken back when the last of several threads has left.
 `torch.nn.attention.sdpa_kernel` would restore what it found, which may be what another thread has set for a moment.
 """
-
-
-__all__ = ["without_cudnn_attention"]

@@ -246,7 +246,7 @@ def _plan(dice: Dice, drafter: DrafterKind, samples: bool) -> Plan | None:
     }
     draws = drafter.name in ("specblock", "best first", "third party", "dflash", "jetspec")
     if dice.chance(0.5 if samples and draws else 0.03):
-        fields["draft_sampling"] = dice.choice(["sampled", "independent", "paths"])
+        fields["draft_sampling"] = "sampled"
         fields["verification"] = dice.choice([None, "walk", "token", "block"])
     return Plan(
         fields, dice.choice(["drafter", "call", "part"]) if drafter.joined else dice.choice(["drafter", "call"])

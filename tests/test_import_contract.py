@@ -16,7 +16,8 @@ import specblock_hf
 ROOT = Path(specblock_hf.__file__).parent
 # From the top down. Rooms that share a floor do not know each other.
 FLOORS = (
-    {"", "__main__", "custom_generate", "old_names"},
+    {"", "__main__", "custom_generate"},
+    {"old_names"},
     {"cli"},
     {"evaluation", "adaptation"},
     {"training", "calibration"},
@@ -25,7 +26,7 @@ FLOORS = (
     {"drafting"},
     {"trees", "regeneration"},
     {"data", "checkpoints"},
-    {"compat", "devices"},
+    {"compat", "devices", "version"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # Within drafters: a kind knows itself and what all kinds share. ParallelSpec is EAGLE-3's network, read otherwise.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import cache
-from itertools import permutations, product
+from itertools import permutations
 from math import perm, prod
 
 import torch
@@ -59,9 +59,9 @@ class ToyModel:
     def keep(self, row: int, node: int) -> None:
         pass
 
-    def grow(self, shape: Shape, sampling: str, draw: Draw, batch: int) -> DraftTree:
+    def grow(self, shape: Shape, draw: Draw, batch: int) -> DraftTree:
         """Trees drawn by the real expansion."""
-        growth = SampledGrowth(torch.zeros(batch, dtype=torch.long), self.token_ids, shape, draw, sampling)
+        growth = SampledGrowth(torch.zeros(batch, dtype=torch.long), self.token_ids, shape, draw)
         for forward in range(len(shape.starts)):
             growth.grow(self._laws_of(growth, shape, forward, batch).log())
         return growth.tree()
@@ -87,7 +87,7 @@ class EveryDraw:
         mass (`torch.Tensor` of shape `[B]`): The probability of each row.
     """
 
-    def __init__(self, shape: Shape, sampling: str, size: int):
+    def __init__(self, shape: Shape, size: int):
         self._counts: list[list[int]] = []  # of the draws of every family of siblings, forward by forward
         for forward in range(len(shape.starts)):
             families: dict[int, int] = {}
@@ -95,36 +95,30 @@ class EveryDraw:
                 if shape.laws[node.law][0] == forward:
                     families[node.parent] = families.get(node.parent, 0) + 1
             self._counts.append(list(families.values()))
-        without = sampling == "sampled"
-        self._radices = [
-            prod(perm(size, count) if without else size**count for count in counts) for counts in self._counts
-        ]
+        self._radices = [prod(perm(size, count) for count in counts) for counts in self._counts]
         self._calls = 0
         self.batch = prod(self._radices)
         self.mass = torch.ones(self.batch, dtype=torch.float64)
 
-    def __call__(self, log_probs: torch.Tensor, count: int, independent: bool) -> torch.LongTensor:
+    def __call__(self, log_probs: torch.Tensor, count: int) -> torch.LongTensor:
         number = torch.arange(self.batch) // prod(self._radices[: self._calls]) % self._radices[self._calls]
         tokens = range(log_probs.shape[-1])
         columns = torch.zeros(*log_probs.shape[:2], count, dtype=torch.long)
         for family, needed in enumerate(self._counts[self._calls]):
-            orders = torch.tensor(
-                list(product(tokens, repeat=needed) if independent else permutations(tokens, needed))
-            )
+            orders = torch.tensor(list(permutations(tokens, needed)))
             columns[:, family, :needed] = orders[number % len(orders)]
             number = number // len(orders)
-            self._weigh(log_probs[:, family].exp(), columns[:, family, :needed], independent)
+            self._weigh(log_probs[:, family].exp(), columns[:, family, :needed])
         self._calls += 1
         return columns
 
-    def _weigh(self, law: torch.Tensor, drawn: torch.LongTensor, independent: bool) -> None:
+    def _weigh(self, law: torch.Tensor, drawn: torch.LongTensor) -> None:
         for draw in drawn.split(1, dim=1):
             total = law.sum(-1)
             # Where nothing is left to draw, any column may come.
             chance = torch.where(total > 0, law.gather(1, draw)[:, 0] / total, 1 / law.shape[-1])
             self.mass *= chance
-            if not independent:
-                law = law.scatter(1, draw, 0.0)
+            law = law.scatter(1, draw, 0.0)
 
 
 def row_of(tree: DraftTree, row: int) -> DraftTree:
@@ -150,7 +144,7 @@ def distinct(tree: DraftTree, mass: torch.Tensor) -> list[tuple[DraftTree, float
     return [(row_of(tree, row), part) for row, part in zip(first.tolist(), total.tolist(), strict=True) if part]
 
 
-def all_trees(model: ToyModel, shape: Shape, sampling: str) -> list[tuple[DraftTree, float]]:
+def all_trees(model: ToyModel, shape: Shape) -> list[tuple[DraftTree, float]]:
     """Every tree that can be drawn, with its probability."""
-    draw = EveryDraw(shape, sampling, len(model.token_ids))
-    return distinct(model.grow(shape, sampling, draw, draw.batch), draw.mass)
+    draw = EveryDraw(shape, len(model.token_ids))
+    return distinct(model.grow(shape, draw, draw.batch), draw.mass)

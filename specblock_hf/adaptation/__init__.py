@@ -3,7 +3,8 @@
 """A drafter that learns while it serves; see [`OnlineAdaptationCallback`]."""
 
 from .bandit import AdaptationBandit, Decision
-from .callback import AdaptationEvent, FallMonitor, OnlineAdaptationCallback
+from .callback import AdaptationEvent, OnlineAdaptationCallback
+from .monitor import FallMonitor
 from .updater import DrafterUpdater, UpdateSettings
 
 

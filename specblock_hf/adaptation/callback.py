@@ -4,82 +4,33 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from ..drafting.drafter import DraftingCall, DraftingCallback, TreeDrafter
-from ..drafting.pairs import Pairs, Scored
+from ..checkpoints.saving import save_file_whole
+from ..drafting.drafter import DrafterLock, DraftingCall, DraftingCallback, TreeDrafter
+from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
 from .bandit import Action, AdaptationBandit, Decision
+from .monitor import FallMonitor
+from .state import refuse_unsound_state
 from .updater import DrafterUpdater, UpdateSettings
 from .windows import CallRecorder, Window, WindowBuffer
 
 
-logger = logging.getLogger(__name__)
-
 Policy = Literal["bandit", "always", "never"]
 
 KEPT_DECISIONS = 1000
-LEVEL_WEIGHT = 0.2  # of an interval in the level of tau: slow enough that a slow fall does not pass as the usual
-
-
-class FallMonitor:
-    """
-    Watches the accepted length over intervals of queries and tells when it keeps falling (section 3.4).
-
-    Args:
-        interval (`int`, *optional*, defaults to 8): Queries of an interval; over fewer, tau falls by chance.
-        falls (`int`, *optional*, defaults to 3): Intervals in a row that must have fallen.
-        least_fall (`float`, *optional*, defaults to 0.1):
-            Share of tau that must be lost over them, half of it through the weights: the good ones would lose less on
-            the newest texts. The paper has none, but three falls in a row happen by chance in one of 24 intervals, and
-            texts can be harder than those before.
-    """
-
-    def __init__(self, interval: int = 8, falls: int = 3, least_fall: float = 0.1):
-        self.interval = interval
-        self.falls = falls
-        self.least_fall = least_fall
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was seen."""
-        self.taus: list[float] = []
-        self.level: float | None = None
-        self._queries = self._rounds = self._emitted = 0
-
-    def see(self, emitted: int, rounds: int) -> Literal["open", "held", "fell", "fallen"]:
-        """
-        Take in a query: `"open"` inside of an interval, otherwise whether tau `"held"` its usual level or `"fell"`
-        below it, or has now `"fallen"` from interval to interval too often.
-
-        Args:
-            emitted (`int`): Tokens of the query's rounds.
-            rounds (`int`): Its rounds.
-        """
-        self._queries, self._rounds, self._emitted = self._queries + 1, self._rounds + rounds, self._emitted + emitted
-        if self._queries < self.interval or not self._rounds:
-            return "open"
-        tau = self._emitted / self._rounds
-        level = tau if self.level is None else self.level
-        self.taus, self.level = [*self.taus, tau][-self.falls - 1 :], level + LEVEL_WEIGHT * (tau - level)
-        self._queries = self._rounds = self._emitted = 0
-        falling = all(after < before for before, after in zip(self.taus, self.taus[1:], strict=False))
-        if len(self.taus) > self.falls and falling and tau < (1 - self.least_fall) * self.taus[0]:
-            return "fallen"
-        return "held" if tau >= level else "fell"
 
 
 @dataclass(frozen=True)
@@ -153,6 +104,8 @@ class OnlineAdaptationCallback(DraftingCallback):
         ValueError: An unknown policy or a number out of range.
     """
 
+    optional = True
+
     def __init__(
         self,
         policy: Policy = "bandit",
@@ -190,7 +143,6 @@ class OnlineAdaptationCallback(DraftingCallback):
         self.buffer = WindowBuffer(buffer_bytes)
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.events: deque[AdaptationEvent] = deque(maxlen=KEPT_DECISIONS)
-        self.failure: Exception | None = None
         self.queries = 0
         self.updates = 0
         self._updater: DrafterUpdater | None = None
@@ -199,11 +151,21 @@ class OnlineAdaptationCallback(DraftingCallback):
         self._unpaid = 0.0
         self._pending: Future | None = None
         self._executor: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._lock = DrafterLock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._updater is not None:
+            raise TypeError(
+                "this callback adapts a drafter and cannot be copied or pickled along; copy the drafter, or take the "
+                "callback's state_dict()."
+            )
+        return vars(self)
 
     def on_add(self, drafter: TreeDrafter) -> None:
         if self._updater is not None:
             raise ValueError("this callback adapts a drafter already; make another one for another drafter.")
+        self._process = os.getpid()
         if self.policy == "never":
             return
         self._updater = DrafterUpdater(drafter, self.settings, self.device)
@@ -213,13 +175,14 @@ class OnlineAdaptationCallback(DraftingCallback):
 
     def on_remove(self, drafter: TreeDrafter) -> None:
         self.wait()
-        if self._executor is not None:
+        if self._executor is not None and self._is_here:
             self._executor.shutdown()
 
     def on_generate_begin(self, call: DraftingCall) -> None:
         if self.learns:
             dtype = self.updater.deployed.dtype
-            recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, self.top_k)
+            top_k = min(self.top_k, call.table.vocab_size)
+            recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, top_k)
             call.notes[self] = (recorder, self.clock(), self._busy())
 
     def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
@@ -253,12 +216,17 @@ class OnlineAdaptationCallback(DraftingCallback):
             self.decisions.append(decision)
             self.queries += 1
             if decision.action != "skip":
-                self._start(decision.action)
+                self._start(decision.action, call.table)
 
     @property
     def learns(self) -> bool:
         """Whether it still takes anything in."""
-        return self.policy != "never" and self.failure is None
+        return self.policy != "never" and self.failure is None and self._is_here
+
+    @property
+    def _is_here(self) -> bool:
+        """Not in a forked process, which has neither the thread that trains nor what that was doing."""
+        return self._process == os.getpid()
 
     @property
     def updater(self) -> DrafterUpdater:
@@ -276,7 +244,7 @@ class OnlineAdaptationCallback(DraftingCallback):
     def wait(self) -> None:
         """Let an update that is under way finish."""
         pending = self._pending
-        if pending is not None:
+        if pending is not None and self._is_here:
             pending.result()
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> None:
@@ -296,23 +264,52 @@ class OnlineAdaptationCallback(DraftingCallback):
         """What a service needs to go on after a restart, for `torch.save`: weights and numbers, no text."""
         self.wait()
         with self._lock:
-            return {
-                "updater": self.updater.state_dict(),
-                "bandit": self.bandit.state_dict(),
-                "good": [weight.clone() for weight in self._good],
-                "queries": self.queries,
-                "updates": self.updates,
-            }
+            # A copy: no update begins meanwhile, but the next one would change what is just being written.
+            return deepcopy(
+                {
+                    "updater": self.updater.state_dict(),
+                    "bandit": self.bandit.state_dict(),
+                    "good": self._good,
+                    "queries": self.queries,
+                    "updates": self.updates,
+                }
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was called; the adapted weights come into service."""
+        """
+        Go on from where `state_dict` was called; the adapted weights come into service.
+
+        Raises:
+            ValueError: It is no such state, another drafter's, or holds values that are not finite; nothing has
+                changed.
+        """
+        lacking = {"updater", "bandit", "good", "queries", "updates"} - state.keys()
+        if lacking:
+            raise ValueError(
+                f"this is not the state of an adaptation: it lacks {', '.join(sorted(lacking))}; load what "
+                "state_dict() gave."
+            )
         self.wait()
+        refuse_unsound_state(state["good"])
+        if [weight.shape for weight in state["good"]] != [weight.shape for weight in self.updater.snapshot()]:
+            raise ValueError(
+                "this state's good weights are another drafter's; load it for the drafter that it was saved from."
+            )
         with self._lock:
             self.updater.load_state_dict(state["updater"])
             self.bandit.load_state_dict(state["bandit"])
             self._good, self._candidate = list(state["good"]), None
             self.queries, self.updates = state["queries"], state["updates"]
             self.monitor.reset()
+
+    def save_state(self, path: str | os.PathLike) -> None:
+        """`state_dict` in a file, written whole or not at all."""
+        state = self.state_dict()
+        save_file_whole(path, lambda partial: torch.save(state, partial))
+
+    def load_state(self, path: str | os.PathLike) -> None:
+        """`load_state_dict` of a file that `save_state` wrote; raises as that does."""
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def _decide(self, signal: float, tokens: int, seconds: float, updating: bool) -> Decision:
         if self.policy == "always":
@@ -348,22 +345,24 @@ class OnlineAdaptationCallback(DraftingCallback):
         # In service when the next interval begins; good if that interval holds.
         self._candidate = self.updater.snapshot() if self.updates else None
 
-    def _start(self, scope: Literal["head", "full"]) -> None:
-        query, steps = self.queries, self.updater.draw(self.buffer)
+    def _start(self, scope: Literal["head", "full"], table: TokenTable) -> None:
+        query, steps, held = self.queries, self.updater.draw(self.buffer), self.buffer.newest(1)
         if self._executor is None:
             began = self.clock()
-            self._update(scope, steps, query, None)
+            self._update(scope, steps, held, table, query, None)
             self._unpaid = self.clock() - began
             return
         device, ready = self.updater.device, None
         if device.type == "cuda":
             ready = torch.cuda.current_stream(device).record_event()
-        self._pending = self._executor.submit(self._update, scope, steps, query, ready)
+        self._pending = self._executor.submit(self._update, scope, steps, held, table, query, ready)
 
     def _update(
         self,
         scope: Literal["head", "full"],
         steps: list[list[Window]],
+        held: list[Window],
+        table: TokenTable,
         query: int,
         ready: torch.cuda.Event | None,
     ) -> None:
@@ -376,17 +375,10 @@ class OnlineAdaptationCallback(DraftingCallback):
                 side.wait_event(ready)
                 stream = torch.cuda.stream(side)
             with stream:
-                numbers = updater.train(scope, steps)
-            if not all(map(math.isfinite, numbers.values())):
-                raise ValueError(f"the {scope} update of query {query} ended in {numbers}, which is not finite")
-            updater.publish()
+                numbers = updater.update(scope, steps, held, table)
         except Exception as error:
-            self.failure = error
             self.events.append(AdaptationEvent("failed", query, scope))
-            logger.exception("The drafter stops learning and serves on with the weights that it has.")
+            self.fail(error)
             return
         self.updates += 1
         self.events.append(AdaptationEvent("updated", query, scope, time.perf_counter() - began, **numbers))
-
-
-__all__ = ["AdaptationEvent", "FallMonitor", "OnlineAdaptationCallback", "Policy"]

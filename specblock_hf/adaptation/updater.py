@@ -7,6 +7,7 @@ Training the second copy of a drafter on what the target has just said, and brin
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,16 +19,16 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..devices import without_cudnn_attention
-from ..drafters.eagle3.modeling import Eagle3Model
-from ..drafters.specblock.modeling import SpecBlockModel
+from ..checkpoints.loading import unsound
+from ..devices import synchronize, without_cudnn_attention
 from ..drafting.drafter import TreeDrafter
+from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
 from ..training.batches import draft_ids_of
+from .state import differences, refuse_unsound_state
 from .windows import Window, WindowBuffer, collate
 
 
-PREDICTS_AT_ONCE = (SpecBlockModel, Eagle3Model)  # whose first forward is known for all places of a text together
 DRIFT_ROWS = 256  # predictions of a text on which the drift is estimated: each is a row over the draft vocabulary
 
 
@@ -102,7 +103,7 @@ class DrafterUpdater:
                 f"{type(drafter).__name__} has no weights that could learn; adapt a drafter with weights, or leave "
                 "the callback out."
             )
-        if settings.drift_weight and not isinstance(self.deployed, PREDICTS_AT_ONCE):
+        if settings.drift_weight and not self.deployed.predicts_at_once:
             raise ValueError(
                 f"the drift of a {type(self.deployed).__name__} from what it was cannot be measured; pass "
                 "settings=UpdateSettings(drift_weight=0.0)."
@@ -126,14 +127,49 @@ class DrafterUpdater:
         """What an update will train on: the windows of every step."""
         return buffer.draw(self.settings.steps, self.settings.batch_tokens, self.random)
 
+    def update(
+        self,
+        scope: Literal["head", "full"],
+        steps: Sequence[Sequence[Window]],
+        held: Sequence[Window] = (),
+        table: TokenTable | None = None,
+    ) -> dict[str, float]:
+        """
+        Train and bring into service. What fails is rolled back: all copies are then what is in service.
+
+        Args:
+            scope (`str`): As in `train`.
+            steps (sequence of sequences of [`Window`]): As in `train`.
+            held (sequence of [`Window`], *optional*): As in `publish`.
+            table ([`TokenTable`], *optional*): As in `train`.
+
+        Returns:
+            `dict[str, float]`: As `train`.
+
+        Raises:
+            ValueError: The update ended in values that are not finite.
+        """
+        try:
+            numbers = self.train(scope, steps, table)
+            if not all(map(math.isfinite, numbers.values())):
+                raise ValueError(f"the {scope} update ended in {numbers}, which is not finite.")
+            self.publish(held, table)
+        except Exception:
+            self._begin_from(self.snapshot())
+            raise
+        return numbers
+
     @without_cudnn_attention
-    def train(self, scope: Literal["head", "full"], steps: Sequence[Sequence[Window]]) -> dict[str, float]:
+    def train(
+        self, scope: Literal["head", "full"], steps: Sequence[Sequence[Window]], table: TokenTable | None = None
+    ) -> dict[str, float]:
         """
         Train the second copy for one update; the first one is not touched.
 
         Args:
             scope (`str`): `"head"` trains what comes after the decoder layers, `"full"` everything.
             steps (sequence of sequences of [`Window`]): From `draw`.
+            table ([`TokenTable`], *optional*): The target's, for drafters that predict with its head.
 
         Returns:
             `dict[str, float]`: `loss`, the mean over the steps, and `drift`, at the first one.
@@ -150,13 +186,14 @@ class DrafterUpdater:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast))
             for windows in steps:
-                batch = collate(windows, self.draft_ids, torch.float32)
+                batch = collate(windows, self.draft_ids, torch.float32, table)
                 loss = self.trained.loss(batch, settings.objective, generator=self.generator)["loss"]
                 losses.append(loss.detach())
                 if settings.drift_weight and len(losses) == 1:
                     drift = self._drift(windows[:1])
                     loss = loss + len(steps) * settings.drift_weight * drift
-                loss.backward()
+                # Of nothing else: the target's head may be on the way, and it is not ours to leave gradients in.
+                loss.backward(inputs=self.trained.parameters_of(scope))
                 nn.utils.clip_grad_norm_(self.trained.parameters_of(scope), settings.max_grad_norm)
                 self.steps_taken += 1
                 for group in self.optimizer.param_groups:
@@ -167,10 +204,25 @@ class DrafterUpdater:
                     self._average(self.averaged.parameters_of(scope), self.trained.parameters_of(scope), None)
         return {"loss": float(torch.stack(losses).mean()), "drift": float(drift.detach())}
 
-    def publish(self) -> None:
-        """Bring what was learned into service, between two drafts."""
-        learned = self.trained if self.averaged is None else self.averaged
-        self._write(self.deployed, learned.parameters_of("full"))
+    def publish(self, held: Sequence[Window] = (), table: TokenTable | None = None) -> None:
+        """
+        Bring what was learned into service, between two drafts, if a drafter with these weights can draft.
+
+        Args:
+            held (sequence of [`Window`], *optional*): Texts for which its predictions have to be finite.
+            table ([`TokenTable`], *optional*): As in `train`.
+
+        Raises:
+            ValueError: The weights, in the precision of the drafter in service, or its predictions are not finite.
+        """
+        learned, candidate = self.trained if self.averaged is None else self.averaged, self._copy()
+        self._write(candidate, learned.parameters_of("full"))
+        broken = unsound(dict(candidate.named_parameters()))
+        if broken:
+            raise ValueError(f"what was learned is not finite, or absurdly large, in {', '.join(broken)}.")
+        if held and not math.isfinite(self._loss_of(candidate, held, table)):
+            raise ValueError("what was learned predicts values that are not finite.")
+        self._write(self.deployed, candidate.parameters_of("full"))
 
     def snapshot(self) -> list[torch.Tensor]:
         """A copy of the weights that are in service."""
@@ -184,10 +236,7 @@ class DrafterUpdater:
             weights (sequence of `torch.Tensor`): From `snapshot`.
         """
         self._write(self.deployed, weights)
-        for learning in (self.trained, self.averaged):
-            if learning is not None:
-                self._write(learning, weights)
-        self.optimizer, self.steps_taken = self._new_optimizer(), 0
+        self._begin_from(weights)
 
     def share_kept(self, weights: Sequence[torch.Tensor], windows: Sequence[Window]) -> float | None:
         """
@@ -202,7 +251,7 @@ class DrafterUpdater:
             began a round that drafts a chain by one forward. `None` without texts, and for drafters other than
             SpecBlock's and EAGLE-3's.
         """
-        if not windows or not isinstance(self.deployed, PREDICTS_AT_ONCE):
+        if not windows or not self.deployed.predicts_at_once:
             return None
         # Copies of both, because updates may have a device of their own.
         now, then = self._copy(), self._copy()
@@ -248,7 +297,13 @@ class DrafterUpdater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was called, and bring those weights into service."""
+        """
+        Go on from where `state_dict` was called, and bring those weights into service.
+
+        Raises:
+            ValueError: They are another drafter's, or hold values that are not finite; nothing has changed.
+        """
+        self._refuse(state)
         self.trained.load_state_dict(state["trained"])
         if self.averaged is not None:
             # A service that did not average so far has no average to go on from.
@@ -258,6 +313,27 @@ class DrafterUpdater:
         self.random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["random"]))
         self.generator.set_state(state["generator"])
         self.publish()
+
+    def _refuse(self, state: dict[str, Any]) -> None:
+        for theirs in filter(None, (state["trained"], state["averaged"])):
+            other = differences(self.trained.state_dict(), theirs)
+            if other:
+                raise ValueError(
+                    f"this state is another drafter's: they differ in {', '.join(sorted(other))}; load it for the "
+                    "drafter that it was saved from."
+                )
+        refuse_unsound_state(state)
+
+    def _begin_from(self, weights: Sequence[torch.Tensor]) -> None:
+        for learning in (self.trained, self.averaged):
+            if learning is not None:
+                self._write(learning, weights)
+        self.optimizer, self.steps_taken = self._new_optimizer(), 0
+
+    def _loss_of(self, drafter: Any, windows: Sequence[Window], table: TokenTable | None) -> float:
+        batch, generator = collate(windows, self.draft_ids, drafter.dtype, table), torch.Generator()
+        with torch.inference_mode(False), torch.no_grad():
+            return float(drafter.loss(batch, self.settings.objective, generator=generator)["loss"])
 
     def _drift(self, windows: Sequence[Window]) -> torch.Tensor:
         """KL(drafter before deployment || trained copy) of the first forward's predictions, a sample of them."""
@@ -282,8 +358,7 @@ class DrafterUpdater:
 
     def _copy(self) -> Any:
         with torch.inference_mode(False), torch.no_grad():
-            # Without its listeners, one of which may be the one that adapts it.
-            return deepcopy(self.deployed, {id(self.deployed.callbacks): ()}).to(self.device).eval()
+            return deepcopy(self.deployed).to(self.device).eval()
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         settings, weights = self.settings, self.trained.parameters_of("full")
@@ -296,10 +371,10 @@ class DrafterUpdater:
         """Copy weights into a drafter in place. Under its lock nobody drafts, so that nobody sees half of it."""
         with drafter.lock, torch.inference_mode(False), torch.no_grad():
             # Neither may a draft that is still running on the device, whoever's stream it is on.
-            _synchronize(drafter.device)
+            synchronize(drafter.device)
             for parameter, new in zip(drafter.parameters_of("full"), weights, strict=True):
                 parameter.copy_(new)
-            _synchronize(drafter.device)
+            synchronize(drafter.device)
 
 
 def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> torch.Tensor:
@@ -312,8 +387,3 @@ def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> t
     before = batch.tokens[:, (pairs[0, :, None] + 1 + slots).clamp_max(batch.tokens.shape[1] - 1)]
     before = before.masked_fill(slots == 0, -1).flatten()[rows]
     return drafter.draft_logits(hidden.flatten(0, -2)[rows], before)[1].float()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..drafting.pairs import Pairs, Scored
+from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..drafting.target_batch import TargetBatch
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
@@ -243,7 +243,9 @@ def _fitting(windows: list[Window], tokens: int) -> list[Window]:
     return chosen
 
 
-def collate(windows: Sequence[Window], draft_ids: torch.LongTensor, dtype: torch.dtype) -> TargetBatch:
+def collate(
+    windows: Sequence[Window], draft_ids: torch.LongTensor, dtype: torch.dtype, table: TokenTable | None = None
+) -> TargetBatch:
     """
     Windows as a batch of the trainer's kind. The first token of a window is not known and no objective looks at it.
 
@@ -252,6 +254,7 @@ def collate(windows: Sequence[Window], draft_ids: torch.LongTensor, dtype: torch
         draft_ids (`torch.LongTensor` of shape `[vocab_size]`):
             Draft id of every target id, -1 outside the draft vocabulary. The batch is made on its device.
         dtype (`torch.dtype`): Of embeddings and features.
+        table ([`TokenTable`], *optional*): The target's, for drafters that predict with its head.
     """
     lengths = torch.tensor([len(window) + 1 for window in windows])
     shape = (len(windows), int(lengths.max()))
@@ -271,4 +274,4 @@ def collate(windows: Sequence[Window], draft_ids: torch.LongTensor, dtype: torch
         top_ids[row, 1 : pairs + 1] = torch.where(ids >= 0, draft_ids[ids.clamp_min(0)], -1)
         top_probs[row, 1 : pairs + 1] = window.top_probs
         scored[row, 1 : pairs + 1] = ids[:, 0] >= 0
-    return TargetBatch(tokens, embeds, features, lengths.to(device), top_ids, top_probs, scored)
+    return TargetBatch(tokens, embeds, features, lengths.to(device), top_ids, top_probs, scored, table)

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..compat import CACHE
+from ..devices import synchronize
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import Pairs, Scored
 from ..drafting.plan import DraftingPlan, Limits
@@ -70,6 +72,7 @@ def calibrate(
     apply: bool = True,
     batch_size: int = 1,
     prompts: Sequence[torch.LongTensor] | None = None,
+    progress: bool = False,
 ) -> Calibration:
     """
     Measure what verifying n nodes and drafting cost on this machine, and choose the plan that pays. In a large batch
@@ -92,6 +95,7 @@ def calibrate(
         batch_size (`int`, *optional*, defaults to 1): Texts that are decoded together.
         prompts (sequence of `torch.LongTensor` of shape `[1, T]`, *optional*):
             Texts to try plans on, like those that will come, in batches of `batch_size`; what fills none is left out.
+        progress (`bool`, *optional*, defaults to `False`): Show bars on the standard error stream.
 
     Returns:
         [`Calibration`]: Keep it, or its `curves`, and pass the plan to another process as `drafter.drafting_plan`, or
@@ -103,13 +107,13 @@ def calibrate(
     drafter.check_target(target)
     probe = _Probe(target, drafter, context, batch_size)
     with torch.no_grad():
-        probe.measure(repeats)
+        probe.measure(repeats, progress)
     curves, acceptance = probe.curves(), drafter.acceptance()
     tried: tuple[tuple[DraftingPlan, float], ...] = ()
     plan, speedup = choose_plan(curves, acceptance)
     if prompts is not None:
         plans = shortlist(curves, acceptance)
-        tried = tuple(zip(plans, try_plans(target, drafter, plans, prompts, batch_size), strict=True))
+        tried = tuple(zip(plans, try_plans(target, drafter, plans, prompts, batch_size, progress), strict=True))
         plan, speedup = _fastest(tried)
     if apply:
         drafter.drafting_plan = plan
@@ -152,10 +156,13 @@ class _Probe:
         }
         self._seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
 
-    def measure(self, repeats: int) -> None:
+    def measure(self, repeats: int, progress: bool = False) -> None:
         """Measure until the figures agree, and warn if they never do."""
-        for _ in range(ATTEMPTS):
-            self._measure_once((repeats + 1) * max(len(NODES), len(self.measured)))
+        count = (repeats + 1) * max(len(NODES), len(self.measured))
+        for number in range(ATTEMPTS):
+            what = f"measuring rounds of {self.drafter.label}{' again, as times differ' if number else ''}"
+            with tqdm(total=count, desc=what, unit="round", disable=not progress) as bar:
+                self._measure_once(count, bar)
             if self.spread() <= NOISY:
                 return
         warnings.warn(
@@ -196,7 +203,7 @@ class _Probe:
         seconds = sorted(self._seconds[part, size][1:])
         return seconds[len(seconds) // 4]
 
-    def _measure_once(self, count: int) -> None:
+    def _measure_once(self, count: int, bar: tqdm) -> None:
         """Take steps of plain `generate()` and so many rounds, one between every two steps."""
         started: float | None = None
 
@@ -205,7 +212,8 @@ class _Probe:
             ended = self._now()
             if started is not None:  # the first call ends the prompt
                 self._seconds["plain", 0].append(ended - started)
-            next(rounds, None)
+            if next(rounds, None):
+                bar.update()
             started = self._now()
 
         settings = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "max_time": None}
@@ -218,8 +226,8 @@ class _Probe:
                 **settings,
             )
 
-    def _rounds(self, count: int) -> Generator[None, None, None]:
-        """So many rounds, which note the seconds of their parts."""
+    def _rounds(self, count: int) -> Generator[int, None, None]:
+        """So many rounds, counted from one, which note the seconds of their parts."""
         kwargs = {
             "attention_mask": None,
             "position_ids": torch.arange(self.context, device=self.target.device).expand_as(self.ids),
@@ -243,7 +251,7 @@ class _Probe:
                 scored = self._timed("verify", nodes, scorer.score, tree)
                 turn = number // len(NODES)
                 pairs = self._timed("host", 0, self._finish_round, scorer, tree, scored, turn)
-                yield
+                yield number + 1
 
     def _all(self, value: Any) -> tuple[Any, ...]:
         """The same for every text."""
@@ -269,8 +277,7 @@ class _Probe:
 
     def _now(self) -> float:
         """The time when the device has done all that it was given."""
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
+        synchronize(self.target.device)
         return time.perf_counter()
 
     def _tree(self, nodes: int) -> DraftTree:
@@ -291,6 +298,3 @@ def _rising(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...
         most = min(most, seconds)
         curve.append((size, most))
     return tuple(reversed(curve))
-
-
-__all__ = ["Calibration", "calibrate"]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..drafting.drafter import TreeDrafter
@@ -70,6 +71,7 @@ def try_plans(
     plans: Sequence[DraftingPlan],
     prompts: Sequence[torch.LongTensor],
     batch_size: int = 1,
+    progress: bool = False,
 ) -> list[float]:
     """
     Each plan's tokens per second over those of plain `generate()`. A batch is answered by all of them before the next
@@ -82,6 +84,7 @@ def try_plans(
         plans (sequence of [`DraftingPlan`]): What to try.
         prompts (sequence of `torch.LongTensor` of shape `[1, T]`): At least one batch of them.
         batch_size (`int`, *optional*, defaults to 1): Texts that are decoded together.
+        progress (`bool`, *optional*, defaults to `False`): Show a bar on the standard error stream.
 
     Raises:
         ValueError: There are fewer prompts than rows in a batch.
@@ -92,7 +95,8 @@ def try_plans(
         settings.pad_token_id = 0
     sides: list[DraftingPlan | None] = [None, *plans]
     tokens, seconds = [0] * len(sides), [0.0] * len(sides)
-    for batch in batches_of([ids.to(target.device) for ids in prompts], batch_size, settings.pad_token_id):
+    batches = batches_of([ids.to(target.device) for ids in prompts], batch_size, settings.pad_token_id)
+    for batch in tqdm(batches, desc=f"trying plans of {drafter.label}", unit="batch", disable=not progress):
         spent: list[list[float]] = [[] for _ in sides]
         made = [0] * len(sides)
         for repeat in range(REPEATS):
@@ -116,6 +120,3 @@ def _answer(
     output = target.generate(**batch, generation_config=config, assistant_model=helper).cpu()  # waits for the device
     took = time.perf_counter() - start
     return took, sum(map(len, answers(output[:, batch["input_ids"].shape[1] :], config.eos_token_id)))
-
-
-__all__ = ["answers", "batches_of", "padded", "try_plans"]

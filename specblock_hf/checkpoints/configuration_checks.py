@@ -41,6 +41,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rms_norm_eps", "attention_dropout", "confidence_threshold"), (0, 1)),
     **dict.fromkeys(("input_embedding_scale", "output_multiplier"), (-1e6, 1e6)),
     "final_logit_softcapping": (1e-3, 1e6),
+    "initializer_range": (0, 100),
 }
 _LISTS: dict[str, tuple[type, float, float]] = {
     "feature_layers": (int, -1, 4096),
@@ -186,6 +187,3 @@ def _is_list(values: Any, kind: type, low: float, high: float, nan: bool = False
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-__all__ = ["CheckedConfig", "refusing_misfits"]

@@ -42,27 +42,6 @@ WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safet
 """Patterns of the files that weights are written to, one of which would be read in place of the others."""
 
 
-@contextmanager
-def _explained(path: Path, name: object) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # every format fails in its own way, and some name ways around the check
-        if path.suffix == ".safetensors":
-            raise ValueError(f"The weights of {name} are damaged ({error}); download them again.") from error
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors, so it is not loaded ({type(error).__name__}); download it "
-            "again, or convert it to safetensors where you trust it."
-        ) from None
-
-
-def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        raise TypeError
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few numbers that pass for many
-        raise ValueError
-    return tensor.clone()
-
-
 @dataclass(frozen=True)
 class DrafterFiles:
     """

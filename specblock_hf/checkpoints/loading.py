@@ -118,9 +118,12 @@ class StrictPreTrainedModel(HubModel):
                     f"{name} is not a {cls.__name__} checkpoint (model_type {found!r}); load it with AutoDrafter, "
                     "which knows the kinds and layouts."
                 )
+            # What to load weights as is not what the configuration says of them.
+            wanted: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
             config, kwargs = cls.config_class.from_dict(
                 described.config, name_or_path=os.fspath(name), return_unused_kwargs=True, **kwargs
             )
+            kwargs |= wanted
         # Before anything is read or built that is as large as the file or the configuration says.
         cls._refuse_misfits(name, config, files.shapes())
         return cls.from_tensors(name, config, files.tensors(), *args, **kwargs)

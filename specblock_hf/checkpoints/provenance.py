@@ -19,7 +19,7 @@ PACKAGES = ("specblock_hf", "transformers", "torch", "huggingface_hub", "safeten
 _ONE_VALUE = (
     *("target", "data", "drafter", "init-from", "draft-vocab-size", "views", "eval-examples", "output", "epochs"),
     *("batch-tokens", "learning-rate", "warmup-ratio", "max-grad-norm", "held-out", "max-length", "log-steps"),
-    *("save-steps", "eval-steps", "mixed-precision", "gradient-accumulation", "seed"),
+    *("save-steps", "eval-steps", "mixed-precision", "gradient-accumulation", "seed", "max-seconds"),
 )
 _SEVERAL = {"greedy-only": 0, "cpu": 0, "betas": 2, "config": None, "objective": None, "eval-budgets": None}
 RECORDED: Mapping[str, Mapping[str, int | None]] = {
@@ -93,6 +93,3 @@ def published(value: str) -> str:
         return value if _NUMBERS.fullmatch(number) else name
     # Both kinds of separators, whatever this system's are.
     return PureWindowsPath(value).name or os.curdir
-
-
-__all__ = ["provenance", "published", "recorded_command"]

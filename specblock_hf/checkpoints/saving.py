@@ -84,6 +84,3 @@ def _move_in(written: Path, files: list[Path], folder: Path, obsolete: tuple[str
 def _to_disk(path: Path) -> None:
     with path.open("r+b") as file:
         os.fsync(file.fileno())
-
-
-__all__ = ["save_file_whole", "save_folder_whole", "save_text_whole"]

@@ -8,24 +8,13 @@ command with its message alone, because that is what the library raises for bad 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from specblock_command import COMMANDS, command_line
 
-COMMANDS = {
-    "demo": ("specblock_hf.cli.demo", "answer six prompts with and without a drafter, and compare"),
-    "doctor": ("specblock_hf.cli.doctor", "check a target and a drafter, and whether using them pays on this machine"),
-    "regenerate": ("specblock_hf.cli.regenerate", "write a target's answers to prompts, to train a drafter on"),
-    "train": ("specblock_hf.cli.train", "train a drafter on the target's own answers"),
-    "generate": ("specblock_hf.cli.generate", "stream the answer to one prompt"),
-    "bench": ("specblock_hf.cli.bench", "time drafters and transformers' own helpers side by side"),
-    "inspect": ("specblock_hf.cli.inspect", "say what a drafter is and whether it fits a target"),
-    "convert": ("specblock_hf.cli.convert", "write a drafter in another layout"),
-    "push": ("specblock_hf.cli.push", "upload a drafter with its card to the Hub"),
-}
-"""Subcommand to (module, one line of help)."""
+from ..version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,14 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: The exit status.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="specblock", description="SpecBlock drafters for transformers' generate().")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name in arguments[:1]:
-            module = import_module(module_name)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+    parser, commands = command_line(COMMANDS, __version__)
+    for name in commands.keys() & set(arguments[:1]):
+        module = import_module(COMMANDS[name][0])
+        module.add_arguments(commands[name])
+        commands[name].set_defaults(run=module.run)
     args = parser.parse_args(arguments)
     try:
         return args.run(args) or 0

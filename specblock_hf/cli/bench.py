@@ -29,7 +29,7 @@ from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
 from ..evaluation.summary import summarise
 from .demo import PROMPTS
-from .models import DEFAULT_DRAFTER, encode, load_target
+from .models import DEFAULT_DRAFTER, add_device, add_dtype, encode, load_target
 
 
 OWN = "specblock"
@@ -67,13 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", type=comma_separated, default=[], metavar="NAME,...", help="humaneval, mtbench, gsm8k")
     add("--gsm8k", metavar="FILE", help="JSON lines of GSM8K, which no package carries")
     add("--prompts", metavar="FILE", help="JSON lines of your own: prompt, question or turns")
-    add("--temperature", type=float, nargs="+", default=[0.0], help="default: 0")
+    add("--temperature", type=float, nargs="+", default=[0.0], help="0 is greedy (default: 0)")
     add("--max-new-tokens", type=int, default=128, help="of every answer (default: %(default)s)")
     add("--limit", type=int, help="prompts of each suite, evenly spaced (default: all)")
     add("--repeats", type=int, default=3, help="times that every answer is made (default: %(default)s)")
     add("--seed", type=int, default=0, help="of sampled answers (default: %(default)s)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the target (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_dtype(parser)
+    add_device(parser)
     add("--output", required=True, metavar="DIR", help="a run that was interrupted goes on there")
     add("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw PNGs (default: yes)")
 
@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     # Written for the demo, and in none of the suites.
     trials = [encode(tokenizer, text, target.device) for _, text in PROMPTS[:TRIALS]]
     setting = folder.open(
-        conditions(args, target, methods), lambda: choose_plans(methods, target, dict(args.plan), trials)
+        conditions(args, target, methods),
+        lambda known: choose_plans(methods, target, dict(args.plan), trials, known, progress=True),
     )
     apply_plans(methods, setting["plans"])
     rows = folder.rows(units, len(methods))

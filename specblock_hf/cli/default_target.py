@@ -209,6 +209,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-__all__ = ["DEFAULT_TARGET", "load_default_target"]

@@ -36,15 +36,16 @@ def run(args: argparse.Namespace) -> int:
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
     if not args.plan:
-        print(describe_calibration(calibrate(target, drafter)))
+        print(describe_calibration(calibrate(target, drafter, progress=True)))
     prompt_ids = encode(tokenizer, prompt, target.device)
     settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
     plain = ask(target, tokenizer, prompt_ids, **settings)
     drafted = ask(target, tokenizer, prompt_ids, drafter, **settings)
     step, figures = plain.seconds / plain.new_tokens, drafted.statistics
     speedup = drafted.tokens_per_second / plain.tokens_per_second
-    print("\n".join(diagnose(step, figures, speedup)))
-    return int(speedup <= 1)
+    drafts = drafter.drafting_plan.tree_budget > 0
+    print("\n".join(diagnose(step, figures, speedup, drafts)))
+    return int(speedup <= 1 or not drafts)
 
 
 def describe_reading(target: PreTrainedModel, drafter: TreeDrafter) -> str:
@@ -55,7 +56,7 @@ def describe_reading(target: PreTrainedModel, drafter: TreeDrafter) -> str:
     return f"{drafter.label} reads what leaves {', '.join(states) or 'no layer'} of the target's {depth} layers"
 
 
-def diagnose(step: float, figures: GenerationStatistics, speedup: float) -> list[str]:
+def diagnose(step: float, figures: GenerationStatistics, speedup: float, drafts: bool = True) -> list[str]:
     """
     What a round costs, what it yields, and the verdict.
 
@@ -63,10 +64,15 @@ def diagnose(step: float, figures: GenerationStatistics, speedup: float) -> list
         step (`float`): Seconds of plain decoding for one token.
         figures ([`GenerationStatistics`]): Of a call with the drafter.
         speedup (`float`): Tokens per second with the drafter over those without.
+        drafts (`bool`, *optional*, defaults to `True`):
+            Rounds may draft; if calibration has found that nothing pays, a difference is noise.
 
     Returns:
         `list[str]`: The lines to print.
     """
+    plain = f"one plain step: {1000 * step:.1f} ms"
+    if not drafts:
+        return [plain, "use it here? no, generate() is as fast without it"]
     if not figures.rounds:
         return ["no round was timed because the answer ended at once; give a larger --max-new-tokens"]
     parts = [
@@ -78,7 +84,7 @@ def diagnose(step: float, figures: GenerationStatistics, speedup: float) -> list
         f"yes, about {speedup:.2f}x" if speedup > 1 else f"no, {speedup:.2f}x is not faster than plain generate()"
     )
     return [
-        f"one plain step: {1000 * step:.1f} ms",
+        plain,
         f"one round: {draft + verify + host:.1f} ms (draft {draft:.1f}, verify {verify:.1f}, host {host:.1f}; "
         f"{figures.nodes_verified / figures.rounds:.0f} nodes)",
         f"a round yields {figures.tau:.2f} tokens and costs as much as {even:.2f} plain steps",

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
     add_model_arguments(parser)
     parser.add_argument("--prompt", required=True, help="what to ask")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of the answer (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,16 +17,16 @@ from ..evaluation.trace import TracedRound, trace_round, trace_there
 from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of
 from .demo import PROMPTS
-from .models import encode, load_target
+from .models import add_dtype, encode, load_target
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the options that only a trace has."""
     add = group.add_argument
     add("--against", metavar="DRAFTER", help="folder or Hub id of another drafter, traced at the same place")
-    add("--prompt", default=PROMPTS[0][1], help="default: the first one of `specblock demo`")
+    add("--prompt", default=PROMPTS[0][1], help="what to ask (default: the first one of `specblock demo`)")
     add("--round", type=int, default=1, help="whose tree to draw (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    add("--max-new-tokens", type=int, default=128, help="of the answer (default: %(default)s)")
     add(
         "--plan",
         type=plan_of,
@@ -36,7 +36,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         help="how much a round drafts; given twice, the second is the other drafter's (default: each one's own)",
     )
     add("--lookup", action="store_true", help="add continuations found in the text so far to the trees")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the target (default: %(default)s)")
+    add_dtype(group)
     add("--picture", nargs="+", default=[], metavar="FILE", help="draw the trees too: .svg or .png")
 
 

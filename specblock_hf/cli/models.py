@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ..devices import best_device, synchronize
 from ..drafters.auto import AutoDrafter
 from ..drafters.joined import JoinedDrafter
 from ..drafters.lookup import LookupDrafter
@@ -23,6 +24,9 @@ from .default_target import DEFAULT_TARGET, load_default_target
 
 DEFAULT_DRAFTER = Path(__file__).parents[2] / "model_cards" / "specblock-smollm2-135m-instruct"
 """The trained drafter for the default target, which lies in the repository and not in the installed package."""
+
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
@@ -53,11 +57,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = Fals
         metavar=("NODES", "FORWARDS", "STARTS"),
         help="how much a round drafts (default: calibrated, or the drafter's own)",
     )
+    add_dtype(parser)
+    add_device(parser)
+
+
+def add_dtype(parser: argparse._ActionsContainer, default: str = "float32") -> None:
+    """Add `--dtype`."""
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help="of the target (default: %(default)s)")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Add `--device`, the best one of this machine if it is not said."""
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the target (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+        "--device", default=str(best_device()), help="where to run (default: %(default)s, the best here)"
     )
 
 
@@ -148,7 +160,7 @@ def ask(
         **generate_kwargs: For `generate()`.
     """
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    _synchronize(target.device)
+    synchronize(target.device)
     start = time.perf_counter()
     ids = target.generate(
         prompt_ids,
@@ -157,14 +169,9 @@ def ask(
         streamer=streamer,
         **generate_kwargs,
     )
-    _synchronize(target.device)
+    synchronize(target.device)
     seconds = time.perf_counter() - start
     statistics = GenerationStatistics()
     if drafter is not None and drafter.last_statistics is not None:
         statistics = drafter.last_statistics
     return Answer(ids, ids.shape[1] - prompt_ids.shape[1], seconds, statistics)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

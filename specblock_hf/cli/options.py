@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -20,17 +22,26 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, required: str) -> No
         kind (`type`): The dataclass; fields are numbers, strings, or lists or tuples of them.
         required (`str`): The field without a default, a folder.
     """
-    hints = get_type_hints(kind)
+    hints, says = get_type_hints(kind), descriptions(kind)
     for field in dataclasses.fields(kind):
+        words = says.get(field.name, "").replace("%", "%%")
+        text = f"{words} (default: %(default)s)".lstrip()
         name, hint = "--" + field.name.replace("_", "-").removesuffix("-dir"), hints[field.name]
         if field.name == required:
-            parser.add_argument(name, dest=field.name, required=True, help="folder of checkpoints, log and drafter")
+            parser.add_argument(name, dest=field.name, required=True, help=words)
         elif field.default_factory is not dataclasses.MISSING:
-            parser.add_argument(name, type=get_args(hint)[0], nargs="+", default=field.default_factory())
+            parser.add_argument(name, type=get_args(hint)[0], nargs="+", default=field.default_factory(), help=text)
         elif isinstance(field.default, tuple):
-            parser.add_argument(name, type=float, nargs=len(field.default), default=field.default)
+            parser.add_argument(name, type=float, nargs=len(field.default), default=field.default, help=text)
         else:
-            parser.add_argument(name, type=hint, default=field.default, help="default: %(default)s")
+            parser.add_argument(name, type=hint, default=field.default, help=text)
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """What the docstring of a class says of each argument, in the Hugging Face format."""
+    _, _, listing = inspect.cleandoc(kind.__doc__).partition("Args:\n")
+    entries = re.finditer(r"^    (\w+) \(.*?\):\s(.*?)(?=^    \w|^\S|\Z)", listing, re.MULTILINE | re.DOTALL)
+    return {entry[1]: " ".join(entry[2].split()).removesuffix(".") for entry in entries}
 
 
 def read_pairs(pairs: Sequence[str], known: Sequence[str], option: str) -> dict[str, Any]:

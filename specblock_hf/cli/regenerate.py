@@ -27,7 +27,7 @@ from ..regeneration.answering import Answering, Prompt, groups_of
 from ..regeneration.prompts import Shares, evaluation_digests, read_prompts
 from ..regeneration.server import ENGINES, Server, ServerAnswering
 from .default_target import DEFAULT_TARGET
-from .models import load_target
+from .models import add_dtype, load_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = parser.add_argument_group("answering here; several processes under `accelerate launch` share the prompts")
     here.add_argument("--batch-size", type=int, default=128, help="most prompts at once (default: %(default)s)")
     here.add_argument("--batch-tokens", type=int, default=65536, help="most tokens of their cache (%(default)s)")
-    here.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default: %(default)s")
-    here.add_argument("--device", help="default: this process's GPU, or cpu")
+    add_dtype(here, "bfloat16")
+    here.add_argument("--device", help="where to run (default: this process's GPU, or cpu)")
     there = parser.add_argument_group("asking a server instead that speaks OpenAI's chat protocol")
     there.add_argument("--server", metavar="URL", help="up to and including /v1")
     there.add_argument("--model", help="its name for the target (default: the name of --target)")

@@ -47,9 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-map", help="spread the target over devices, such as `auto`; one process only")
     parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
     kinds = trainable_drafters()
-    parser.add_argument("--drafter", choices=sorted(kinds), default="specblock", help="default: %(default)s")
+    parser.add_argument(
+        "--drafter", choices=sorted(kinds), default="specblock", help="its kind (default: %(default)s)"
+    )
     parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
-    parser.add_argument("--draft-vocab-size", type=int, default=16384, help="default: %(default)s")
+    parser.add_argument(
+        "--draft-vocab-size", type=int, default=16384, help="tokens that the drafter can say (default: %(default)s)"
+    )
     parser.add_argument(
         "--config",
         nargs="+",

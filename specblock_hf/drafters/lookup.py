@@ -184,6 +184,3 @@ class LookupDrafter(TreeDrafter):
                 log_probs.append(log_chance)
                 parent = len(tokens) - 1
         return tokens, parents, log_probs
-
-
-__all__ = ["LookupDrafter"]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .pairs import Pairs, Scored, TokenTable
     from .statistics import GenerationStatistics
 
+import logging
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from ..trees.verification import Walk
     from .target_batch import TargetBatch
 
+
+logger = logging.getLogger(__name__)
 
 BUDGET, CPU_BUDGET = 60, 12
 """Nodes of a tree where nothing else is said: a verified node is almost free on a GPU and costs real time on a CPU."""
@@ -73,9 +77,25 @@ class DraftingCall:
 class DraftingCallback:
     """
     Listens to the calls of the drafters that it was added to; see [`~TreeDrafter.add_callback`]. Every hook does
-    nothing unless a subclass says otherwise. Hooks run in the thread that decodes, and what they raise ends the call:
-    a hook that may fail deals with it itself. They must not change what they are shown.
+    nothing unless a subclass says otherwise. Hooks run in the thread that decodes and must not change what they are
+    shown.
+
+    Attributes:
+        optional (`bool`):
+            What happens when a hook raises. `False`, as here: the call ends with that error. `True`, as for the
+            callbacks of this package: it is logged once, the callback hears of no call any more, and the call goes on,
+            because nobody's text may be lost to a figure about it.
+        failure (`Exception`, *optional*): What ended an optional callback.
     """
+
+    optional: bool = False
+    failure: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Hear of no call from now on; the first error is logged."""
+        if self.failure is None:
+            self.failure = error
+            logger.error("%s has failed and is off from now on; calls go on.", type(self).__name__, exc_info=error)
 
     def on_add(self, drafter: TreeDrafter) -> None:
         """It was added to a drafter."""
@@ -158,16 +178,22 @@ class DraftState:
 
 
 class DrafterLock:
-    """A re-entrant lock that copies as a fresh one, so that a drafter stays deep-copyable and picklable."""
+    """
+    A re-entrant lock that copies as a fresh one, so that what has it stays deep-copyable and picklable. A forked
+    process has one of its own: a thread that held it at that moment is not there to let it go.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._by_process: dict[int, threading.RLock] = {}
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        process = os.getpid()
+        # `setdefault` is atomic: threads that come first together get the same lock.
+        lock = self._by_process.get(process) or self._by_process.setdefault(process, threading.RLock())
+        lock.acquire()
 
     def __exit__(self, *exc_info: object) -> None:
-        self._lock.release()
+        self._by_process[os.getpid()].release()
 
     def __deepcopy__(self, memo: dict) -> DrafterLock:
         return DrafterLock()
@@ -186,8 +212,8 @@ class TreeDrafter(ABC):
             the output of decoder layer i - 1, and the number of layers the state after the final norm.
             Where that depends on the target's depth, see `feature_layers_for`.
         drafting_plan ([`DraftingPlan`], *optional*):
-            How much a round drafts; `None` asks `default_plan`. A call's own `generation_config.drafting_plan` goes
-            first.
+            How much a round drafts; set to `None`, the default for where the drafter is. A call's own
+            `generation_config.drafting_plan` goes first.
         compiled_rounds ([`CompiledRounds`], *optional*):
             Made by [`compile_rounds`]; `None` runs everything uncompiled.
         last_statistics ([`GenerationStatistics`], *optional*):
@@ -199,6 +225,12 @@ class TreeDrafter(ABC):
             Held around `propose` and around any in-place change of the weights. Every drafter has one from the start.
         can_sample (`bool`): Whether it can draw trees, see [`DraftingPlan`].
         callbacks (`tuple` of [`DraftingCallback`]): Who listens to its calls; see `add_callback`.
+        predicts_at_once (`bool`):
+            Whether one call of the network with embeddings, projected features and positions of a text gives what the
+            first forward of a round would at each of its places, `[B, T, K, d]`.
+
+    A copy, pickled ones included, has the configuration, weights and drafting plan. Who listens to the original, what
+    was compiled for it and what its last call did stay with the original.
     """
 
     config: PreTrainedConfig
@@ -210,12 +242,17 @@ class TreeDrafter(ABC):
     last_statistics: GenerationStatistics | None = None
     can_sample: bool = False
     callbacks: tuple[DraftingCallback, ...] = ()
+    predicts_at_once: bool = False
+    _not_copied: tuple[str, ...] = ("callbacks", "compiled_rounds", "last_statistics")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         drafter = super().__new__(cls)
         # Here, so that it is there whatever a subclass does in its `__init__`, and is one whichever thread asks first.
         vars(drafter)["lock"] = DrafterLock()
         return drafter
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._not_copied}
 
     @property
     def label(self) -> str:

@@ -138,6 +138,3 @@ class Limits:
         return replace(
             self, nodes=tuple(self.nodes[row] for row in rows), depth=tuple(self.depth[row] for row in rows)
         )
-
-
-__all__ = ["DraftingPlan", "Limits", "Verification"]

@@ -104,6 +104,3 @@ def _laws_within(tree: DraftTree, width: int) -> DraftLaws | None:
     if not count or laws.log_probs.shape != shape or laws.rows.shape != tree.tokens.shape:
         return None
     return replace(laws, rows=laws.rows[:, :width].long().clamp(-1, count - 1))
-
-
-__all__ = ["propose", "scored_nodes", "within"]

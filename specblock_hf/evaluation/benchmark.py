@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoints.saving import save_text_whole
 from ..data.examples import render_prompt
 from ..data.suites import EvaluationPrompt
+from ..devices import synchronize
 from ..drafting.drafter import DraftingCall, DraftingCallback, TreeDrafter
 from ..drafting.statistics import GenerationStatistics
 from ..trees.tree import DraftTree
@@ -138,11 +139,11 @@ def answer(
     def generate() -> Run:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            _synchronize(target.device)
+            synchronize(target.device)
             start = time.perf_counter()
             mask = torch.ones_like(prompt_ids)
             ids = target.generate(prompt_ids, attention_mask=mask, **settings, **method.options)
-            _synchronize(target.device)
+            synchronize(target.device)
             return Run(ids[0, prompt_ids.shape[1] :].tolist(), time.perf_counter() - start)
 
     if method.drafter is not None:
@@ -285,13 +286,16 @@ class ResultFolder:
         self.answers = self.folder / "answers.jsonl"
         self._setting = self.folder / "setting.json"
 
-    def open(self, conditions: Mapping[str, Any], plan: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def open(
+        self, conditions: Mapping[str, Any], plan: Callable[[Container[str]], Iterable[tuple[str, Any]]]
+    ) -> dict[str, Any]:
         """
         Begin, or go on with what was begun under the same conditions.
 
         Args:
             conditions (mapping): What decides the figures, ready for JSON.
-            plan (`Callable`): Makes the methods' plans; called only if there are none yet.
+            plan (`Callable`):
+                Told which methods have plans, makes those of the others; each is kept as it comes.
 
         Returns:
             `dict`: `conditions` and `plans`.
@@ -308,11 +312,18 @@ class ResultFolder:
                     f"{self.folder} holds a benchmark with {changed[0]} = {before.get(changed[0])!r} and this one has "
                     f"{now.get(changed[0])!r}; give another --output, or the same options to go on with it."
                 )
-            return setting
-        setting = {"conditions": dict(conditions), "plans": dict(plan())}
+        else:
+            setting = {"conditions": dict(conditions), "plans": {}}
+        for name, chosen in plan(setting["plans"].keys()):
+            setting["plans"][name] = chosen
+            self._save(setting)
+        if not self._setting.exists():
+            self._save(setting)
+        return setting
+
+    def _save(self, setting: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_text_whole(self._setting, json.dumps(setting, indent=1) + "\n")
-        return setting
 
     def rows(self, units: Sequence[Unit], num_methods: int) -> list[Row]:
         """The rows of the units that are complete; what a crash has left of another one is taken out of the file."""
@@ -351,11 +362,3 @@ def median_seconds(row: Row) -> float:
 
 def _key(row: Row) -> tuple[str, str, float]:
     return row["suite"], row["prompt"], row["temperature"]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-__all__ = ["Benchmark", "DraftRows", "Method", "ResultFolder", "Run", "Unit", "answer", "evenly", "median_seconds"]

@@ -151,6 +151,3 @@ def _generate(target: PreTrainedModel, prompt_ids: torch.LongTensor, seed: int, 
         torch.manual_seed(seed)
         defaults = {"attention_mask": torch.ones_like(prompt_ids)}
         return target.generate(prompt_ids, **(defaults | kwargs | {"return_dict_in_generate": False}))
-
-
-__all__ = ["Divergence", "divergence_between", "first_difference", "first_divergence", "plain_margins"]

@@ -161,6 +161,3 @@ def grow_as(drafter: TreeDrafter, tree: str) -> None:
         config.branching = [width] * len(config.branching)
         tree = "rank_guided"
     config.expansion = tree
-
-
-__all__ = ["PLAIN", "TREES", "Method", "MethodLoader", "grow_as"]

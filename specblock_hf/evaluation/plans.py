@@ -6,7 +6,7 @@ The plan that each drafter is compared with: the best one for it alone, which tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +26,24 @@ def choose_plans(
     target: PreTrainedModel,
     given: Mapping[str, DraftingPlan],
     trials: Sequence[torch.LongTensor],
-) -> dict[str, dict[str, Any]]:
+    known: Container[str] = (),
+    progress: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Give every tree drafter its plan: the one that is given, or the one that answers the trial prompts fastest.
+    Give every tree drafter its plan: the one that is given, or the one that answers the trial prompts fastest. One
+    after the other, as they are asked for, because each takes minutes.
 
     Args:
         methods (sequence of [`Method`]): Their drafters are changed.
         target ([`~transformers.PreTrainedModel`]): Where and as it will run.
         given (mapping of `str` to [`DraftingPlan`]): Plans by the method's name.
         trials (sequence of `torch.LongTensor` of shape `[1, T]`): Prompts that are not among those to be measured.
+        known (container of `str`, *optional*): Methods whose plans have been chosen before.
+        progress (`bool`, *optional*, defaults to `False`): Show bars on the standard error stream.
 
-    Returns:
-        `dict[str, dict]`: For each method with a drafter its `plan` (nodes, forwards, starts) and where it is from,
-        ready for JSON.
+    Yields:
+        `tuple[str, dict]`: Of each other method with a drafter the name, and the `plan` (nodes, forwards, starts) with
+        where it is from, ready for JSON.
 
     Raises:
         ValueError: A plan is given to a method that is not there or has no drafter.
@@ -50,16 +55,16 @@ def choose_plans(
             f"a plan is given to {strangers[0]!r}, which is none of the methods with a tree drafter "
             f"({', '.join(drafting) or 'there are none'}); give it to one of them."
         )
-    notes: dict[str, dict[str, Any]] = {}
     for name, method in drafting.items():
+        if name in known:
+            continue
         if name in given:
-            method.drafter.drafting_plan, notes[name] = given[name], {"from": "given"}
+            method.drafter.drafting_plan, note = given[name], {"from": "given"}
         elif name == "lookup":
-            method.drafter.drafting_plan, notes[name] = LOOKUP_PLAN, {"from": "default"}
+            method.drafter.drafting_plan, note = LOOKUP_PLAN, {"from": "default"}
         else:
-            notes[name] = _calibrated(target, method, trials)
-        notes[name]["plan"] = _listed(method.drafter.drafting_plan)
-    return notes
+            note = _calibrated(target, method, trials, progress)
+        yield name, note | {"plan": _listed(method.drafter.drafting_plan)}
 
 
 def apply_plans(methods: Sequence[Method], notes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -69,8 +74,10 @@ def apply_plans(methods: Sequence[Method], notes: Mapping[str, Mapping[str, Any]
             method.drafter.drafting_plan = DraftingPlan(*notes[method.name]["plan"])
 
 
-def _calibrated(target: PreTrainedModel, method: Method, trials: Sequence[torch.LongTensor]) -> dict[str, Any]:
-    calibration = calibrate(target, method.drafter, prompts=trials)
+def _calibrated(
+    target: PreTrainedModel, method: Method, trials: Sequence[torch.LongTensor], progress: bool
+) -> dict[str, Any]:
+    calibration = calibrate(target, method.drafter, prompts=trials, progress=progress)
     # Without figures of its own a drafter's plans are few, which whoever reads the result should know.
     measured = method.drafter.network.config.to_dict().get("acceptance") is not None
     return {
@@ -84,6 +91,3 @@ def _calibrated(target: PreTrainedModel, method: Method, trials: Sequence[torch.
 
 def _listed(plan: DraftingPlan) -> list[int | None]:
     return [plan.tree_budget, plan.num_forwards, plan.max_starts]
-
-
-__all__ = ["apply_plans", "choose_plans"]

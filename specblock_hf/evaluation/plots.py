@@ -109,6 +109,3 @@ def draw_acceptance(axes: Axes, figures: Mapping[str, Any]) -> None:
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize="small")
-
-
-__all__ = ["draw_benchmark", "require_matplotlib"]

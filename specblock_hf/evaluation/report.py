@@ -145,6 +145,3 @@ def _number(value: float | None, form: str = "{:.2f}") -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-__all__ = ["markdown"]

@@ -191,6 +191,3 @@ def _compare_with_eagle3(methods: list[dict[str, Any]]) -> None:
             continue
         names = [name for name in ("draft_ms", "rows", "draft_share") if ours[name] is not None and reference[name]]
         method["to_eagle3"] = {name: ours[name] / reference[name] for name in names}
-
-
-__all__ = ["summarise"]

@@ -107,6 +107,3 @@ def trace_there(
         **generate_kwargs: For `generate()`, such as `max_new_tokens`.
     """
     return trace_round(target, drafter, other.prefix, 1, **generate_kwargs)
-
-
-__all__ = ["TracedRound", "trace_round", "trace_there"]

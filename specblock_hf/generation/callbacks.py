@@ -36,28 +36,34 @@ class Listeners(DraftingCallback):
         self.callbacks = callbacks
 
     def on_generate_begin(self, call: DraftingCall) -> None:
-        for callback in self.callbacks:
-            callback.on_generate_begin(call)
+        self._tell("on_generate_begin", call)
 
     def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
-        for callback in self.callbacks:
-            callback.on_prompt(call, pairs)
+        self._tell("on_prompt", call, pairs)
 
     def on_draft(self, call: DraftingCall, tree: DraftTree) -> None:
-        for callback in self.callbacks:
-            callback.on_draft(call, tree)
+        self._tell("on_draft", call, tree)
 
     def on_verify(self, call: DraftingCall, tree: DraftTree, scored: Scored) -> None:
-        for callback in self.callbacks:
-            callback.on_verify(call, tree, scored)
+        self._tell("on_verify", call, tree, scored)
 
     def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
-        for callback in self.callbacks:
-            callback.on_commit(call, tree, scored, walk, pairs)
+        self._tell("on_commit", call, tree, scored, walk, pairs)
 
     def on_generate_end(self, call: DraftingCall) -> None:
+        self._tell("on_generate_end", call)
+
+    def _tell(self, hook: str, call: DraftingCall, *what: Any) -> None:
         for callback in self.callbacks:
-            callback.on_generate_end(call)
+            if callback.failure is not None:
+                continue
+            try:
+                getattr(callback, hook)(call, *what)
+            except Exception as error:
+                if not callback.optional:
+                    raise
+                call.notes.pop(callback, None)
+                callback.fail(error)
 
 
 def call_figures(statistics: GenerationStatistics) -> dict[str, float]:
@@ -85,6 +91,8 @@ class StatisticsLogger(DraftingCallback):
         level (`int`, *optional*, defaults to `logging.INFO`): Of the lines.
     """
 
+    optional = True
+
     def __init__(self, level: int = logging.INFO):
         self.level = level
 
@@ -108,6 +116,8 @@ class JsonlTrace(DraftingCallback):
     Args:
         path (`str` or `Path`): The file; it is created with its folders, and added to if it exists.
     """
+
+    optional = True
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -144,6 +154,8 @@ class TrackerCallback(DraftingCallback):
         prefix (`str`, *optional*, defaults to `"drafting/"`): Before every name.
     """
 
+    optional = True
+
     def __init__(self, tracker: Tracker, prefix: str = "drafting/"):
         self.tracker = tracker
         self.prefix = prefix
@@ -153,6 +165,3 @@ class TrackerCallback(DraftingCallback):
         figures = {f"{self.prefix}{name}": value for name, value in call_figures(call.statistics).items()}
         self.tracker.log(figures, step=self.calls)
         self.calls += 1
-
-
-__all__ = ["JsonlTrace", "StatisticsLogger", "TrackerCallback"]

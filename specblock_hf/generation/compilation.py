@@ -397,6 +397,3 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """What the next replay of a CUDA graph does not overwrite."""
     return tensor.clone() if tensor.is_cuda else tensor
-
-
-__all__ = ["CompiledNetwork", "CompiledRounds", "CompiledTarget", "compile_rounds"]

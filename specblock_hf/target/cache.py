@@ -120,6 +120,17 @@ class TargetCache:
         if self.visible is not None:
             self.visible = self.visible[:, :-1]
 
+    def empty(self) -> None:
+        """Forget what the layers hold, because the target reads all of it again."""
+        self.secure(0)
+        for layer in self.cache.layers:
+            if self.static:
+                layer.cumulative_length.zero_()
+            elif layer.keys is not None:
+                layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]
+                if layer.is_sliding:
+                    layer.cumulative_length = 0
+
     def end(self, kept: bool, broken_off: bool) -> None:
         """
         Give the cache its own layers back.

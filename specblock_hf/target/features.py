@@ -86,6 +86,3 @@ class FeatureTaps:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-__all__ = ["FeatureTaps", "decoder_layers", "tap"]

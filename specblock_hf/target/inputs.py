@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from ..compat import CACHE
 from .cache import check_cache
+from .support import starting_over
 
 
 _HANDLED = {
@@ -36,6 +38,30 @@ _OF_PROMPT = {
 _OF_TOKENS = {"mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"}
 # What training leaves in a configuration and no forward here wants: some cannot have it together with a tree's mask.
 _OF_TRAINING = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+@dataclass
+class Rereading:
+    """
+    A text that is read again when it is over a length.
+
+    Args:
+        length (`int`): The last one that goes on with what was read before.
+        ids (`torch.LongTensor` of shape `[1, P]`): The prompt.
+        beside (`dict`): What the target's forward gets beside ids and positions.
+        emitted (`list` of `torch.LongTensor` of shape `[1, E]`): The tokens after it, round by round.
+    """
+
+    length: int
+    ids: torch.LongTensor
+    beside: dict[str, Any]
+    emitted: list[torch.LongTensor] = field(default_factory=list)
+
+    def inputs(self) -> dict[str, Any]:
+        """Of the forward that reads the whole text."""
+        ids = torch.cat((self.ids.to(self.emitted[0].device), *self.emitted), dim=1)
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        return {"input_ids": ids, "position_ids": positions, "use_cache": True} | self.beside
 
 
 def without_training_flags(target: PreTrainedModel) -> dict[str, bool]:
@@ -126,6 +152,22 @@ class TargetInputs:
             kept[name] = torch.zeros_like(last) if name == "mm_token_type_ids" else last
         return self._off | kept
 
+    def rereading(self, all_visible: bool) -> Rereading | None:
+        """
+        What this call reads again and where, if it does. A prompt that has a part only in the cache, or none as ids,
+        is nothing that plain decoding could read again; behind padding it does so too early for it to matter.
+        """
+        length, width = starting_over(self._target), self.cached + self.new
+        if length is None or len(self.ids) > 1 or self.ids.shape[1] < width or not all_visible:
+            return None
+        if width > length and 0 < self.cached <= length:
+            raise ValueError(
+                f"{type(self._target).__name__} reads a text again from its beginning when it is over {length} "
+                f"tokens, and of this prompt the cache holds {self.cached} already; pass it without a cache."
+            )
+        more = {name: self._kwargs[name] for name in ("logits_to_keep",) if name in self._kwargs}
+        return Rereading(length, self.ids, {CACHE: self.cache} | self._off | more)
+
     def _check(self) -> None:
         known = _HANDLED | _OF_PROMPT | _OF_TOKENS
         unknown = sorted(name for name, value in self._kwargs.items() if value is not None and name not in known)
@@ -155,6 +197,3 @@ class TargetInputs:
                 "by one token or more, or pass a longer prompt."
             )
         return new
-
-
-__all__ = ["TargetInputs", "without_training_flags"]

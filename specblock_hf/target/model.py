@@ -102,6 +102,7 @@ class TargetModel:
         self._next_position = inputs.last_positions(self.device) + 1
         self._limits = rope_limits(target)
         self._ahead = int(self._next_position.max()) - width if self._limits else 0
+        self._rereading = inputs.rereading(visible is None) if self._limits else None
         self._scored = 1
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
         self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
@@ -138,6 +139,8 @@ class TargetModel:
 
     def depth(self) -> int | None:
         """Most levels that the next tree may have below its root; `None` for as many as one likes."""
+        if self._rereads():
+            return 0
         depths = [limit.depth(self._committed.width + self._ahead) for limit in self._limits]
         return min((depth for depth in depths if depth is not None), default=None)
 
@@ -149,7 +152,13 @@ class TargetModel:
             remaining (`int`): Most tokens that a row may emit.
         """
         if self._limits:
-            check_length(self.target, self._inputs.last_positions(self.device), self._inputs.cached, remaining)
+            check_length(self.target, self._inputs.last_positions(self.device), remaining)
+        again, width = self._rereading, self._committed.width
+        if again is not None and width <= again.length < width + remaining - 1 and self._outputs.flags:
+            raise ValueError(
+                f"{type(self.target).__name__} reads a text again from its beginning when it is over {again.length} "
+                "tokens, of which output_hidden_states and output_attentions are not handed back; leave them out."
+            )
 
     def pauses(self) -> bool:
         """Whether the next tree can only be a root although later ones can be more."""
@@ -207,6 +216,8 @@ class TargetModel:
         """
         if self._index is not None:
             tree = replace(tree, tokens=tree.tokens[self._index], parents=tree.parents[self._index])
+        if self._rereads():
+            return self._read_again()
         size = self._compiled and self._compiled.size_for(tree.tokens.shape[1])
         if size:
             return self._score_compiled(tree, size)
@@ -219,6 +230,19 @@ class TargetModel:
             use_cache=True,
             **{CACHE: self.cache},
             **self._inputs.of_tree(depths.shape[1], self._rows) | self._outputs.flags,
+        )
+
+    def _rereads(self) -> bool:
+        """Whether plain decoding would read the whole text again at the next root."""
+        return self._rereading is not None and self._committed.width == self._rereading.length
+
+    def _read_again(self) -> Scored:
+        """Read the whole text, of which the last token counts as the scored root."""
+        self._scored = 1
+        self._committed.empty()
+        scored = self._forward(**self._rereading.inputs())
+        return replace(
+            scored, logits=scored.logits[:, -1:], features=tuple(feature[:, -1:] for feature in scored.features)
         )
 
     def _node_ids(self, tree: DraftTree) -> torch.LongTensor:
@@ -248,6 +272,8 @@ class TargetModel:
         tokens, lengths = kept.tokens, kept.lengths
         if self._index is not None:
             tokens, lengths = tokens[self._index], lengths[self._index]
+        if self._rereading is not None:
+            self._rereading.emitted.append(tokens[:, : int(walk.lengths.max())])
         last = tokens.gather(1, (lengths - 1).clamp_min(0).unsqueeze(1))
         grown = lengths.unsqueeze(1)
         self._last = torch.where(grown > 0, last, self._last)

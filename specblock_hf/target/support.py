@@ -180,14 +180,13 @@ def rope_limits(target: PreTrainedModel) -> list[RopeLimit]:
     return limits
 
 
-def check_length(target: PreTrainedModel, last: torch.LongTensor, cached: int, remaining: int) -> None:
+def check_length(target: PreTrainedModel, last: torch.LongTensor, remaining: int) -> None:
     """
-    Refuse calls that cross a [`RopeLimit`] where rounds of drafts cannot.
+    Refuse batches that cross a [`RopeLimit`], and say where drafts end.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): The call's.
         last (`torch.LongTensor` of shape `[B]`): Position of each prompt's last token.
-        cached (`int`): Tokens that a continued cache holds.
         remaining (`int`): Most tokens that a row may emit.
 
     Raises:
@@ -195,21 +194,13 @@ def check_length(target: PreTrainedModel, last: torch.LongTensor, cached: int, r
     """
     name = type(target).__name__
     for limit in rope_limits(target):
-        nearest, furthest = int(last.min()), int(last.max())
-        if furthest + remaining - 1 < limit.length:
+        if int(last.max()) + remaining - 1 < limit.length:
             continue
-        beyond = limit.changes_once and nearest >= limit.length
-        if len(last) > 1 and not beyond:
+        if len(last) > 1 and not (limit.changes_once and int(last.min()) >= limit.length):
             raise ValueError(
                 f"the rotary positions of {name} change for a whole batch when its longest text is over "
                 f"{limit.length} tokens, which the rows of a drafted batch are not at the same time; call generate() "
                 "for each prompt, or keep prompts and max_new_tokens within that length."
-            )
-        if cached <= limit.length and (cached or not beyond) and _starts_over(target, limit.length):
-            raise ValueError(
-                f"{name} reads a text again from its beginning when it is over {limit.length} tokens, which rounds of "
-                "drafts do not; keep prompt and max_new_tokens within that length, or pass a longer prompt without a "
-                "cache, or drop assistant_model."
             )
         if not limit.changes_once:
             logger.warning_once(
@@ -218,11 +209,14 @@ def check_length(target: PreTrainedModel, last: torch.LongTensor, cached: int, r
             )
 
 
-def _starts_over(target: PreTrainedModel, length: int) -> bool:
-    """Whether plain decoding gives the cache up when a text crosses this length."""
-    ids = torch.zeros(1, length + 1, dtype=torch.long, device=target.device)
-    inputs = target.prepare_inputs_for_generation(ids, **{CACHE: DynamicCache(config=target.config)})
-    return inputs.get(CACHE) is None
-
-
-__all__ = ["RopeLimit", "check_length", "check_target", "rope_limits"]
+def starting_over(target: PreTrainedModel) -> int | None:
+    """
+    The length over which plain decoding gives its cache up and reads the whole text again, once: that of a text which
+    it has read by the frequencies of short ones. `None` for most targets.
+    """
+    for limit in rope_limits(target):
+        ids = torch.zeros(1, limit.length + 1, dtype=torch.long, device=target.device)
+        inputs = target.prepare_inputs_for_generation(ids, **{CACHE: DynamicCache(config=target.config)})
+        if inputs.get(CACHE) is None:
+            return limit.length
+    return None

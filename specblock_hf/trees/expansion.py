@@ -58,29 +58,44 @@ class BlockOutputs:
 
 def children_by_parent(
     logits: torch.Tensor,
-    gains: Callable[[torch.LongTensor], torch.Tensor],
+    gains: Callable[[torch.LongTensor, torch.LongTensor | None], torch.Tensor],
     width: int,
     token_ids: torch.LongTensor,
     first_level: int = 0,
+    candidates: int | None = None,
 ) -> Children:
     """
     The `width` best tokens below every node by logits of its slot and what they gain from the node's own token.
 
     Args:
         logits (`torch.Tensor` of shape `[B, S, K, D]`): Of every slot, whatever comes before.
-        gains (`Callable`): Turns tokens before `[B, F]` into what logits gain from them `[B, F, D]`.
+        gains (`Callable`):
+            Turns tokens before `[B, F]` and some logits' indices `[B, F, C]` (`None` for all D) into what those logits
+            gain.
         width (`int`): Children of a node.
         token_ids (`torch.LongTensor` of shape `[D]`): The target id of every logit.
         first_level (`int`, *optional*, defaults to 0): The first slot whose logits gain something.
+        candidates (`int`, *optional*):
+            Only so many of a slot's largest logits gain something and become children, at a cost that does not depend
+            on D; all other tokens keep their weight. All of them if not given.
     """
+    ids, rest = None, logits.new_full(logits.shape[:3], -torch.inf, dtype=torch.float32)
+    if candidates is not None and candidates < logits.shape[-1]:
+        total = logits.float().logsumexp(-1)
+        logits, ids = logits.topk(candidates, dim=-1)
+        share = (logits.float().logsumexp(-1) - total).exp()
+        rest = total + (1 - share).clamp_min(0).log()
 
     def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        picked = logits[:, :, level].gather(1, rows.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+        index = rows.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+        picked = logits[:, :, level].gather(1, index)
+        chosen = None if ids is None else ids[:, :, level].gather(1, index)
         if level >= first_level:
-            picked = picked + gains(tokens)
+            picked = picked + gains(tokens, chosen)
         best = picked.topk(width, dim=-1)
-        log_probs = best.values.float() - picked.float().logsumexp(-1, keepdim=True)
-        return token_ids[best.indices], log_probs
+        total = torch.logaddexp(picked.float().logsumexp(-1), rest[:, :, level].gather(1, rows))
+        found = best.indices if chosen is None else chosen.gather(2, best.indices)
+        return token_ids[found], best.values.float() - total.unsqueeze(-1)
 
     return children
 

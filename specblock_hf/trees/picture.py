@@ -191,6 +191,3 @@ def _short(text: str) -> str:
     """A token's text with its spaces and line ends visible, its end cut off if it is long."""
     shown = repr(text)[1:-1].replace(" ", "\u2423")
     return shown if len(shown) <= LONGEST_TEXT else f"{shown[: LONGEST_TEXT - 1]}…"
-
-
-__all__ = ["TreePanel", "draw_tree", "place_nodes", "save_trees"]

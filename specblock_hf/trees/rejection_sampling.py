@@ -24,12 +24,6 @@ https://huggingface.co/papers/2505.12398, for a tree). `"token"` decides a child
 min(1, w(x) / Q(x)) with a = 1, and then goes on below it as from a root (recursive rejection sampling,
 https://huggingface.co/papers/2402.14160 for siblings without replacement).
 
-Siblings that were drawn independently, k of them, are not tried one after another against what is left but all
-against the same share of w (K-SEQ of SpecTr, https://huggingface.co/papers/2310.15141, at both levels): with
-m = min(w / r, Q) and b = |m| each is tried with min(1, w(x) / (r Q(x))); one of them is accepted in a share
-c = 1 - (1 - b)^k of all cases, and the smallest r >= 1 with c <= r b is taken, so that m c / b <= w is what they pay.
-If all are rejected, (w - m c / b) / (1 - c) is owed.
-
 Not here: greedy block verification, which accepts longer prefixes at the price of a *changed* target law for the
 following tokens. What it owes would have to live on between rounds, in the tokens that the next round drafts, and
 every processor and stopping rule in between would see it.
@@ -215,8 +209,7 @@ class _RowVerification:
             left[token] = (left[token] - 1).clamp_min(0)
             owed.settle(left)
         if q is not None:
-            attempt = self._independent if self._laws.independent else self._without_replacement
-            yield from attempt(drawn, q.to(owed.mass.device), owed)
+            yield from self._without_replacement(drawn, q.to(owed.mass.device), owed)
 
     def _without_replacement(self, drawn: list[int], q: torch.Tensor, owed: _Owed) -> Iterator[tuple[int, float]]:
         for child in drawn:
@@ -228,19 +221,6 @@ class _RowVerification:
             owed.settle((owed.mass - q).clamp_min(0))
             q[token] = 0
             q = q / q.sum()
-
-    def _independent(self, drawn: list[int], q: torch.Tensor, owed: _Owed) -> Iterator[tuple[int, float]]:
-        ratio = _smallest_ratio(owed.mass, q, len(drawn))
-        share = torch.minimum(owed.mass / ratio, q)
-        total = float(share.sum())
-        for child in drawn:
-            token = self._tokens[child]
-            weight = float(owed.mass[token] / (ratio * q[token]))
-            if math.isfinite(weight):
-                yield child, min(1.0, weight)
-        if total > 0:
-            accepted = 1 - (1 - total) ** len(drawn)
-            owed.settle((owed.mass - share * (accepted / total)).clamp_min(0))
 
     def _owed(self, node: int, weight: float) -> _Owed:
         path = [self._tokens[inner] for inner in self._path(node)[1:]]
@@ -261,24 +241,3 @@ class _RowVerification:
         while self._parents[nodes[-1]] >= 0:
             nodes.append(self._parents[nodes[-1]])
         return nodes[::-1]
-
-
-def _smallest_ratio(owed: torch.Tensor, q: torch.Tensor, count: int) -> float:
-    """
-    r of K-SEQ for a mass and a law `[V]`: the smallest from 1 to `count` with 1 - (1 - b)^count <= r b. Found by
-    halving, from above: every r that fulfils the condition keeps the law.
-    """
-    drawable = q > 0
-    owed, q = owed[drawable], q[drawable]
-
-    def pays(ratio: float) -> bool:
-        total = float(torch.minimum(owed / ratio, q).sum())
-        return 1 - (1 - total) ** count <= ratio * total
-
-    if pays(1.0):
-        return 1.0
-    low, high = 1.0, float(count)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if pays(middle) else (middle, high)
-    return high

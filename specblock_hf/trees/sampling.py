@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -26,17 +26,11 @@ from .expansion import Starts
 from .tree import DraftLaws, DraftTree
 
 
-DraftSampling = Literal["topk", "sampled", "independent", "paths"]
-"""
-How the tokens of a tree are chosen: the likeliest; drawn, siblings without replacement; siblings drawn independently,
-repeats kept; independent paths, merged where they begin alike.
-"""
+DraftSampling = Literal["topk", "sampled"]
+"""How the tokens of a tree are chosen: the likeliest, or drawn, siblings without replacement."""
 
-Draw = Callable[[torch.Tensor, int, bool], torch.LongTensor]
-"""
-`draw(log_probs, count, independent)`: columns `[B, P, count]` drawn from laws `[B, P, D]`, the siblings of a node in
-order.
-"""
+Draw = Callable[[torch.Tensor, int], torch.LongTensor]
+"""`draw(log_probs, count)`: columns `[B, P, count]` drawn from laws `[B, P, D]`, the siblings of a node in order."""
 
 LARGEST_LOGIT = 1e4
 """More than any network says, and little enough to be divided by a temperature."""
@@ -167,32 +161,6 @@ def tree_shape(
     return _laid_out(grown)
 
 
-@lru_cache(maxsize=256)
-def path_shape(
-    budget: int, depth: int, block_size: int, num_forwards: int = 1, max_starts: int | None = None
-) -> Shape:
-    """
-    Paths side by side, as long as at least three of them fit.
-
-    Args:
-        budget (`int`): Nodes below the root.
-        depth (`int`): Depth of the deepest node.
-        block_size (`int`): Slots K of a forward; a later forward goes on where the slots end.
-        num_forwards (`int`, *optional*, defaults to 1): Forwards of the drafter.
-        max_starts (`int`, *optional*):
-            Most rows of a forward after the first, without which the other paths end; `None` for all.
-    """
-    length = min(depth, block_size * num_forwards, max(1, budget // 3))
-    grown: list[tuple[int, int, tuple[int, int, int]]] = [(-1, -1, (0, 0, -1))]
-    for path in range(budget // length):
-        goes_on = max_starts is None or path < max_starts
-        for step in range(length if goes_on else min(length, block_size)):
-            forward, slot = divmod(step, block_size)
-            parent, sibling = (len(grown) - 1, 0) if step else (0, path)
-            grown.append((parent, sibling, (forward, path if forward else 0, slot)))
-    return _laid_out(grown)
-
-
 def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
     """A shape of nodes (parent, sibling, law), with the starts that nothing grows from left out."""
     children: dict[int, list[int]] = {}
@@ -222,19 +190,6 @@ def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
     return Shape(tuple(nodes), tuple(laws), tuple(tuple(rows[row] for row in sorted(rows)) for rows in starts))
 
 
-class ShapeLimits(Protocol):
-    """What a shape needs of [`Limits`]."""
-
-    @property
-    def nodes(self) -> tuple[int, ...]: ...
-    @property
-    def depth(self) -> tuple[int, ...]: ...
-    @property
-    def num_forwards(self) -> int: ...
-    @property
-    def max_starts(self) -> int | None: ...
-
-
 class SampledGrowth:
     """
     A tree while it is drawn, forward by forward.
@@ -244,17 +199,14 @@ class SampledGrowth:
         token_ids (`torch.LongTensor` of shape `[D]`): The target's ids of the tokens that the drafter can draw.
         shape ([`Shape`]): What to draw.
         draw (`Draw`): Draws; [`gumbel_draw`] in earnest.
-        sampling (`str`): `"sampled"`, `"independent"` or `"paths"`.
 
     Attributes:
         tokens (`torch.LongTensor` of shape `[B, N]`): What has been drawn for the shape's nodes so far.
     """
 
-    def __init__(
-        self, roots: torch.LongTensor, token_ids: torch.LongTensor, shape: Shape, draw: Draw, sampling: DraftSampling
-    ):
+    def __init__(self, roots: torch.LongTensor, token_ids: torch.LongTensor, shape: Shape, draw: Draw):
         self.shape = shape
-        self._token_ids, self._draw, self._sampling = token_ids, draw, sampling
+        self._token_ids, self._draw = token_ids, draw
         self.tokens = roots.unsqueeze(1).repeat(1, len(shape.nodes))
         self._log_probs = torch.zeros(self.tokens.shape, device=roots.device)
         self._laws: list[torch.Tensor] = []
@@ -267,8 +219,6 @@ class SampledGrowth:
             log_probs (`torch.Tensor` of shape `[B, R, D]`):
                 The forward's laws, in the order of `shape.laws_of(forward)`; -inf where a token must not be drawn.
         """
-        if self._sampling == "paths" and self._laws:
-            log_probs = self._shared(log_probs)
         first = sum(laws.shape[1] for laws in self._laws)
         self._laws.append(log_probs)
         families: dict[tuple[int, int], list[int]] = {}
@@ -278,25 +228,13 @@ class SampledGrowth:
         parents = list(families)
         laws = log_probs[:, [law - first for _, law in parents]]
         most = max(len(siblings) for siblings in families.values())
-        columns = self._draw(laws, most, self._sampling != "sampled")
+        columns = self._draw(laws, most)
         drawn = laws.gather(2, columns)
         family = [number for number, key in enumerate(parents) for _ in families[key]]
         sibling = [number for key in parents for number in range(len(families[key]))]
         nodes = [index for key in parents for index in families[key]]
         self.tokens[:, nodes] = self._token_ids[columns[:, family, sibling]]
         self._log_probs[:, nodes] = drawn[:, family, sibling].float()
-
-    def _shared(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """
-        The laws of a later forward, those of rows that start below the same tokens being the first such row's own:
-        computed side by side they may differ in their last digits.
-        """
-        starts = self.shape.starts[len(self._laws)]
-        spelled = torch.stack([self.tokens[:, path] for path in map(self.shape.path, starts)], dim=1)
-        same = (spelled.unsqueeze(1) == spelled.unsqueeze(2)).all(-1)
-        first = same.long().argmax(-1)[:, :, None, None]
-        by_row = log_probs.unflatten(1, (len(starts), -1))
-        return by_row.gather(1, first.expand_as(by_row)).flatten(1, 2)
 
     def starts(self, forward: int) -> Starts:
         """The rows of a forward after the first."""
@@ -322,20 +260,14 @@ class SampledGrowth:
         drawn = self._log_probs > -torch.inf
         for _ in range(height - 1):
             drawn &= drawn[:, parents.clamp_min(0)]
-        laws = DraftLaws(
-            torch.cat(self._laws, dim=1), self._token_ids, rows.repeat(batch, 1), self._sampling == "independent"
-        )
-        tree = DraftTree(
+        return DraftTree(
             tokens=self.tokens,
             parents=torch.where(drawn, parents, -2),
             log_probs=self._log_probs.masked_fill(~drawn, -torch.inf),
             origin=torch.tensor(origin, device=self.tokens.device).expand(batch, -1, -1),
             height=height,
-            laws=laws,
+            laws=DraftLaws(torch.cat(self._laws, dim=1), self._token_ids, rows.repeat(batch, 1)),
         )
-        # Of paths drawn from the same laws, those that begin alike are one: the distinct children of a node, in order
-        # of appearance, are draws without replacement, whatever number of paths goes on below each.
-        return tree.merge_duplicates() if self._sampling == "paths" else tree
 
 
 def gumbel_draw(generator: torch.Generator) -> Draw:
@@ -346,12 +278,7 @@ def gumbel_draw(generator: torch.Generator) -> Draw:
         generator (`torch.Generator`): On the device of the laws.
     """
 
-    def draw(log_probs: torch.Tensor, count: int, independent: bool) -> torch.LongTensor:
-        if independent:
-            flat = log_probs.double().softmax(-1).flatten(0, 1)
-            return torch.multinomial(flat, count, replacement=True, generator=generator).unflatten(
-                0, log_probs.shape[:2]
-            )
+    def draw(log_probs: torch.Tensor, count: int) -> torch.LongTensor:
         # -log of an exponential variable is Gumbel noise.
         noise = torch.empty_like(log_probs, dtype=torch.float64).exponential_(generator=generator).log_()
         return (log_probs - noise).topk(count, dim=-1).indices
@@ -369,24 +296,18 @@ def private_generator(device: torch.device) -> torch.Generator:
     return generator
 
 
-def shape_for(limits: ShapeLimits, sampling: DraftSampling, block_size: int, log_probs: torch.Tensor) -> Shape:
+def shape_for(budget: int, depth: int, num_forwards: int, max_starts: int | None, log_probs: torch.Tensor) -> Shape:
     """
+    The shape for a round; all rows of a batch get the same.
+
     Args:
-        limits ([`Limits`]): Of the round; all rows of a batch get the same shape.
-        sampling (`str`): `"sampled"`, `"independent"` or `"paths"`.
-        block_size (`int`): Slots K of a forward.
-        log_probs (`torch.Tensor` of shape `[B, K, D]`): The laws of the first forward. Only how many tokens they can
-            draw matters.
+        budget, depth, num_forwards, max_starts (`int`): As in [`tree_shape`].
+        log_probs (`torch.Tensor` of shape `[B, K, D]`):
+            The laws of the first forward. Only how many tokens they can draw matters.
     """
-    budget, depth = min(nodes for nodes in limits.nodes if nodes), max(limits.depth)
-    if sampling == "paths":
-        return path_shape(budget, depth, block_size, limits.num_forwards, limits.max_starts)
-    plan = (budget, depth, block_size, limits.num_forwards, limits.max_starts)
-    if sampling == "independent":
-        return tree_shape(*plan)
     # Nobody has that many siblings; without the cap every number of tokens would be a shape of its own.
     supports = tuple(min(support, budget) for support in supports_of(log_probs))
-    return tree_shape(*plan, supports, log_probs.shape[-1])
+    return tree_shape(budget, depth, log_probs.shape[1], num_forwards, max_starts, supports, log_probs.shape[-1])
 
 
 def laws_of(logits: torch.Tensor, warp: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

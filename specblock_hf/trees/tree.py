@@ -47,13 +47,11 @@ class DraftLaws:
         rows (`torch.LongTensor` of shape `[B, N]`):
             Which of the R laws each node's token was drawn from, the same for all drawn siblings; -1 for a node that
             was not drawn but follows from the text before, and for the root.
-        independent (`bool`): Siblings are drawn from the whole law and may repeat.
     """
 
     log_probs: torch.Tensor
     token_ids: torch.LongTensor
     rows: torch.LongTensor
-    independent: bool = False
 
 
 @dataclass

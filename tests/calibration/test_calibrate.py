@@ -320,7 +320,7 @@ def test_calibrating_without_applying_changes_nothing():
     target = tiny_target("llama")
     drafter = small_drafter(target)
     calibrate(target, drafter, context=16, repeats=1, apply=False)
-    assert drafter.drafting_plan is None
+    assert drafter.drafting_plan == drafter.default_plan(target.device)
 
 
 @pytest.mark.parametrize(

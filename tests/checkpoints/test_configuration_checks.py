@@ -4,10 +4,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from conftest import tiny_target
+from transformers import PreTrainedConfig
 
 from specblock_hf import BlockDiffusionConfig, Eagle3Config, SpecBlockConfig
+from specblock_hf.checkpoints.configuration_checks import _LISTS, _NUMBERS, _TEXTS, _WHOLE
+from specblock_hf.drafters.common.registry import drafter_kinds
 from specblock_hf.drafters.falcon import FalconDrafterConfig
 from specblock_hf.drafters.medusa import MedusaConfig
 from specblock_hf.drafters.parallelspec import ParallelSpecConfig
@@ -109,6 +114,17 @@ def test_attention_that_cannot_be_is_refused(kind, fields, message):
 def test_fields_of_one_kind(kind, fields, message):
     with pytest.raises(ValueError, match=message):
         made(kind, **fields)
+
+
+@pytest.mark.parametrize("kind", [kind.config_class for kind in drafter_kinds().values()])
+def test_every_number_and_list_is_checked(kind):
+    """Fields that are added later included."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    of_transformers = {"rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp"}
+    own_rules = {"acceptance", "layer_types"}
+    known = {*_WHOLE, *_NUMBERS, *_LISTS, *_TEXTS} | inherited | of_transformers | own_rules
+    hints = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    assert not [name for name, hint in hints.items() if name not in known and "bool" not in hint]
 
 
 @pytest.mark.parametrize("kind", CLASSES)

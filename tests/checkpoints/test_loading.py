@@ -93,6 +93,14 @@ def test_a_saved_drafter_comes_back(saved):
     assert type(AutoConfig.from_pretrained(folder)) is type(drafter.config)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_weights_are_loaded_as_what_they_are_or_as_what_is_wanted(stored, any_folder):
+    AutoDrafter.from_pretrained(any_folder).to(stored).save_pretrained(any_folder)
+    loaded = {wanted: AutoDrafter.from_pretrained(any_folder, dtype=wanted) for wanted in ("auto", torch.float64)}
+    assert loaded["auto"].dtype == loaded["auto"].config.dtype == stored
+    assert loaded[torch.float64].dtype == torch.float64
+
+
 @pytest.mark.parametrize("load", ["own", "auto"])
 @pytest.mark.parametrize(
     ("change", "sentence"),

@@ -15,6 +15,7 @@ from models_for_tests import save_models
 from specblock_hf import DraftingPlan, cli
 from specblock_hf.cli import bench
 from specblock_hf.cli.bench import name_of, state_of
+from specblock_hf.evaluation import plans
 from specblock_hf.evaluation.benchmark import Benchmark
 
 
@@ -77,7 +78,7 @@ def test_an_interrupted_run_loses_one_prompt_at_most(folders, tmp_path, monkeypa
     with (tmp_path / "answers.jsonl").open("a") as file:
         file.write(json.dumps(before[0] | {"prompt": "3"}) + '\n{"suite": "pro')
     made.clear()
-    monkeypatch.setattr(bench, "choose_plans", lambda *args: pytest.fail("planned again"))
+    monkeypatch.setattr(plans, "calibrate", lambda *args, **kwargs: pytest.fail("calibrated again"))
     run(folders, tmp_path)
     assert made == [("3", 2)] and rows_in(tmp_path)[:12] == before and len(rows_in(tmp_path)) == 16
     made.clear()

@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import runpy
 import string
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,10 @@ from conftest import VOCAB, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import specblock_command
+import specblock_hf
 from specblock_hf import (
+    DraftingPlan,
     Eagle3Config,
     Eagle3Drafter,
     GenerationStatistics,
@@ -26,7 +32,7 @@ from specblock_hf import (
     SpecBlockConfig,
     cli,
 )
-from specblock_hf.cli import demo
+from specblock_hf.cli import demo, doctor
 from specblock_hf.cli import models as terminal
 from specblock_hf.cli.doctor import describe_reading, diagnose
 from specblock_hf.cli.models import Answer
@@ -59,6 +65,49 @@ def test_help_lists_every_subcommand_and_imports_none(commands, capsys):
     assert exit.value.code == 0
     output = capsys.readouterr().out
     assert "do work" in output and "never works" in output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_help_and_version_are_said_without_importing_the_package(arguments):
+    code = "import sys; from specblock_command import main\ntry: main()\n"
+    code += "finally: assert not {'torch', 'transformers', 'specblock_hf'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    said = {"--help": "answer six prompts", "--version": "specblock_hf 0.1.0"}
+    if arguments:
+        assert done.returncode == 0 and said[arguments[0]] in done.stdout, done.stderr
+    else:
+        assert done.returncode == 2 and done.stderr.endswith("the following arguments are required: COMMAND\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_says_what_it_is(name):
+    parser = argparse.ArgumentParser()
+    import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+    assert [
+        action.dest for action in parser._actions if not re.sub(r"\(?default.*", "", action.help or "").strip()
+    ] == []
+
+
+@pytest.mark.parametrize("name", ["demo", "doctor", "bench"])
+def test_commands_take_the_best_device(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    parser = argparse.ArgumentParser()
+    import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+    given = parser.parse_args(["--output", "x"] if name == "bench" else [])
+    assert given.device == "xpu" and set(terminal.DTYPES) == {"float32", "bfloat16", "float16"}
+
+
+def test_the_installed_command_runs_subcommands(commands, monkeypatch):
+    commands(lambda args: args.size)
+    monkeypatch.setattr(sys, "argv", ["specblock", "work", "--size", "5"])
+    assert specblock_command.main() == 5
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"specblock_hf {specblock_hf.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["--size", "1", "work"], ["work", "--unknown"]])
@@ -231,7 +280,7 @@ def test_generate_streams_one_answer(models_on_disk, capsys):
 
 
 def test_doctor_checks_and_judges(models_on_disk, capsys):
-    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12"])
+    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12", "--plan", "6", "1", "4"])
     output = capsys.readouterr().out
     assert f"torch {torch.__version__}" in output
     assert "hook in generate(): installed\n" in output
@@ -239,6 +288,23 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     assert f"compatible: yes ({reads})\n" in output
     assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
+
+
+@pytest.mark.parametrize("nodes", [0, 6])
+def test_doctor_says_what_its_calibration_says(nodes, models_on_disk, capsys, monkeypatch):
+    def calibrated(target, drafter, progress):
+        assert progress
+        drafter.drafting_plan = DraftingPlan(nodes, 1)
+        return SimpleNamespace(plan=drafter.drafting_plan, spread=0.01, speedup=1.5)
+
+    monkeypatch.setattr(doctor, "calibrate", calibrated)
+    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12"])
+    output = capsys.readouterr().out
+    assert ("calibrated: no tree pays here" in output) == (nodes == 0)
+    if nodes == 0:
+        assert status == 1 and output.endswith(" ms\nuse it here? no, generate() is as fast without it\n")
+    else:
+        assert "calibrated: 6 drafted nodes" in output and "one round: " in output
 
 
 def test_doctor_refuses_a_drafter_for_another_target(models_on_disk, tmp_path, capsys):
@@ -257,6 +323,10 @@ def test_diagnosis():
         "one round: 50.0 ms (draft 10.0, verify 30.0, host 10.0; 10 nodes)",
         "a round yields 2.50 tokens and costs as much as 2.00 plain steps",
         "use it here? yes, about 1.23x",
+    ]
+    assert diagnose(0.025, figures, 1.08, drafts=False) == [
+        "one plain step: 25.0 ms",
+        "use it here? no, generate() is as fast without it",
     ]
     assert diagnose(0.025, figures, 0.8)[-1] == "use it here? no, 0.80x is not faster than plain generate()"
     assert "give a larger --max-new-tokens" in diagnose(0.025, GenerationStatistics(), 1.0)[0]

@@ -5,15 +5,33 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
 
-from specblock_hf.cli.options import add_fields, read_pairs
+from specblock_hf.cli.options import add_fields, descriptions, read_pairs
+from specblock_hf.training.arguments import DrafterTrainingArguments
 
 
 @dataclass
 class Fields:
+    """
+    Of a run.
+
+    Args:
+        output_dir (`str`): Where to.
+        batch_tokens (`int`, *optional*, defaults to 4): Tokens, 5 % of which are padding.
+        learning_rate (`float`, *optional*, defaults to 0.5):
+            Peak rate: what
+            one climbs to.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW.
+        report_to (`list[str]`, *optional*): Trackers.
+
+    Raises:
+        ValueError: Never.
+    """
+
     output_dir: str
     batch_tokens: int = 4
     learning_rate: float = 0.5
@@ -33,6 +51,28 @@ def test_every_field_is_an_option():
     arguments = ("--batch-tokens", "7", "--learning-rate", "1e-3", "--betas", "0.5", "0.6", "--eval-budgets", "3")
     found = parse("--output", "x", *arguments, "--report-to", "a", "b")
     assert found == Fields("x", 7, 1e-3, [0.5, 0.6], [3], ["a", "b"])
+
+
+def test_help_says_what_the_docstring_says():
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Fields, "output_dir")
+    help = " ".join(parser.format_help().split())
+    for words in (
+        "--output OUTPUT_DIR Where to",
+        "Tokens, 5 % of which are padding (default: 4)",
+        "Peak rate: what one climbs to (default: 0.5)",
+        "Of AdamW (default: (0.9, 0.95))",
+        "Trackers (default: [])",
+        "EVAL_BUDGETS ...] (default: [8, 16])",
+    ):
+        assert words in help
+    assert descriptions(Fields).keys() == {"output_dir", "batch_tokens", "learning_rate", "betas", "report_to"}
+
+
+def test_every_option_of_training_says_what_it_is():
+    described = descriptions(DrafterTrainingArguments)
+    assert described.keys() == {field.name for field in dataclasses.fields(DrafterTrainingArguments)}
+    assert all(described.values())
 
 
 def test_the_folder_must_be_named(capsys):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import prompt_of, tiny_target
+from conftest import SIZES, prompt_of, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
 from specblock_hf.drafters.layouts import Layout, write_checkpoint
@@ -155,3 +156,16 @@ def test_views_of_a_target_that_is_spread_over_devices(tmp_path):
     for ours, theirs in zip(*(view_target(t, examples, (0, 2, 4), 5) for t in (whole, spread)), strict=True):
         torch.testing.assert_close(ours.features, theirs.features)
         assert torch.equal(ours.top_ids, theirs.top_ids)
+
+
+def test_a_target_with_other_names_for_its_sizes(train, answers, tmp_path, capsys):
+    sizes = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"}
+    target = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval()
+    target.save_pretrained(tmp_path / "target")
+    char_tokenizer().save_pretrained(tmp_path / "target")
+    assert train("--target", tmp_path / "target") == 0, capsys.readouterr().err
+    drafter = AutoDrafter.from_pretrained(tmp_path / "run" / "final", target=target).eval()
+    assert drafter.config.target_num_layers == 4 and drafter.config.num_key_value_heads == 4
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    output = target.generate(prompt_of(6), assistant_model=drafter, **settings)
+    assert torch.equal(output, target.generate(prompt_of(6), **settings))

@@ -7,14 +7,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import prompt_of, tiny_target
 from safetensors.torch import load_file, save_file
-from test_loading import assert_same, rewrite, small_drafter
+from test_loading import LITTLE, assert_same, peak_of, rewrite, small_drafter
 from transformers import LlamaConfig
 from transformers.pipelines.base import load_assistant_model
 
@@ -321,6 +323,72 @@ def test_a_field_that_lacks_is_named(copy, field):
         ValueError, match=rf"^config\.json of .*copy lacks {field}; take it from the original repository"
     ):
         AutoDrafter.from_pretrained(copy(SPECBLOCK_A, drop=(field,)))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "value"),
+    [
+        (SPECBLOCK_A, "diffspec_draft_token_num", 20_000_000),
+        (SPECBLOCK_A, "num_hidden_layers", 3000),
+        (SPECBLOCK_A, "hidden_size", 2**40),
+        (SAFEAILAB, "vocab_size", 10**13),
+        (SAFEAILAB, "head_dim", 4096),
+        (SAFEAILAB, "intermediate_size", 2**20),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(copy, source, name, value):
+    refused, peak = peak_of(lambda: AutoDrafter.from_pretrained(copy(source, **{name: value})))
+    assert isinstance(refused, ValueError) and peak < LITTLE
+    assert re.search(r"give a whole number|misshapen", str(refused))
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [
+        (SPECULATORS, {"transformer_layer_config": [1]}),
+        (SPECULATORS, {"speculators_config": None}),
+        (SPECULATORS, {"eagle_aux_hidden_state_layer_ids": "all"}),
+        (SAFEAILAB, {"rope_scaling": "linear"}),
+        (SAFEAILAB, {"rope_theta": "large"}),
+        (SAFEAILAB, {"eagle_config": 3}),
+        (SPECBLOCK_A, {"rank_classes": {}}),
+        (SPECBLOCK_A, {"eos_token_id": "end"}),
+    ],
+)
+def test_fields_of_another_type_end_in_a_sentence(copy, source, changes):
+    with pytest.raises(ValueError, match=r"^[^\n]{30,}\.$"):
+        AutoDrafter.from_pretrained(copy(source, **changes))
+
+
+def packed(folder: Path, how: str) -> None:
+    """PyTorch weights that are small on the disk and large in memory, or no weights by name."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    few = torch.zeros(1)
+    contents = {
+        "list": list(tensors.values()),
+        "nested": {"state_dict": tensors},
+        "repeated": tensors | {"more": few.expand(2**28)},
+        "sparse": tensors | {"more": torch.sparse_coo_tensor(size=(2**28,))},
+        "zipped": tensors | {"more": torch.zeros(2**26)},
+    }[how]
+    torch.save(contents, path)
+    if how == "zipped":
+        with zipfile.ZipFile(path) as stored, zipfile.ZipFile(folder / "small", "w", zipfile.ZIP_DEFLATED) as small:
+            for name in stored.namelist():
+                small.writestr(name, stored.read(name))
+        (folder / "small").replace(path)
+    assert path.stat().st_size < 2**20
+
+
+@pytest.mark.parametrize("how", ["list", "nested", "repeated", "sparse", "zipped"])
+def test_small_files_that_would_be_large_in_memory_are_refused(copy, how):
+    folder = copy(SAFEAILAB)
+    packed(folder, how)
+    refused, peak = peak_of(lambda: AutoDrafter.from_pretrained(folder))
+    assert isinstance(refused, ValueError) and peak < LITTLE
+    assert re.search(r"pytorch_model\.bin is damaged or holds more than tensors, so it is not loaded", str(refused))
 
 
 def test_a_plain_model_is_not_a_drafter(tmp_path):

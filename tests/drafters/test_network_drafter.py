@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
-import pytest
-from conftest import tiny_target
+from copy import deepcopy
 
-from specblock_hf import DraftingPlan
+import pytest
+from conftest import prompt_of, tiny_target
+
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
 from specblock_hf.drafters.common.registry import trainable_drafters
+from specblock_hf.generation import loop
 
 
 def drafter_of(name: str, **fields):
@@ -41,3 +44,23 @@ def test_others_with_as_many_as_they_were_made_for(name, most):
 def test_fewer_forwards_leave_nothing_but_the_first():
     drafter = drafter_of("specblock", draft_vocab_size=24, num_blocks=1)
     assert {plan.num_forwards for plan in drafter.plans_to_measure()} == {1}
+
+
+@pytest.mark.parametrize("name", ["specblock", "eagle3", "medusa", "dflash"])
+def test_a_drafter_shows_the_plan_that_a_call_will_use(name, monkeypatch):
+    target, drafter, used = tiny_target("llama"), drafter_of(name, tree_budget=20), []
+    joined = JoinedDrafter(drafter, LookupDrafter(target.config))
+    real = loop.decode
+    monkeypatch.setattr(loop, "decode", lambda *args: used.append(args[3]) or real(*args))
+
+    def plan_of_a_call(assistant):
+        target.generate(prompt_of(5), assistant_model=assistant, do_sample=False, max_new_tokens=4)
+        return used[-1]
+
+    assert drafter.drafting_plan == plan_of_a_call(drafter) == drafter.default_plan(target.device)
+    assert joined.drafting_plan == plan_of_a_call(joined) == drafter.drafting_plan
+    drafter.drafting_plan = DraftingPlan(5, 1)
+    assert joined.drafting_plan == plan_of_a_call(joined) == plan_of_a_call(drafter) == DraftingPlan(5, 1)
+    assert deepcopy(drafter).drafting_plan == DraftingPlan(5, 1)
+    drafter.drafting_plan = None
+    assert drafter.drafting_plan == drafter.default_plan(drafter.device)

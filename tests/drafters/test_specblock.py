@@ -15,6 +15,7 @@ from transformers import set_seed
 from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.drafters.common import block as block_drafter
 from specblock_hf.drafters.common.cache import GraphCache
+from specblock_hf.drafters.specblock import drafting
 from specblock_hf.drafters.specblock.loss import first_block, later_block
 from specblock_hf.drafting.plan import Limits
 from specblock_hf.trees.tree import DraftTree
@@ -427,3 +428,25 @@ def test_drawn_trees_are_refused_with_a_markov_term():
     drafter.drafting_plan = DraftingPlan(8, 2, draft_sampling="sampled")
     with pytest.raises(ValueError, match="drafts the likeliest tokens only and the drafting plan asks for drawn ones"):
         tiny_target("llama").generate(prompt_of(6), do_sample=True, max_new_tokens=4, assistant_model=drafter)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [2, 5, 23])
+def test_a_markov_term_may_reorder_the_likeliest_tokens_of_a_slot_only(count, monkeypatch):
+    """What is left out keeps its weight, so that the log-probs of candidates sum up with it to one."""
+    monkeypatch.setattr(drafting, "MARKOV_CANDIDATES", count)
+    drafter, told, pair = tiny_drafter(markov_rank=3, expansion="best_first"), Told(1, 16), 8
+    state = drafter.begin(told.table, 1, 40)
+    _, hidden, _ = drafter._first_block(state, told.pairs([0], [pair + 1]))
+    children = drafter._children(hidden, 2)
+    before = drafter.draft_to_target[torch.tensor([[4, 9, 1]])]
+    for level in range(4):
+        tokens, log_probs = children(level, torch.zeros(1, 3, dtype=torch.long), before)
+        plain = drafter.lm_head.weight @ drafter.norm(hidden[0, 0, level])
+        chosen = plain.topk(count).indices
+        for node in range(3):
+            logits = plain.clone()
+            logits[chosen] = logits_below(drafter, hidden[0, 0, level], level, int(before[0, node]))[chosen]
+            best = logits[chosen].topk(2)
+            assert tokens[0, node].tolist() == drafter.draft_to_target[chosen[best.indices]].tolist()
+            torch.testing.assert_close(log_probs[0, node], best.values - logits.logsumexp(-1))

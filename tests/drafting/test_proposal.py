@@ -16,6 +16,7 @@ from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import ToldDrafter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
 from specblock_hf import DraftingCallback, DraftingPlan, JoinedDrafter
@@ -336,6 +337,17 @@ def test_a_tree_within_its_limits_stays_as_it_is():
         assert torch.equal(getattr(cut, name), getattr(tree, name))
     assert cut.height == 2 and cut.laws is None
     assert scored_nodes(cut) is cut
+
+
+def test_parts_on_several_devices_meet_on_that_of_the_tokens():
+    with FakeTensorMode():
+        here, there = torch.device("cpu"), torch.device("cpu:1")
+        tokens = torch.empty(1, 4, dtype=torch.long, device=there)
+        parents, log_probs = torch.empty(1, 4, dtype=torch.int32, device=here), torch.empty(1, 4, device=here)
+        tree = DraftTree(tokens, parents, log_probs, torch.empty(1, 4, 2, device=here))
+        cut = within(tree, pairs_of(1), Limits((2,), (3,)))
+        assert {getattr(cut, name).device for name in PARTS} == {there}
+        assert cut.tokens.shape == (1, 3) and cut.parents.dtype == torch.long
 
 
 def test_rows_are_cut_to_their_own_depths():

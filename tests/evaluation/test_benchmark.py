@@ -216,7 +216,7 @@ def rows_for(one: Unit) -> list[dict]:
 def test_what_was_measured_is_read_back_and_a_torn_unit_is_taken_out(tmp_path):
     units = [unit("a", "b"), unit("c", name="2"), unit("c", name="2", temperature=1.0)]
     folder = ResultFolder(tmp_path / "new")
-    folder.open({}, dict)
+    assert folder.open({}, lambda known: ()) == folder.open({}, lambda known: ()) == {"conditions": {}, "plans": {}}
     assert folder.rows(units, 2) == []
     for one in units:
         folder.append(rows_for(one))
@@ -235,13 +235,25 @@ def test_what_was_measured_is_read_back_and_a_torn_unit_is_taken_out(tmp_path):
 
 def test_a_folder_goes_on_only_under_the_same_conditions(tmp_path):
     folder = ResultFolder(tmp_path)
-    made = folder.open({"dtype": "float32", "limits": (1, 2)}, lambda: {"lookup": {"plan": [8, 1, None]}})
-    again = folder.open({"dtype": "float32", "limits": (1, 2)}, lambda: pytest.fail("planned twice"))
+    conditions = {"dtype": "float32", "limits": (1, 2)}
+    made = folder.open(conditions, lambda known: [("lookup", {"plan": [8, 1, None]})])
+    again = folder.open(conditions, lambda known: () if "lookup" in known else pytest.fail("planned twice"))
     assert again == made | {"conditions": {"dtype": "float32", "limits": [1, 2]}}
     with pytest.raises(ValueError, match="with dtype = 'float32' and this one has 'bfloat16'; give another --output"):
-        folder.open({"dtype": "bfloat16", "limits": (1, 2)}, dict)
+        folder.open({"dtype": "bfloat16", "limits": (1, 2)}, lambda known: ())
     with pytest.raises(ValueError, match="with limits = \\[1, 2\\] and this one has None"):
-        folder.open({"dtype": "float32"}, dict)
+        folder.open({"dtype": "float32"}, lambda known: ())
+
+
+def test_a_plan_is_kept_before_the_next_one_is_made(tmp_path):
+    def interrupted(known):
+        yield "first", {"plan": [8, 1, None]}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ResultFolder(tmp_path).open({}, interrupted)
+    setting = ResultFolder(tmp_path).open({}, lambda known: [(f"not {name}", {}) for name in known])
+    assert setting["plans"] == {"first": {"plan": [8, 1, None]}, "not first": {}}
 
 
 def test_an_oracle_needs_few_rounds(llama):

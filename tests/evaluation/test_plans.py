@@ -36,7 +36,7 @@ def quick_calibration(monkeypatch, speeds=None) -> list[tuple[str, Calibration]]
     """Little is measured, and the trials' speeds are given; the drafters that are calibrated, as they come."""
     calibrated, real = [], plans.calibrate
 
-    def quick(target, drafter, prompts):
+    def quick(target, drafter, prompts, progress):
         assert prompts is TRIALS
         calibrated.append((drafter.label, real(target, drafter, context=16, repeats=1, prompts=prompts)))
         return calibrated[-1][1]
@@ -44,7 +44,7 @@ def quick_calibration(monkeypatch, speeds=None) -> list[tuple[str, Calibration]]
     monkeypatch.setattr(plans, "calibrate", quick)
     monkeypatch.setattr(trial, "TRIAL_TOKENS", 4)
     if speeds is not None:
-        monkeypatch.setattr(calibration, "try_plans", lambda target, drafter, plans, prompts, batch_size: speeds)
+        monkeypatch.setattr(calibration, "try_plans", lambda *args: speeds)
     return calibrated
 
 
@@ -52,7 +52,7 @@ def test_plans_are_given_defaults_or_calibrated(llama, monkeypatch):
     calibrated = quick_calibration(monkeypatch)
     methods = chosen()
     given = {"specblock": DraftingPlan(6, 2, 3), "eagle3": DraftingPlan(4, 2)}
-    notes = choose_plans(list(methods.values()), llama, given, TRIALS)
+    notes = dict(choose_plans(list(methods.values()), llama, given, TRIALS))
     [(label, calibration)] = calibrated
     assert label == "SpecBlockDrafter + LookupDrafter"
     assert notes["specblock"] == {"from": "given", "plan": [6, 2, 3]}
@@ -77,7 +77,7 @@ def test_measured_acceptance_is_told_from_assumed(llama, monkeypatch):
     quick_calibration(monkeypatch, [0.5, 2.5])
     drafter = tiny_drafter()
     drafter.config.acceptance = [[2, 1, 0, 1.5, 1.8], [6, 2, 4, 2.5, 2.8]]
-    note = choose_plans([method("other", drafter)], llama, {}, TRIALS)["other"]
+    [(_, note)] = choose_plans([method("other", drafter)], llama, {}, TRIALS)
     assert note["from"] == "calibrated, measured acceptance" and note["expected_speedup"] == 2.5
     assert note["plan"] == [6, 2, 4] and note["tried"] == [[[2, 1, None], 0.5], [[6, 2, 4], 2.5]]
 
@@ -85,13 +85,24 @@ def test_measured_acceptance_is_told_from_assumed(llama, monkeypatch):
 def test_where_no_trial_is_faster_than_plain_nothing_is_drafted(llama, monkeypatch):
     quick_calibration(monkeypatch, [0.5, 0.5])
     methods = chosen()
-    note = choose_plans([methods["specblock"]], llama, {}, TRIALS)["specblock"]
+    [(_, note)] = choose_plans([methods["specblock"]], llama, {}, TRIALS)
     assert note["plan"] == [0, 1, None] and note["expected_speedup"] == 1.0
 
 
 def test_a_plan_for_no_drafter_is_refused(llama):
     methods = chosen()
     with pytest.raises(ValueError, match=r"given to 'prompt_lookup', which is none of the methods .* \(lookup\)"):
-        choose_plans(
-            [methods["prompt_lookup"], methods["lookup"]], llama, {"prompt_lookup": DraftingPlan(4, 1)}, TRIALS
+        list(
+            choose_plans(
+                [methods["prompt_lookup"], methods["lookup"]], llama, {"prompt_lookup": DraftingPlan(4, 1)}, TRIALS
+            )
         )
+
+
+def test_what_is_known_is_not_chosen_again(llama, monkeypatch):
+    calibrated = quick_calibration(monkeypatch)
+    methods = chosen()
+    choosing = choose_plans(list(methods.values()), llama, {}, TRIALS, known={"specblock", "eagle3"})
+    assert next(choosing)[0] == "lookup" and calibrated == []
+    assert next(choosing)[0] == "specblock+lookup" and len(calibrated) == 1
+    assert list(choosing) == []

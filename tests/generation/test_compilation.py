@@ -294,7 +294,7 @@ def test_what_keeps_a_state_can_be_traced():
 
 def test_flags_of_training_are_off(graphs):
     target = make_target(TargetKind("mixtral", flag="output_router_logits"))
-    drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config)).eval()
+    drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config, feature_layers=[0, 1, 2])).eval()
     text = target.generate(**whole(prompt_of(6)), **GREEDY, max_new_tokens=12)
     compile_rounds(target, drafter, max_length=18, tree_sizes=(5,), backend="eager", fullgraph=False)
     assert torch.equal(

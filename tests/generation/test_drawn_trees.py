@@ -26,7 +26,6 @@ from transformers import (
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, SpecBlockConfig, SpecBlockDrafter
 
 
-SAMPLINGS = ("sampled", "independent", "paths")
 RULES = ("token", "block")
 EVERYTHING = {"do_sample": True, "temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2}
 
@@ -48,17 +47,16 @@ def drafter_for(target, **plan) -> SpecBlockDrafter:
 def known_draws(monkeypatch):
     """Drafts are drawn with the seeds 0, 1, 2, ... and not with the operating system's."""
     seeds = count()
-    generator = "specblock_hf.drafters.specblock.drafting.private_generator"
+    generator = "specblock_hf.drafters.common.network.private_generator"
     monkeypatch.setattr(generator, lambda device: torch.Generator(device).manual_seed(next(seeds)))
 
 
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.usefixtures("known_draws")
-def test_walking_over_a_drawn_tree_gives_the_very_tokens_of_plain_sampling(sampling, joined):
+def test_walking_over_a_drawn_tree_gives_the_very_tokens_of_plain_sampling(joined):
     """The tree is drawn without touching the global generator."""
     target, kept = tiny_target("llama"), 0
-    drafter = drafter_for(target, draft_sampling=sampling, verification="walk")
+    drafter = drafter_for(target, draft_sampling="sampled", verification="walk")
     if joined:
         drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
     for seed in range(4):
@@ -114,11 +112,10 @@ def peaked():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.usefixtures("known_draws")
-def test_the_law_of_three_tokens_with_processors_that_look_at_the_text(peaked, sampling, rule):
+def test_the_law_of_three_tokens_with_processors_that_look_at_the_text(peaked, rule):
     target, prompt, law, options = peaked
-    drafter = drafter_for(target, draft_sampling=sampling, verification=rule, tree_budget=4)
+    drafter = drafter_for(target, draft_sampling="sampled", verification=rule, tree_budget=4)
     torch.manual_seed(3)
     counts: dict[tuple[int, ...], int] = {}
     kept = 0
@@ -166,10 +163,9 @@ def test_scores_are_those_of_the_emitted_tokens(rule):
         torch.testing.assert_close(output.scores[step], scores, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_a_drawn_batch_ends_where_its_rows_end(sampling):
+def test_a_drawn_batch_ends_where_its_rows_end():
     target = tiny_target("llama")
-    drafter = drafter_for(target, draft_sampling=sampling)
+    drafter = drafter_for(target, draft_sampling="sampled")
     set_seed(0)
     prompts = torch.cat((prompt_of(9), prompt_of(9, 1), prompt_of(9, 2)))
     texts = target.generate(
@@ -216,11 +212,11 @@ def test_a_drafter_that_cannot_draw_is_refused():
 
 def test_plans_that_contradict_themselves():
     assert DraftingPlan(8, 1).rule == "walk"
-    assert DraftingPlan(8, 1, draft_sampling="paths").rule == "block"
-    assert DraftingPlan(8, 1, draft_sampling="paths", verification="token").rule == "token"
+    assert DraftingPlan(8, 1, draft_sampling="sampled").rule == "block"
+    assert DraftingPlan(8, 1, draft_sampling="sampled", verification="token").rule == "token"
     with pytest.raises(ValueError, match="compares drawn tokens with the laws"):
         DraftingPlan(8, 1, verification="block")
-    with pytest.raises(ValueError, match="draft_sampling is 'gumbel'; give one of topk, sampled, independent, paths"):
+    with pytest.raises(ValueError, match="draft_sampling is 'gumbel'; give one of topk, sampled"):
         DraftingPlan(8, 1, draft_sampling="gumbel")
     with pytest.raises(ValueError, match="verification is 'typical'; give one of walk, token, block"):
         DraftingPlan(8, 1, draft_sampling="sampled", verification="typical")

@@ -35,6 +35,7 @@ from options_for_tests import (
     same_text,
     tiny_tokenizer,
 )
+from special_targets_for_tests import SPECIAL
 from transformers import (
     AsyncTextIteratorStreamer,
     AttentionInterface,
@@ -209,6 +210,11 @@ def test_targets_that_do_not_know_a_nodes_position_are_refused(table, name, conf
     said = refusal(target, padded_batch(ONE), dict)
     assert said.startswith(type(target).__name__ + sentence)
     table["Targets"][name] = (said, said, "test_targets_that_do_not_know_a_nodes_position_are_refused")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_targets_with_a_speciality(table, name):
+    table["Targets"][name] = (*SPECIAL[name](), "test_targets_with_a_speciality")
 
 
 def test_flex_attention(table):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from test_saving import room_for
 
 from specblock_hf.data.examples import as_messages, prompt_key, read_rows
 from specblock_hf.regeneration.answer_file import AnswerFile
@@ -50,6 +51,18 @@ def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
     assert AnswerFile(tmp_path, 0, 2).answered() == {name("a")} and other.path.read_bytes() == before
     other.close()
     assert AnswerFile(tmp_path, 1, 2).path.read_text() == json.dumps(row("a")) + "\n"
+
+
+def test_a_full_disk_costs_no_answer_that_is_there(tmp_path):
+    file = AnswerFile(tmp_path)
+    file.append([row("a"), row("b")])
+    with pytest.raises(OSError), room_for(file.path.stat().st_size + 20):
+        file.append([row("c")])
+    assert file.answered() == {name("a"), name("b")}
+    file.close()
+    again = AnswerFile(tmp_path)
+    again.append([row("c")])
+    assert list(read_rows(tmp_path)) == [row("a"), row("b"), row("c")]
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):

@@ -13,14 +13,15 @@ from options_for_tests import BASE, refusal, same_text
 from targets_for_tests import MOE_FAMILIES, OFFLOADED, TargetKind, make_target
 from transformers import DynamicCache
 
-from specblock_hf import SpecBlockConfig, SpecBlockDrafter, TokenTable
+from specblock_hf import SpecBlockConfig, SpecBlockDrafter
 from specblock_hf.compat import CACHE
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.target.prompt import PromptPairs
 
 
 def block_drafter(target) -> SpecBlockDrafter:
     torch.manual_seed(0)
-    return SpecBlockDrafter(SpecBlockConfig.for_target(target.config)).eval()
+    return SpecBlockDrafter(SpecBlockConfig.for_target(target.config, feature_layers=[0, 1, 2])).eval()
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from batches_for_tests import garbage, oracles, padded_batch
 from conftest import SIZES, prompt_of, tiny_target
-from options_for_tests import refusal, same_text
+from options_for_tests import BASE, refusal, same_text
 from targets_for_tests import LIMIT, ROPES, TargetKind, forget_the_past, make_target
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Phi3Config, PreTrainedModel
@@ -92,8 +92,10 @@ def test_without_the_limit_the_text_would_be_another(rope, monkeypatch):
 def test_a_drafter_hears_of_the_round_that_it_must_sit_out():
     kind, batch = with_rope("longrope"), padded_batch((LIMIT - 3,))
     plain = run(kind, batch)
-    drafter = oracles(plain, batch["attention_mask"], [lambda number: 5], feature_layers=(0, 2))
+    # From position 13 to 15, whose forward is the last one with the first frequencies.
+    drafter = oracles(plain, batch["attention_mask"], [lambda number: 1], feature_layers=(0, 2))
     run(kind, batch, drafter)
+    assert drafter.last_statistics.accepted[:3] == [1, 0, 1]
     (told,) = drafter.drafters[0].states
     assert told.positions() == list(range(len(told.positions())))
     assert told.tokens() == plain[0, 1 : len(told.tokens()) + 1].tolist()
@@ -127,20 +129,73 @@ def test_batches_that_cross_the_length_are_refused(rope, lengths):
     assert not drafter.drafters[0].states and cache.get_seq_length() == 0
 
 
-def test_a_model_that_reads_again_over_the_length():
+@pytest.fixture(scope="module")
+def phi3() -> PreTrainedModel:
+    """Plain decoding gives its cache up when a text is over 16 tokens."""
     torch.manual_seed(0)
     rope = {"rope_type": "longrope", "rope_theta": 10000.0} | ROPES["longrope"]
     config = Phi3Config(**SIZES, original_max_position_embeddings=LIMIT, rope_parameters=rope)
-    target = AutoModelForCausalLM.from_config(config).eval()
-    for batch, new in ((padded_batch((4,)), 13), (padded_batch((LIMIT + 1,)), 14), (padded_batch((30, 18)), 14)):
-        same_text(target, batch, lambda new=new: {"max_new_tokens": new})
-    for length, cached in ((4, 0), (LIMIT, 0), (30, 5)):
-        cache = DynamicCache(config=target.config)
-        if cached:
-            target(prompt_of(30)[:, :cached], **{CACHE: cache})
-        said = refusal(target, padded_batch((length,)), lambda cache=cache: {CACHE: cache})
-        assert said.startswith("Phi3ForCausalLM reads a text again from its beginning when it is over 16 tokens")
-        assert cache.get_seq_length() == cached
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("length", [1, LIMIT - 4, LIMIT - 1, LIMIT, LIMIT + 1, LIMIT + 20])
+@pytest.mark.parametrize("store", ["own", "users", "static", "chunks"])
+def test_a_model_that_reads_a_text_again(phi3, length, store):
+    batch = padded_batch((length,))
+    # Before 5.20 plain decoding loses the text that it has given up: what it writes without a cache is right.
+    plain = phi3.generate(**batch, **GREEDY, use_cache=False)
+    options = {"static": {"cache_implementation": "static"}, "chunks": {"prefill_chunk_size": 3}}.get(store, {})
+    if store == "chunks" and length > LIMIT:
+        # The first chunks are read by the frequencies of short texts.
+        plain = phi3.generate(**batch, **GREEDY, **options)
+    for plan in range(4):
+        drafter = oracles(plain, batch["attention_mask"], [lambda number, plan=plan: plan], feature_layers=(0, 4))
+        if store == "users":
+            options[CACHE] = DynamicCache(config=phi3.config)
+        assert torch.equal(phi3.generate(**batch, **GREEDY, **options, assistant_model=drafter), plain)
+        assert kept(drafter) >= plan
+        (told,) = drafter.drafters[0].states
+        assert told.tokens() == plain[0, 1 : len(told.tokens()) + 1].tolist()
+        if store == "users":
+            cache = options[CACHE]
+            assert {layer.get_seq_length() for layer in cache.layers} == {plain.shape[1] - 1}
+            ids = torch.cat((plain, prompt_of(3, seed=2)), dim=1)
+            more = {"attention_mask": torch.ones_like(ids), CACHE: cache, "assistant_model": garbage(1)}
+            if ids.shape[1] > LIMIT + 3:
+                again = phi3.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **GREEDY)
+                assert torch.equal(phi3.generate(ids, **GREEDY, **more), again)
+
+
+def test_a_call_that_ends_while_a_text_is_read_again(phi3):
+    batch, cache = padded_batch((LIMIT - 2,)), DynamicCache(config=phi3.config)
+    layer, seen = phi3.model.layers[2], []
+
+    def stop(module, args, kwargs):
+        seen.append(args[0].shape[1])
+        if seen[-1] == LIMIT + 1:
+            raise KeyboardInterrupt
+
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        phi3.generate(**batch, **GREEDY, **{CACHE: cache}, assistant_model=garbage(1))
+    handle.remove()
+    assert len(seen) > 2 and cache.get_seq_length() == 0
+    same_text(phi3, batch, lambda: {CACHE: deepcopy(cache), "max_new_tokens": 2})
+
+
+def test_what_a_text_that_is_read_again_cannot_have(phi3):
+    cache = DynamicCache(config=phi3.config)
+    phi3(prompt_of(30)[:, :5], **{CACHE: cache})
+    said = refusal(phi3, padded_batch((30,)), lambda: {CACHE: cache})
+    assert said.startswith("Phi3ForCausalLM reads a text again from its beginning when it is over 16 tokens, and of")
+    assert cache.get_seq_length() == 5
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True}
+    assert "are not handed back; leave them out." in refusal(phi3, padded_batch((4,)), lambda: wanted)
+    phi3.generate(**padded_batch((4,)), **BASE | wanted | {"max_new_tokens": 13}, assistant_model=garbage(1))
+    # Rows of a batch are over it at different times.
+    assert refusal(phi3, padded_batch((4, 2)), dict).startswith("the rotary positions of Phi3ForCausalLM change for a")
+    for batch in (padded_batch((30, 18)), padded_batch((4, 2))):
+        same_text(phi3, batch, lambda: {"max_new_tokens": 12})
 
 
 def test_dropout(monkeypatch):

@@ -21,6 +21,7 @@ from conftest import VOCAB, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_saving import FULL, contents, room_for
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
 
 from specblock_hf import SpecBlockDrafter, cli
@@ -248,6 +249,22 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
     other.resume()
     assert other.step == 4
     assert log_of(tmp_path) == [{"step": 2}, {"step": 4}, {"step": 4, "tau_8": 1}]
+
+
+@pytest.mark.parametrize("room", [0, 2000, 30_000])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, room):
+    trainer = tiny_trainer(tmp_path)
+    trainer.step = 4
+    trainer.save()
+    before = contents(tmp_path)
+    for step in (4, 6):  # over one that is there, and beside it
+        trainer.step = step
+        with pytest.raises(FULL), room_for(room):
+            trainer.save()
+        assert contents(tmp_path) == before
+    other = tiny_trainer(tmp_path)
+    other.resume()
+    assert other.step == 4
 
 
 def test_a_half_written_checkpoint_is_not_taken_up(tmp_path):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,35 +14,28 @@ from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct
 
 from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.trees.rejection_sampling import GlobalCoins, SampledVerifier
-from specblock_hf.trees.sampling import Shape, gumbel_draw, path_shape, tree_shape
-from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.sampling import Shape, gumbel_draw, tree_shape
+from specblock_hf.trees.tree import DraftLaws, DraftTree
 
 
 MODELS = 40
 End = tuple[float, Tokens, torch.Tensor]
 """A way for a round to end: its mass, the drafted tokens that it kept, the law of the next one."""
 
-RULES = [(sampling, rule) for sampling in ("sampled", "independent", "paths") for rule in ("token", "block")]
 
-
-def shape_of(sampling: str, seed: int, size: int) -> Shape:
+def shape_of(seed: int, size: int) -> Shape:
     """A small shape: one or two forwards, two or three levels."""
-    if sampling == "paths":
-        return (path_shape(6, 2, 2), path_shape(6, 2, 1, 2), path_shape(2, 1, 1))[seed % 3]
-    vocab = size if sampling == "sampled" else None
     shapes = (
-        tree_shape(3, 2, 2, vocab_size=vocab),
-        tree_shape(3, 2, 1, 2, 1, vocab_size=vocab),
-        tree_shape(3, 3, 3, vocab_size=vocab),
-        tree_shape(4, 2, 1, 2, vocab_size=vocab),
+        tree_shape(3, 2, 2, vocab_size=size),
+        tree_shape(3, 2, 1, 2, 1, vocab_size=size),
+        tree_shape(3, 3, 3, vocab_size=size),
+        tree_shape(4, 2, 1, 2, vocab_size=size),
     )
-    # What is drawn independently can be in many more ways.
-    return shapes[seed % (4 if sampling == "sampled" else 3)]
+    return shapes[seed % 4]
 
 
-def model_of(seed: int, sampling: str = "sampled") -> ToyModel:
-    vocab, unknown = (3, 1) if sampling == "paths" else (3 + seed % 2, seed % 2)
-    return ToyModel(seed, vocab, noise=(0.1, 0.4, 0.9)[seed % 5 % 3], unknown=unknown)
+def model_of(seed: int) -> ToyModel:
+    return ToyModel(seed, 3 + seed % 2, noise=(0.1, 0.4, 0.9)[seed % 5 % 3], unknown=seed % 2)
 
 
 def law_of_emitted(model: ToyModel, ends: list[End], length: int) -> dict[Tokens, float]:
@@ -83,8 +77,8 @@ def expected_length(ends: list[End]) -> float:
 class Analytic:
     """Expected lengths by the recursion over siblings, in plain floats, without a tree."""
 
-    def __init__(self, model: ToyModel, shape: Shape, independent: bool, rule: str):
-        self.model, self.shape, self.independent, self.rule = model, shape, independent, rule
+    def __init__(self, model: ToyModel, shape: Shape, rule: str):
+        self.model, self.shape, self.rule = model, shape, rule
 
     def below(self, node: int, path: Tokens, weight: float) -> float:
         """Tokens kept below a shape's node that is verified with this weight."""
@@ -95,21 +89,7 @@ class Analytic:
         forward, row, slot = self.shape.laws[self.shape.nodes[children[0]].law]
         start = self.shape.starts[forward][row]
         q = self.model.draft_law(path[: len(self.shape.path(start))], slot).tolist()
-        if not self.independent:
-            return self._without_replacement(children, path, owed, weight, q)
-        ratio = 1.0
-        if self._accepted(owed, q, 1.0, len(children)) > self._share(owed, q, 1.0):
-            low, high = 1.0, float(len(children))
-            while high - low > 1e-13:
-                ratio = (low + high) / 2
-                pays = self._accepted(owed, q, ratio, len(children)) <= ratio * self._share(owed, q, ratio)
-                low, high = (low, ratio) if pays else (ratio, high)
-        kept, reached = 0.0, 1.0
-        for child in children:
-            accepted = [min(1.0, w / (ratio * x)) if x else 0.0 for w, x in zip(owed, q, strict=False)]
-            kept += reached * sum(x * self._kept(child, (*path, t), accepted[t]) for t, x in enumerate(q))
-            reached *= 1 - sum(x * a for x, a in zip(q, accepted, strict=True))
-        return kept
+        return self._without_replacement(children, path, owed, weight, q)
 
     def _without_replacement(self, children, path, owed, weight, q) -> float:
         if not children or not sum(q):
@@ -131,21 +111,13 @@ class Analytic:
             return accepted + self.below(child, path, accepted)
         return accepted * (1 + self.below(child, path, 1.0))
 
-    @staticmethod
-    def _share(owed: list[float], q: list[float], ratio: float) -> float:
-        return sum(min(w / ratio, x) for w, x in zip(owed, q, strict=False))
 
-    def _accepted(self, owed: list[float], q: list[float], ratio: float, count: int) -> float:
-        return 1 - (1 - self._share(owed, q, ratio)) ** count
-
-
-@pytest.mark.parametrize("sampling", ["sampled", "independent", "paths"])
-def test_the_emitted_law_is_the_targets_and_blocks_keep_no_less(sampling):
+def test_the_emitted_law_is_the_targets_and_blocks_keep_no_less():
     gained = 0.0
     for seed in range(MODELS):
-        model = model_of(seed, sampling)
-        shape = shape_of(sampling, seed, len(model.token_ids))
-        trees = all_trees(model, shape, sampling)
+        model = model_of(seed)
+        shape = shape_of(seed, len(model.token_ids))
+        trees = all_trees(model, shape)
         assert abs(sum(mass for _, mass in trees) - 1) < 1e-12
         lengths = {}
         for rule in ("token", "block"):
@@ -153,23 +125,21 @@ def test_the_emitted_law_is_the_targets_and_blocks_keep_no_less(sampling):
             law = law_of_emitted(model, ends, shape.height + 1)
             assert total_variation(model, law, shape.height + 1) < 1e-12, (seed, rule)
             lengths[rule] = expected_length(ends)
-            if sampling != "paths":
-                analytic = Analytic(model, shape, sampling == "independent", rule).below(0, (), 1.0)
-                assert abs(lengths[rule] - analytic) < 1e-9, (seed, rule)
+            analytic = Analytic(model, shape, rule).below(0, (), 1.0)
+            assert abs(lengths[rule] - analytic) < 1e-9, (seed, rule)
         assert lengths["block"] >= lengths["token"] - 1e-12, seed
         gained += lengths["block"] - lengths["token"]
     assert gained > 0.01
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("sampling", ["sampled", "independent"])
-def test_tokens_that_were_not_drawn_may_stand_beside_drawn_ones(sampling, rule):
+def test_tokens_that_were_not_drawn_may_stand_beside_drawn_ones(rule):
     """As look-ups do; some of them repeat a drawn token."""
     found = tree_of([(1, 0), (0, 1), (2, 0)])
     for seed in range(MODELS):
         model = model_of(seed)
         shape = tree_shape(2, 2 - seed % 2, 2)
-        trees = [(tree.beside(found), mass) for tree, mass in all_trees(model, shape, sampling)]
+        trees = [(tree.beside(found), mass) for tree, mass in all_trees(model, shape)]
         law = law_of_emitted(model, ends_of(model, trees, rule), 3)
         assert total_variation(model, law, 3) < 1e-12, seed
 
@@ -186,12 +156,44 @@ def test_a_tree_that_was_not_drawn_keeps_what_the_walk_keeps(rule):
         assert abs(expected_length(ends) - float(walk)) < 1e-12
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("sampling", ["sampled", "independent"])
+@pytest.mark.parametrize("fault", ["NaN", "nothing", "a token too far", "a token below 0"])
+def test_draws_whose_law_cannot_be_read_count_as_not_drawn(sampling, rule, fault):
+    for seed in range(6):
+        model = model_of(seed)
+        shape = shape_of(sampling, seed, len(model.token_ids))
+        trees = [(unreadable(tree, fault), mass) for tree, mass in all_trees(model, shape, sampling)]
+        law = law_of_emitted(model, ends_of(model, trees, rule), shape.height + 1)
+        assert total_variation(model, law, shape.height + 1) < 1e-12, seed
+
+
+def unreadable(tree: DraftTree, fault: str) -> DraftTree:
+    """The tree with its last law, or the tokens of all laws, made something else."""
+    log_probs, ids = tree.laws.log_probs.clone(), tree.laws.token_ids.clone()
+    if fault.startswith("a token"):
+        ids[0] = 99 if fault == "a token too far" else -1
+    else:
+        log_probs[:, -1] = math.nan if fault == "NaN" else -math.inf
+    return replace(tree, laws=replace(tree.laws, log_probs=log_probs, token_ids=ids))
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_law_of_one_token_has_no_second_draw(rule):
+    """Where float64 knows no other token, a later sibling is no draw of it and is not kept for one."""
+    laws = DraftLaws(torch.tensor([[[0.0, -5000.0, -6000.0]]]), torch.arange(3), torch.tensor([[-1, 0, 0, 0]]))
+    tree = replace(tree_of([(0, 0), (1, 0), (2, 0)]), laws=laws)
+    for seed in range(MODELS):
+        model = ToyModel(seed, 3, noise=0.4)
+        assert total_variation(model, law_of_emitted(model, ends_of(model, [(tree, 1.0)], rule), 2), 2) < 1e-12
+
+
 def test_the_enumeration_notices_a_law_that_was_misreported():
     """Drawn from one law, verified against another."""
     model, shape = model_of(1), tree_shape(2, 2, 2)
     trees = [
         (replace(tree, laws=replace(tree.laws, log_probs=tree.laws.log_probs.flip(1))), mass)
-        for tree, mass in all_trees(model, shape, "sampled")
+        for tree, mass in all_trees(model, shape)
     ]
     for rule in ("token", "block"):
         assert total_variation(model, law_of_emitted(model, ends_of(model, trees, rule), 3), 3) > 1e-3
@@ -234,13 +236,12 @@ def thrown(model: ToyModel, tree: DraftTree, rule: str, rounds: int) -> dict[Tok
     return counts
 
 
-@pytest.mark.parametrize(("sampling", "rule"), RULES)
-def test_the_law_with_real_draws_and_real_coins(sampling, rule):
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_the_law_with_real_draws_and_real_coins(rule):
     torch.manual_seed(1)
     model, runs = ToyModel(5, 4, 0.5, unknown=1), 200_000
-    shape = path_shape(6, 2, 2) if sampling == "paths" else tree_shape(4, 2, 2)
     draw = gumbel_draw(torch.Generator().manual_seed(2))
-    tree = model.grow(shape, sampling, draw, runs)
+    tree = model.grow(tree_shape(4, 2, 2), draw, runs)
     counts: dict[Tokens, int] = {}
     for one, rounds in distinct(tree, torch.ones(runs, dtype=torch.float64)):
         for text, count in thrown(model, one, rule, int(rounds)).items():

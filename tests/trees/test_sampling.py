@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_models_for_tests import ToyModel, all_trees, distinct
 
-from specblock_hf.drafting.plan import Limits
 from specblock_hf.target.masks import likeliest_chain
 from specblock_hf.trees.sampling import (
     SampledGrowth,
     Shape,
     gumbel_draw,
-    path_shape,
     private_generator,
     shape_for,
     tree_shape,
@@ -80,17 +78,6 @@ def test_tree_shapes(budget, depth, block_size, forwards, max_starts, supports, 
         assert inner.sibling < (supports[slot] if forward == 0 else vocab_size)
 
 
-@QUICK
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
-def test_path_shapes(budget, depth, block_size, forwards):
-    shape = path_shape(budget, depth, block_size, forwards)
-    check_layout(shape, block_size)
-    assert len(shape.nodes) - 1 <= budget and shape.height <= min(depth, block_size * forwards)
-    assert {inner.sibling for inner in shape.nodes[1:] if inner.parent} <= {0}
-    paths = sum(inner.parent == 0 for inner in shape.nodes)
-    assert paths * shape.height == len(shape.nodes) - 1 and (paths >= 3 or budget < 3)
-
-
 def test_a_shape_spends_its_nodes_where_few_tokens_can_be_drawn_elsewhere():
     sure = tree_shape(6, 9, 4, supports=(1, 1, 1, 1), vocab_size=9)
     assert [inner.parent for inner in sure.nodes] == [-1, 0, 1, 2, 3]
@@ -99,20 +86,18 @@ def test_a_shape_spends_its_nodes_where_few_tokens_can_be_drawn_elsewhere():
 
 
 def test_the_shape_does_not_look_at_probabilities():
-    limits = Limits((12, 0), (5, 5), 2, 3, draft_sampling="sampled")
     law = torch.randn(2, 3, 20).log_softmax(-1)
-    for sampling in ("sampled", "independent", "paths"):
-        shape = shape_for(limits, sampling, 3, law)
-        assert shape == shape_for(limits, sampling, 3, law.flip(-1) * 3)
-        assert len(shape.nodes) == 13
+    shape = shape_for(12, 5, 2, 3, law)
+    assert shape == shape_for(12, 5, 2, 3, law.flip(-1) * 3)
+    assert len(shape.nodes) == 13
     law[:, 0, 2:] = -torch.inf
-    assert sum(inner.parent == 0 for inner in shape_for(limits, "sampled", 3, law).nodes) == 2
+    assert sum(inner.parent == 0 for inner in shape_for(12, 5, 2, 3, law).nodes) == 2
 
 
-def grow(shape: Shape, laws: torch.Tensor, sampling: str, seed: int = 0) -> DraftTree:
+def grow(shape: Shape, laws: torch.Tensor, seed: int = 0) -> DraftTree:
     """A tree of one forward whose slots have these laws `[B, K, D]`."""
     draw = gumbel_draw(torch.Generator().manual_seed(seed))
-    growth = SampledGrowth(torch.full((len(laws),), 7), torch.arange(laws.shape[-1]) * 2, shape, draw, sampling)
+    growth = SampledGrowth(torch.full((len(laws),), 7), torch.arange(laws.shape[-1]) * 2, shape, draw)
     growth.grow(laws[:, [slot for _, _, slot in shape.laws]])
     return growth.tree()
 
@@ -121,7 +106,7 @@ def test_what_a_law_cannot_draw_any_more_is_padding_with_all_below_it():
     laws = torch.full((2, 2, 5), -torch.inf)
     laws[0, 0, 3] = laws[1, 0, :2] = laws[:, 1, 4] = 0.0
     # Root with two children, each with one child.
-    tree = grow(tree_shape(4, 2, 2, supports=(2, 1)), laws, "sampled")
+    tree = grow(tree_shape(4, 2, 2, supports=(2, 1)), laws)
     assert tree.parents.tolist() == [[-1, 0, 1, -2, -2], [-1, 0, 1, 0, 3]]
     assert tree.tokens[0, :3].tolist() == [7, 6, 8] and sorted(tree.tokens[1, [1, 3]].tolist()) == [0, 2]
     assert tree.log_probs[0, 3:].isneginf().all() and tree.origin[0, 1].tolist() == [0, 0]
@@ -131,46 +116,13 @@ def test_what_a_law_cannot_draw_any_more_is_padding_with_all_below_it():
     assert packed.parents[0].tolist() == [-1, 0, -2, -2, -2]
 
 
-def test_siblings_differ_unless_they_are_drawn_independently():
-    laws, shape = torch.zeros(200, 1, 4), tree_shape(4, 1, 1)
-    distinct = {
-        sampling: [len(set(row)) for row in grow(shape, laws, sampling).tokens[:, 1:].tolist()]
-        for sampling in ("sampled", "independent")
-    }
-    assert set(distinct["sampled"]) == {4} and set(distinct["independent"]) == {1, 2, 3, 4}
-
-
-def test_paths_that_begin_alike_are_merged():
-    tree = grow(path_shape(6, 2, 2), torch.zeros(100, 2, 2), "paths")
-    assert not tree.laws.independent
-    for row in range(100):
-        real = (tree.parents[row] > -2).nonzero().flatten().tolist()
-        spelled = [(int(tree.parents[row, node]), int(tree.tokens[row, node])) for node in real]
-        assert len(set(spelled)) == len(spelled) <= 7
-    assert 3 <= int(tree.num_nodes.min()) and int(tree.num_nodes.max()) == 6
-
-
-def test_rows_of_a_later_forward_that_start_alike_share_their_laws():
-    """Computed side by side they may differ in their last digits."""
-    shape = path_shape(6, 2, 1, 2)
-    growth = SampledGrowth(
-        torch.zeros(50, dtype=torch.long),
-        torch.arange(3),
-        shape,
-        gumbel_draw(torch.Generator().manual_seed(0)),
-        "paths",
-    )
-    growth.grow(torch.zeros(50, 1, 3))
-    growth.grow(torch.arange(50 * 9).view(50, 3, 3) / 450)
-    starts, laws = growth.starts(1).tokens.tolist(), growth.tree().laws.log_probs[:, 1:].tolist()
-    assert any(len(set(row)) < 3 for row in starts)
-    for tokens, row in zip(starts, laws, strict=True):
-        for law, token in zip(row, tokens, strict=True):
-            assert law == row[tokens.index(token)]
+def test_siblings_differ():
+    tree = grow(tree_shape(4, 1, 1), torch.zeros(200, 1, 4))
+    assert {len(set(row)) for row in tree.tokens[:, 1:].tolist()} == {4}
 
 
 def test_a_drawn_tree_keeps_its_shape():
-    tree = grow(tree_shape(4, 2, 2), torch.zeros(1, 2, 5), "sampled")
+    tree = grow(tree_shape(4, 2, 2), torch.zeros(1, 2, 5))
     for change in (
         lambda: tree.prune(2),
         lambda: tree.merge(DraftTree.root(tree.tokens[:, 0])),
@@ -202,8 +154,8 @@ def test_private_generators_touch_no_global_one_and_differ():
 def test_enumerated_draws_have_the_probabilities_of_real_ones():
     """So that what is enumerated elsewhere is what is drawn."""
     model, shape, runs = ToyModel(3, 4, 0.5), tree_shape(3, 2, 2, vocab_size=4), 50_000
-    known = {str(tree.tokens.tolist()): mass for tree, mass in all_trees(model, shape, "sampled")}
-    real = model.grow(shape, "sampled", gumbel_draw(torch.Generator().manual_seed(0)), runs)
+    known = {str(tree.tokens.tolist()): mass for tree, mass in all_trees(model, shape)}
+    real = model.grow(shape, gumbel_draw(torch.Generator().manual_seed(0)), runs)
     counted = {str(t.tokens.tolist()): n for t, n in distinct(real, torch.ones(runs, dtype=torch.float64))}
     assert set(counted) <= set(known) and len(known) > 10
     statistic = sum((counted.get(text, 0) - runs * mass) ** 2 / (runs * mass) for text, mass in known.items())

@@ -164,6 +164,3 @@ class BlockDrafter(NetworkDrafter):
         mask = path.mask(first_width, size)
         forward = state.network or self
         return forward(embeds, conditions, positions.expand(-1, count), mask, state.cache)
-
-
-__all__ = ["PREFILL_PAIRS", "BlockDrafter", "BlockState"]

@@ -195,6 +195,3 @@ class LastStateConfig(DrafterConfig):
 
     def usual_feature_layers(self, num_layers: int | None) -> list[int]:
         return [UNRECORDED_LAYER if num_layers is None else num_layers]
-
-
-__all__ = ["DrafterConfig", "LastStateConfig"]

@@ -26,10 +26,19 @@ class MarkovHead(nn.Module):
         self.markov_w1 = nn.Embedding(num_tokens, rank)
         self.markov_w2 = nn.Linear(rank, num_logits, bias=False)
 
-    def forward(self, before: torch.LongTensor) -> torch.Tensor:
-        """Token ids `[...]` to logits `[..., num_logits]`; they are 0 where -1 says that nothing is known."""
+    def forward(self, before: torch.LongTensor, candidates: torch.LongTensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            before (`torch.LongTensor` of shape `[...]`): Token ids; -1, where nothing is known, gains nothing.
+            candidates (`torch.LongTensor` of shape `[..., C]`, *optional*): Which logits are asked for.
+
+        Returns:
+            `torch.Tensor` of shape `[..., num_logits]`, or `[..., C]` of the candidates.
+        """
         known = self.markov_w1(before.clamp_min(0)).masked_fill((before < 0).unsqueeze(-1), 0.0)
-        return self.markov_w2(known)
+        if candidates is None:
+            return self.markov_w2(known)
+        return (self.markov_w2.weight[candidates] @ known.unsqueeze(-1)).squeeze(-1)
 
 
 class DraftHead:

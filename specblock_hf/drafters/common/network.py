@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...drafting.drafter import CPU_BUDGET, TreeDrafter
+from ...drafting.drafter import CPU_BUDGET, DraftState, TreeDrafter
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...trees.expansion import BlockOutputs, Starts, best_first
+from ...trees.sampling import SampledGrowth, gumbel_draw, private_generator, shape_for
 from ...trees.tree import DraftTree
 from .configuration import UNRECORDED_LAYER, refuse_projected_embedding
 
@@ -76,6 +77,15 @@ class NetworkDrafter(TreeDrafter):
             return self.feature_layers
         return tuple(self.config.usual_feature_layers(target.config.get_text_config().num_hidden_layers))
 
+    @property
+    def drafting_plan(self) -> DraftingPlan:
+        """The plan that was given or calibrated, or what the drafter drafts by itself where it is."""
+        return vars(self).get("drafting_plan") or self.default_plan(self.device)
+
+    @drafting_plan.setter
+    def drafting_plan(self, plan: DraftingPlan | None) -> None:
+        vars(self)["drafting_plan"] = plan
+
     def check_target(self, target: PreTrainedModel) -> None:
         refuse_other_target(self.config, target)
 
@@ -106,6 +116,41 @@ class NetworkDrafter(TreeDrafter):
     def root_of(self, pairs: Pairs) -> DraftTree:
         """Each row's last token; any valid id in a finished row, whose tokens are -1."""
         return DraftTree.root(pairs.last_tokens().to(self.device))
+
+    def drawn_growth(
+        self,
+        state: DraftState,
+        roots: DraftTree,
+        token_ids: torch.LongTensor,
+        laws: torch.Tensor,
+        limits: Limits,
+        num_forwards: int,
+    ) -> SampledGrowth:
+        """
+        A tree of drawn tokens, grown by the first forward.
+
+        Args:
+            state ([`DraftState`]): Gets its generator here.
+            roots ([`DraftTree`]): Each row's last token.
+            token_ids (`torch.LongTensor` of shape `[D]`): The target's ids of the tokens that can be drawn.
+            laws (`torch.Tensor` of shape `[B, K, D]`): Of the first forward's slots; see `laws_of`.
+            limits ([`Limits`]): Of the round.
+            num_forwards (`int`): Most forwards.
+        """
+        if state.generator is None:
+            state.generator = private_generator(self.device)
+        budget = min(nodes for nodes in limits.nodes if nodes)
+        shape = shape_for(budget, max(limits.depth), num_forwards, limits.max_starts, laws)
+        growth = SampledGrowth(roots.tokens[:, 0], token_ids, shape, gumbel_draw(state.generator))
+        growth.grow(laws[:, [shape.laws[law][2] for law in shape.laws_of(0)]])
+        return growth
+
+    @staticmethod
+    def drawn_tree(growth: SampledGrowth, limits: Limits) -> DraftTree:
+        """What has grown, within the limits of each row."""
+        # A row without room for nodes has none at any depth.
+        depths = [depth if nodes else 0 for nodes, depth in zip(limits.nodes, limits.depth, strict=True)]
+        return growth.tree().limit_depth(depths).pack()
 
     def product_tree(self, tree: DraftTree, hidden: torch.Tensor, limits: Limits) -> DraftTree:
         """

@@ -85,6 +85,3 @@ def _load_entry_points() -> None:
             entry_point.load()
         except ImportError as error:
             logger.warning_once(f"{entry_point.value} registers no drafter, because it cannot be imported: {error}")
-
-
-__all__ = ["drafter_kind", "drafter_kinds", "register_drafter", "trainable_drafters"]

@@ -197,6 +197,3 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
             **overrides: Any field of this class.
         """
         return cls(**(fields_for_target(target_config) | {"block_size": 8} | overrides))
-
-
-__all__ = ["BlockDiffusionConfig"]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.expansion import BlockOutputs, Children, Starts, best_first, children_by_parent
-from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
+from ...trees.sampling import laws_of
 from ...trees.tree import DraftTree
 from ..common.block import BlockState
 from ..common.cache import BlockCache
@@ -173,16 +173,8 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
 
     def _drawn_tree(self, state: BlockState, roots: DraftTree, block: Block, limits: Limits) -> DraftTree:
         """A tree drawn from the laws of the depths at the request's temperature."""
-        if state.generator is None:
-            state.generator = private_generator(self.device)
         laws = laws_of(block.logits, state.warp)
-        shape = shape_for(replace(limits, num_forwards=1), limits.draft_sampling, laws.shape[1], laws)
-        draw = gumbel_draw(state.generator)
-        growth = SampledGrowth(roots.tokens[:, 0], self.draft_to_target, shape, draw, limits.draft_sampling)
-        growth.grow(laws[:, [shape.laws[law][2] for law in shape.laws_of(0)]])
-        # A row without room for nodes has none at any depth.
-        depths = [depth if nodes else 0 for nodes, depth in zip(limits.nodes, limits.depth, strict=True)]
-        return growth.tree().limit_depth(depths).pack()
+        return self.drawn_tree(self.drawn_growth(state, roots, self.draft_to_target, laws, limits, 1), limits)
 
     def _num_rows(self, depth: int) -> int:
         """Rows to run for `depth` tokens: all that were trained together, unless later rows cannot be seen."""
@@ -256,6 +248,3 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             `ValueError`: The drafter has a selector, Markov or confidence head, whose training is not known.
         """
         return block_diffusion_loss(self, batch, objective or BlockDiffusionObjective(), generator)
-
-
-__all__ = ["BlockDiffusionDrafter"]

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.configuration import UNRECORDED_LAYER
-from ..layouts import Layout, Tensors, rope_parameters_of, target_fields, write_folder
+from ..common.layout import Layout, Tensors, rope_parameters_of, target_fields, write_folder
 from .configuration import BlockDiffusionConfig, spread_feature_layers
 
 
@@ -222,6 +222,3 @@ def _written_config(config: BlockDiffusionConfig, layout: Layout) -> dict[str, A
     older = {"block_size": config.block_size} | ({} if config.causal is None else {"is_causal": config.causal})
     head = {"causal_head": True} if config.causal else {}
     return {"architectures": [architecture]} | written | older | {"dflash_config": block | numbers | causal | head}
-
-
-__all__ = ["read_block_config", "write_block_checkpoint"]

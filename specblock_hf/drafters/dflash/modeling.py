@@ -295,6 +295,3 @@ class BlockDiffusionModel(StrictPreTrainedModel):
             bound = self.config.final_logit_softcapping
             logits = torch.tanh(logits / bound) * bound
         return logits
-
-
-__all__ = ["BlockDiffusionModel"]

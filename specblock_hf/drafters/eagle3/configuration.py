@@ -79,6 +79,3 @@ class Eagle3Config(DrafterConfig):
                 f"The target's embedding is {self.target_hidden_size} wide and the drafter's states "
                 f"{self.hidden_size}; a drafter of another width needs own_embedding=True."
             )
-
-
-__all__ = ["Eagle3Config"]

@@ -44,6 +44,7 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
     ```
     """
 
+    predicts_at_once = True
     objective_class = Eagle3Objective
     # A forward is one level, and most machines cannot afford all of them.
     plans_that_pay = (

@@ -87,6 +87,3 @@ class FalconDrafterConfig(LastStateConfig):
                 f"rank_weights has {len(weights)} entries but draft_vocab_size is {self.draft_vocab_size}; "
                 "give fewer weights or enlarge the draft vocabulary."
             )
-
-
-__all__ = ["FalconDrafterConfig"]

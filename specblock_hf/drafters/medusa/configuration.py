@@ -62,6 +62,3 @@ class MedusaConfig(LastStateConfig):
             raise ValueError(f"block_size is {self.block_size}; at least one token is predicted, so give 1 or more.")
         if self.tree_width < 1:
             raise ValueError(f"tree_width is {self.tree_width}; a node gets at least 1 child, so give 1 or more.")
-
-
-__all__ = ["MedusaConfig"]

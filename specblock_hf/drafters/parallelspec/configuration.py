@@ -64,6 +64,3 @@ class ParallelSpecConfig(DrafterConfig):
                 f"A ParallelSpec drafter has one layer and num_hidden_layers is {self.num_hidden_layers}; drafters of "
                 "several layers are not supported."
             )
-
-
-__all__ = ["ParallelSpecConfig"]

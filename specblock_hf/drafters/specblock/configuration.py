@@ -115,6 +115,3 @@ class SpecBlockConfig(DrafterConfig):
                     f"{name} asks for {needed} tokens of a slot but draft_vocab_size is {self.draft_vocab_size}; "
                     f"enlarge the draft vocabulary or lower {name}."
                 )
-
-
-__all__ = ["SpecBlockConfig"]

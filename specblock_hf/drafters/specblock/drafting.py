@@ -22,7 +22,7 @@ from ...trees.expansion import (
     limit_starts,
     rank_guided,
 )
-from ...trees.sampling import SampledGrowth, gumbel_draw, laws_of, private_generator, shape_for
+from ...trees.sampling import laws_of
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
 from ..common.cache import BlockPath
@@ -44,6 +44,10 @@ TYPICAL_ACCEPTANCE = (
 )
 
 
+MARKOV_CANDIDATES = 256
+"""A slot's likeliest tokens that a Markov term may reorder below each node: a node then costs next to nothing."""
+
+
 class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     """
     A drafter that predicts K tokens a forward and repeats the forward from several nodes of its own draft tree
@@ -63,6 +67,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     ```
     """
 
+    predicts_at_once = True
     objective_class = SpecBlockObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
     plans_that_pay = (
@@ -109,25 +114,17 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         self, state: BlockState, roots: DraftTree, hidden: torch.Tensor, positions: torch.LongTensor, limits: Limits
     ) -> DraftTree:
         """A tree drawn from the slots' laws at the request's temperature, which are known before any token is."""
-        if state.generator is None:
-            state.generator = private_generator(self.device)
         first_width, path = state.cache.width, None
-        token_ids = torch.arange(self.config.draft_vocab_size, device=self.device) + self.d2t
         laws = self._laws(state, hidden[:, 0])
-        shape = shape_for(limits, limits.draft_sampling, self.config.block_size, laws)
-        growth = SampledGrowth(
-            roots.tokens[:, 0], token_ids, shape, gumbel_draw(state.generator), limits.draft_sampling
-        )
-        growth.grow(laws[:, [shape.laws[law][2] for law in shape.laws_of(0)]])
+        growth = self.drawn_growth(state, roots, self.draft_to_target, laws, limits, limits.num_forwards)
+        shape = growth.shape
         for forward in range(1, len(shape.starts)):
             starts = growth.starts(forward)
             path = self._path_to(starts, path, state, hidden.shape[1])
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
             used = [shape.laws[law] for law in shape.laws_of(forward)]
             growth.grow(self._laws(state, hidden[:, [row for _, row, _ in used], [slot for _, _, slot in used]]))
-        # A row without room for nodes has none at any depth.
-        depths = [depth if nodes else 0 for nodes, depth in zip(limits.nodes, limits.depth, strict=True)]
-        return growth.tree().limit_depth(depths).pack()
+        return self.drawn_tree(growth, limits)
 
     def _laws(self, state: BlockState, hidden: torch.Tensor) -> torch.Tensor:
         """The request's log-probs `[B, R, D]` of slots with these states `[B, R, d]`."""
@@ -161,7 +158,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         """The best tokens below any node of a block with these states `[B, S, K, d]`."""
         if self.config.markov_rank:
             _, logits = self.draft_logits(hidden)
-            return children_by_parent(logits, self.markov_head, width, self.draft_to_target, first_level=1)
+            most = max(width, MARKOV_CANDIDATES)
+            return children_by_parent(logits, self.markov_head, width, self.draft_to_target, 1, most)
         return BlockOutputs(*self.best_tokens(hidden, width)).children(width)
 
     def _chain_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:

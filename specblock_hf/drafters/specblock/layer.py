@@ -66,6 +66,3 @@ class SpecBlockLayer(LlamaDecoderLayer):
         )
         hidden = hidden + attention.o_proj(attended.flatten(2).flatten(0, 1).index_select(0, places))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-__all__ = ["SpecBlockLayer"]

@@ -264,6 +264,3 @@ def rank_features(top_logits: torch.Tensor) -> torch.Tensor:
     gaps = top_logits[..., :1] - torch.cat([top_logits[..., 1:3], top_logits[..., 4:5]], dim=-1)
     entropy = -(probs * log_probs).sum(-1, keepdim=True)
     return torch.cat([log_probs[..., :NUM_LISTED_LOG_PROBS], gaps, probs[..., :1], entropy], dim=-1)
-
-
-__all__ = ["SpecBlockModel", "rank_features"]

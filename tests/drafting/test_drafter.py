@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import pytest
 import torch
@@ -73,17 +71,6 @@ def test_every_drafter_has_a_lock_that_its_copies_do_not_share(name):
     others = [DRAFTERS[name](), copy.deepcopy(drafter), pickle.loads(pickle.dumps(drafter))]
     assert len({id(other.lock) for other in (drafter, *others)}) == 4
     assert all(type(other.lock) is DrafterLock for other in others)
-
-
-def test_threads_that_ask_at_once_get_the_same_lock():
-    drafter, start = Repeats(tiny_target("llama").config), Barrier(4)
-
-    def ask(_) -> DrafterLock:
-        start.wait()
-        return drafter.lock
-
-    with ThreadPoolExecutor(4) as pool:
-        assert len({id(lock) for lock in pool.map(ask, range(4))}) == 1
 
 
 def test_the_last_tokens_of_pairs():
