@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 from ..compat import CACHE
 from ..devices import synchronize
 from ..drafting.drafter import TreeDrafter
-from ..drafting.pairs import Pairs, Scored
+from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..drafting.plan import DraftingPlan, Limits
 from ..generation.loop import draft
 from ..target.model import TargetModel
@@ -141,7 +141,8 @@ class _Probe:
         self.target, self.drafter, self.context, self.batch_size = target, drafter, context, batch_size
         generator = torch.Generator().manual_seed(0)  # the global generator belongs to the user's sampling
         vocab_size = target.config.get_text_config().vocab_size
-        self.ids = torch.randint(vocab_size, (batch_size, context), generator=generator).to(target.device)
+        self.device = TokenTable.of(target).device
+        self.ids = torch.randint(vocab_size, (batch_size, context), generator=generator).to(self.device)
         alike: dict[int, list[DraftingPlan]] = {0: []}
         for plan, _ in drafter.acceptance():
             alike.setdefault(0 if plan.num_forwards == 1 else plan.max_starts or MOST_STARTS, []).append(plan)
@@ -185,7 +186,7 @@ class _Probe:
             later=_rising(later),
             host=self._quiet("host", 0),
             plain=self._quiet("plain", 0),
-            setting=f"{self.target.device.type}, {self.target.dtype}, batch {self.batch_size}, context {self.context}",
+            setting=f"{self.device.type}, {self.target.dtype}, batch {self.batch_size}, context {self.context}",
             batch_size=self.batch_size,
         )
 
@@ -230,7 +231,7 @@ class _Probe:
         """So many rounds, counted from one, which note the seconds of their parts."""
         kwargs = {
             "attention_mask": None,
-            "position_ids": torch.arange(self.context, device=self.target.device).expand_as(self.ids),
+            "position_ids": torch.arange(self.context, device=self.device).expand_as(self.ids),
             CACHE: DynamicCache(config=self.target.config),
             "use_cache": True,
         }
@@ -277,16 +278,15 @@ class _Probe:
 
     def _now(self) -> float:
         """The time when the device has done all that it was given."""
-        synchronize(self.target.device)
+        synchronize(self.device)
         return time.perf_counter()
 
     def _tree(self, nodes: int) -> DraftTree:
         """Stars of the given size: their cost is that of any trees with as many nodes."""
-        device = self.target.device
-        parents = torch.zeros(self.batch_size, nodes, dtype=torch.long, device=device)
+        parents = torch.zeros(self.batch_size, nodes, dtype=torch.long, device=self.device)
         parents[:, 0] = -1
-        origin = torch.zeros(*parents.shape, 2, dtype=torch.long, device=device)
-        return DraftTree(parents + 2, parents, torch.zeros(parents.shape, device=device), origin, height=1)
+        origin = torch.zeros(*parents.shape, 2, dtype=torch.long, device=self.device)
+        return DraftTree(parents + 2, parents, torch.zeros(parents.shape, device=self.device), origin, height=1)
 
 
 def _rising(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

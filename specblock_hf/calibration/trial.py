@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..drafting.drafter import TreeDrafter
+from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
 
 
@@ -95,7 +96,8 @@ def try_plans(
         settings.pad_token_id = 0
     sides: list[DraftingPlan | None] = [None, *plans]
     tokens, seconds = [0] * len(sides), [0.0] * len(sides)
-    batches = batches_of([ids.to(target.device) for ids in prompts], batch_size, settings.pad_token_id)
+    device = TokenTable.of(target).device
+    batches = batches_of([ids.to(device) for ids in prompts], batch_size, settings.pad_token_id)
     for batch in tqdm(batches, desc=f"trying plans of {drafter.label}", unit="batch", disable=not progress):
         spent: list[list[float]] = [[] for _ in sides]
         made = [0] * len(sides)

@@ -8,8 +8,10 @@ import json
 import random
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from conftest import VOCAB, prompt_of, tiny_target
@@ -298,6 +300,13 @@ def test_calibration_sets_a_plan_and_leaves_the_users_randomness_alone():
     assert [n for n, _ in found.curves.verify][:3] == [1, 4, 8]
     seconds = [s for _, s in found.curves.verify]
     assert all(0 < a <= b for a, b in zip(seconds, seconds[1:], strict=False))
+
+
+def test_a_target_whose_weights_are_kept_elsewhere():
+    target = accelerate.cpu_offload(deepcopy(tiny_target("llama")), execution_device="cpu")
+    drafter = small_drafter(target)
+    found = calibrate(target, drafter, context=16, repeats=1, prompts=[prompt_of(6)])
+    assert target.device.type == "meta" and found.curves.setting.startswith("cpu, ")
 
 
 def test_a_batch_is_calibrated_as_a_batch(monkeypatch):

@@ -359,3 +359,9 @@ def test_tensors_that_fit_nothing_are_no_draft():
         replace(tree_of([[5, 1]], [[-1, 0]]), parents=torch.zeros(1, 3)), pairs_of(2), Limits((3, 3), (3, 3))
     )
     assert tree.tokens.tolist() == [[7], [7]] and tree.parents.tolist() == [[-1], [-1]]
+
+
+@pytest.mark.parametrize("part", ["tokens", "parents", "log_probs", "origin"])
+def test_a_tree_without_a_part_is_no_draft(part):
+    for proposed in (None, replace(tree_of([[5, 1]], [[-1, 0]]), **{part: None})):
+        assert within(proposed, pairs_of(1), Limits((3,), (3,))).tokens.tolist() == [[7]]

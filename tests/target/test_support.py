@@ -142,7 +142,7 @@ def phi3() -> PreTrainedModel:
 @pytest.mark.parametrize("store", ["own", "users", "static", "chunks"])
 def test_a_model_that_reads_a_text_again(phi3, length, store):
     batch = padded_batch((length,))
-    # Before 5.20 plain decoding loses the text that it has given up: what it writes without a cache is right.
+    # transformers 5.17 loses the text whose cache it has given up: what it writes without a cache is right.
     plain = phi3.generate(**batch, **GREEDY, use_cache=False)
     options = {"static": {"cache_implementation": "static"}, "chunks": {"prefill_chunk_size": 3}}.get(store, {})
     if store == "chunks" and length > LIMIT:
