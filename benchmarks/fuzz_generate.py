@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 
 SAVED_EVERY = 100  # calls, so that a run that was cut short has something to say
@@ -158,6 +159,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable()  # what is said of services that are out of order
+    disable_progress_bar()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from batches_for_tests import padded_batch
-from cases_for_tests import Abort, Case
+from cases_for_tests import NETWORKS, Abort, Case
 from conftest import prompt_of
 from drafter_kinds_for_tests import make_drafter
 from interruptions_for_tests import ERRORS, Broken, Ended, Listener, Watch, interrupted
 from multimodal_for_tests import prompts_with_images
 from refusals_for_tests import is_warranted
-from targets_for_tests import config_of, forget_the_past, make_target
+from targets_for_tests import LIMIT, config_of, forget_the_past, make_target
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache, set_seed
 from verdicts_for_tests import (
@@ -31,12 +31,13 @@ from verdicts_for_tests import (
     cache_difference,
     is_refusal,
     place,
+    sentence,
     short,
     time_limit,
 )
 
 from specblock_hf import DraftingPlan
-from specblock_hf.compat import CACHE
+from specblock_hf.compat import CACHE, crop
 from specblock_hf.custom_generate import generate_without_hook
 from specblock_hf.drafting.drafter import TreeDrafter
 
@@ -110,7 +111,10 @@ class Conversation:
             return Verdict("plain raises", short(plain_error))
         if error is None:
             self._check_bounds(watch, len(plain.sequences))
+            self._check_weights()
         if not self._is_reproducible(len(plain.sequences)):
+            if error is None:
+                self._check_law(text.sequences, plain.sequences)
             return Verdict("law")
         if error is None:
             self._compare(text, plain, listener, random_state)
@@ -152,11 +156,14 @@ class Conversation:
             options = {"generation_config": GenerationConfig(**options)}
             options["generation_config"].drafting_plan = DraftingPlan(**case.plan.fields)
         try:
-            with interrupted(by, ended, self.drafter, self.target):
-                if case.entry == "hook":
-                    output = self.target.generate(**inputs, **options, **more, assistant_model=self.drafter)
-                else:
+            with (
+                interrupted(by, ended, self.drafter, self.target),
+                torch.inference_mode(case.entry == "inference mode"),
+            ):
+                if case.entry == "custom_generate":
                     output = generate_without_hook(self.target, self.drafter, **inputs, **options, **more)
+                else:
+                    output = self.target.generate(**inputs, **options, **more, assistant_model=self.drafter)
         finally:
             heard.remove_callback(watch)
         self.kept += sum(self.drafter.last_statistics.accepted)
@@ -218,8 +225,8 @@ class Conversation:
             if watch.commits:
                 raise Fault("late refusal", f"after {watch.commits} commits: {error}")
             if not is_warranted(str(error), self.case):
-                raise Fault("needless refusal", str(error))
-            return Verdict("refused", str(error))
+                raise Fault("needless refusal", sentence(error))
+            return Verdict("refused", sentence(error))
         if plain_error is not None and short(error) == short(plain_error):
             return Verdict("plain raises", short(error))
         besides = f"; plain decoding raises {short(plain_error)}" if plain_error is not None else ""
@@ -240,6 +247,22 @@ class Conversation:
         bound = prompt + rows * statistics.emitted + later + slots
         if statistics.drafter_rows > bound:
             raise Fault("over bound", f"{statistics.drafter_rows} drafter rows, at most {bound} by {made}")
+
+    def _check_law(self, ours: torch.LongTensor, theirs: torch.LongTensor) -> None:
+        """What holds of tokens that follow the target's law whatever they are."""
+        prompt = 0 if self.case.source == "embeds" else self._width
+        longest = prompt + self.case.options.get("max_new_tokens", LIMIT)
+        vocab_size = self.config.get_text_config().vocab_size
+        right = torch.equal(ours[:, :prompt], theirs[:, :prompt]) and prompt < ours.shape[1] <= longest
+        if not right or not bool(((ours >= 0) & (ours < vocab_size)).all()):
+            raise Fault("mismatch", f"{ours.tolist()} cannot be drawn after {theirs[:, :prompt].tolist()}")
+
+    def _check_weights(self) -> None:
+        """Whatever it learns from, a sound drafter stays one."""
+        if self.case.drafter.name in NETWORKS and self.case.drafter.detail in ("", "train", "bfloat16"):
+            weights = self.drafter.network.parameters()
+            if not all(bool(weight.isfinite().all()) for weight in weights):
+                raise Fault("spoilt drafter", "weights that are no numbers came into service")
 
     def _compare(self, text: Text, plain: Text, listener: Listener | None, random_state: torch.Tensor) -> None:
         ours, theirs = text.sequences, plain.sequences
@@ -308,6 +331,12 @@ class Conversation:
         case, rows = self.case, len(sequences)
         if turn + 1 == case.turns:
             return
+        if case.between == "copy":
+            self.ours, self.theirs = deepcopy(self.ours), deepcopy(self.theirs)
+        elif case.between == "crop" and min(int(cache.get_seq_length()) for cache in (self.ours, self.theirs)) > 2:
+            # They may not be equally long after an exception.
+            for cache in (self.ours, self.theirs):
+                crop(cache, 2)
         words = torch.cat([prompt_of(case.more, seed=case.seed + 10 * turn + row) for row in range(rows)])
         ids = torch.cat((sequences, words % self.config.get_text_config().vocab_size), dim=1)
         visible = nn.functional.pad(self._seen(sequences), (0, case.more), value=True)

@@ -101,10 +101,11 @@ class Case:
         positions (`int`): Added to the positions that `generate()` counts; 0 leaves that to it.
         turns (`int`): Calls.
         more (`int`): Tokens that the user adds between them.
+        between (`str`): What else the user does there with a cache: "", "crop" or "copy".
         cache (`str`): "" for a new one each call, or the user's: "dynamic", "bare" (without configuration), "static".
         options (`dict`): Of `generate()`.
         returns (`tuple[str, ...]`): "dict" and what else is handed back.
-        entry (`str`): "hook" or "custom_generate".
+        entry (`str`): "hook", "custom_generate", or "inference mode" with the hook.
         drafter ([`DrafterKind`]): The drafter.
         plan ([`Plan`], *optional*): How much it drafts.
         abort ([`Abort`], *optional*): What ends one of the calls.
@@ -119,6 +120,7 @@ class Case:
     positions: int
     turns: int
     more: int
+    between: str
     cache: str
     options: dict[str, Any]
     returns: tuple[str, ...]
@@ -158,6 +160,7 @@ class Case:
             ("listener", drafter.listener),
             ("drafter is", "joined with a look-up" if drafter.joined else ""),
             ("positions", "given" if self.positions else ""),
+            ("between turns", self.between),
         ):
             drawn += [f"{name}: {value}"] if value else []
         if self.plan is not None:

@@ -143,7 +143,7 @@ def _network(case: Case, config: PreTrainedConfig, dice: Dice) -> TreeDrafter:
         fields |= {"expansion": "best_first" if name == "best first" else "rank_guided"}
     drafter = _seeded(network, config_class.for_target(config, **fields))
     chosen = sorted(dice.sample(range(vocab_size), fields["draft_vocab_size"]))
-    drafter.d2t.copy_(torch.tensor(chosen) - torch.arange(len(chosen)))
+    drafter.set_draft_vocabulary(torch.tensor(chosen))
     return _damaged(case, drafter, dice)
 
 

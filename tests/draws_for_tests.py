@@ -22,6 +22,7 @@ from targets_for_tests import (
     TargetKind,
 )
 from third_parties_for_tests import FAULTS
+from transformers import WatermarkingConfig
 
 
 def _ids(dice: Dice, most: int) -> list[int]:
@@ -46,6 +47,7 @@ OPTIONS: dict[str, Callable[[Dice], Any]] = {
     "sequence_bias": lambda dice: {(token,): dice.uniform(-5, 5) for token in _ids(dice, 4)},
     "suppress_tokens": lambda dice: _ids(dice, 4),
     "max_time": lambda dice: 1000.0,
+    "watermarking_config": lambda dice: WatermarkingConfig(bias=dice.uniform(0.5, 4.0), context_width=1),
     "num_return_sequences": lambda dice: 2,
     # Refused.
     "num_beams": lambda dice: 2,
@@ -90,10 +92,11 @@ def draw_case(seed: int) -> Case:
         positions=dice.mostly(0, 0.02, 1, 5) if len(lengths) == turns == 1 and source == "ids" else 0,
         turns=turns,
         more=dice.randint(1, 4),
+        between=dice.mostly("", 0.2, *(["copy"] if target.family in SLIDING else ["copy", "crop"])) if cache else "",
         cache=cache,
         options=options,
         returns=returns,
-        entry=dice.mostly("hook", 0.05, "custom_generate"),
+        entry=dice.mostly("hook", 0.1, "custom_generate", "inference mode"),
         drafter=drafter,
         plan=_plan(dice, drafter, options["do_sample"]),
         abort=abort,

@@ -73,6 +73,10 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
     "keeps a recurrent state": _of_family("mamba"),
     "has layers of type conv": _of_family("lfm2"),
     "is in training mode and leaves out values at random": _drops_out,
+    "do not describe one draft vocabulary": lambda case: case.drafter.detail.startswith("d2t"),
+    "holds values that are infinite, absurdly large or not numbers": lambda case: (
+        case.drafter.sent == "saved" and case.drafter.detail in ("nan", "all nan", "inf", "huge")
+    ),
     "puts columns of its own before the prompt": lambda case: (
         case.target.wrap in ("prompt tuning", "prefix tuning", "p-tuning")
     ),

@@ -254,12 +254,11 @@ def test_a_network_of_nan():
             weight.fill_(math.nan)
     options = {"max_new_tokens": 8, "top_k": 1, "do_sample": True}  # one token has all the probability
     plain = target.generate(prompt_of(9), max_new_tokens=8, do_sample=False)
-    for drawing in ("sampled", "independent", "paths"):
-        for rule in ("walk", "token", "block"):
-            drafter.drafting_plan = DraftingPlan(9, 2, draft_sampling=drawing, verification=rule)
-            for sampling in (options, {"max_new_tokens": 8, "do_sample": False}):
-                assert torch.equal(target.generate(prompt_of(9), assistant_model=drafter, **sampling), plain)
-                calls += 1
+    for rule in ("walk", "token", "block"):
+        drafter.drafting_plan = DraftingPlan(9, 2, draft_sampling="sampled", verification=rule)
+        for sampling in (options, {"max_new_tokens": 8, "do_sample": False}):
+            assert torch.equal(target.generate(prompt_of(9), assistant_model=drafter, **sampling), plain)
+            calls += 1
     return f"the target's text in {calls} calls, drawn and greedy"
 
 

@@ -70,13 +70,13 @@ def _below_root(values: torch.Tensor, value: int) -> torch.Tensor:
     return torch.cat((values[:, :1], torch.full_like(values[:, 1:], value)), dim=1)
 
 
-def _with_laws(value: float, independent: bool = False) -> Callable[[DraftTree], DraftTree]:
+def _with_laws(value: float) -> Callable[[DraftTree], DraftTree]:
     def drawn(tree: DraftTree) -> DraftTree:
         rows, nodes = tree.tokens.shape
         laws = torch.full((rows, 1, 8), value)
         drawn_from = torch.zeros(rows, nodes, dtype=torch.long)
         drawn_from[:, 0] = -1
-        return replace(tree, laws=DraftLaws(laws, torch.arange(8), drawn_from, independent))
+        return replace(tree, laws=DraftLaws(laws, torch.arange(8), drawn_from))
 
     return drawn
 
@@ -125,7 +125,7 @@ FAULTS: dict[str, Callable[[DraftTree], Any]] = {
     "height too high": lambda tree: replace(tree, height=500),
     "laws of nan": _with_laws(torch.nan),
     "laws of -inf": _with_laws(-torch.inf),
-    "independent laws of +inf": _with_laws(torch.inf, independent=True),
+    "laws of +inf": _with_laws(torch.inf),
     "laws of other tokens": _with_laws(0.0),
     "another row": _each(lambda values: torch.cat((values, values[:1]))),
     "no row": _each(lambda values: values[:0]),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import signal
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import specblock_hf
 
 
 FAULTS = ("mismatch", "raw error", "needless refusal", "late refusal", "touched target", "unheard")
-FAULTS = (*FAULTS, "over bound", "slow")
+FAULTS = (*FAULTS, "over bound", "spoilt drafter", "slow")
 SLOW = 30  # seconds of the process, which others on the machine do not slow down
 _PACKAGE = Path(specblock_hf.__file__).parent
 _CLOSE = 1e-3  # of keys, values and scores
@@ -75,6 +76,11 @@ def is_refusal(error: BaseException) -> bool:
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     said = str(error)
     return _PACKAGE in raised_in.parents and "; " in said and said.endswith(".") and "\n" not in said
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, without the name of the folder where a drafter was saved."""
+    return re.sub(rf"{tempfile.gettempdir()}/\w+", "FOLDER", str(error))
 
 
 def short(error: BaseException | None) -> str:

@@ -72,6 +72,7 @@ class JoinedDrafter(TreeDrafter):
     feature_layers = _of_first("feature_layers")
     objective_class = _of_first("objective_class")
     can_sample = _of_first("can_sample")
+    predicts_at_once = _of_first("predicts_at_once")
     drafting_plan = _of_first("drafting_plan")
     compiled_rounds = _of_first("compiled_rounds")
 

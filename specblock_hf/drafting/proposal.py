@@ -79,8 +79,10 @@ def scored_nodes(tree: DraftTree) -> DraftTree:
     return replace(tree, parents=torch.tensor(parents)) if struck else tree
 
 
-def _fits(tree: DraftTree, batch_size: int) -> bool:
-    """Whether the tensors are those of some nodes of so many rows."""
+def _fits(tree: DraftTree | None, batch_size: int) -> bool:
+    """Whether the tensors are there and those of some nodes of so many rows."""
+    if tree is None or any(part is None for part in (tree.tokens, tree.parents, tree.log_probs, tree.origin)):
+        return False
     shape = tree.tokens.shape
     return (
         len(shape) == 2
@@ -97,7 +99,7 @@ def _laws_within(tree: DraftTree, width: int) -> DraftLaws | None:
     from the text before, which every rule verifies exactly.
     """
     laws = tree.laws
-    if laws is None:
+    if laws is None or any(part is None for part in (laws.log_probs, laws.token_ids, laws.rows)):
         return None
     count = laws.log_probs.shape[1] if laws.log_probs.ndim == 3 else 0
     shape = (len(tree.tokens), count, *laws.token_ids.shape)

@@ -68,20 +68,14 @@ def test_a_greedy_text_is_the_targets(name, number, part):
 WARPERS = ({"top_k": 1}, {"temperature": 1e-3, "eta_cutoff": 1e-2, "typical_p": 0.5}, {"top_p": 0.6, "top_h": 0.4})
 
 
-@pytest.mark.parametrize(
-    ("drawing", "rule"),
-    [
-        ("sampled", "walk"),
-        *((way, rule) for way in ("sampled", "independent", "paths") for rule in ("token", "block")),
-    ],
-)
+@pytest.mark.parametrize("rule", ["walk", "token", "block"])
 @pytest.mark.parametrize("number", ["NaN", "huge and NaN"])
 @pytest.mark.parametrize("name", DRAWING)
-def test_drawn_trees_leave_the_call_alive(name, number, drawing, rule):
+def test_drawn_trees_leave_the_call_alive(name, number, rule):
     target = tiny_target("llama")
     for part, lengths, warpers in zip(PARTS, [(9,), (4, 9), (9,)], WARPERS, strict=True):
         drafter, prompts = broken(name, NUMBERS[number], part), padded_batch(lengths)
-        drafter.drafting_plan = DraftingPlan(9, 2, draft_sampling=drawing, verification=rule)
+        drafter.drafting_plan = DraftingPlan(9, 2, draft_sampling="sampled", verification=rule)
         options = {"do_sample": True, "top_k": 0, "max_new_tokens": 6, "pad_token_id": 0} | warpers
         output = target.generate(**prompts, assistant_model=drafter, **options)
         assert output.shape[1] == prompts["input_ids"].shape[1] + 6

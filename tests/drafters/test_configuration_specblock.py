@@ -55,7 +55,7 @@ def test_rope_of_the_target_without_its_scaling():
     [
         ({"block_size": 0}, "block_size is 0; a forward predicts at least one token, so give 1 or more."),
         ({"rank_top_k": 9}, "rank_top_k is 9 but the rank head reads 10 log-probabilities; give 10 or more"),
-        ({"draft_vocab_size": 33}, "draft_vocab_size (33) is larger than the target's vocabulary of 32 tokens; pass"),
+        ({"draft_vocab_size": 33}, "draft_vocab_size (33) is larger than the target's vocab_size (32); pass"),
         ({"draft_vocab_size": 19}, "rank_top_k asks for 20 tokens of a slot but draft_vocab_size is 19; enlarge"),
         ({"draft_vocab_size": 9}, "rank_top_k asks for 20 tokens of a slot but draft_vocab_size is 9; enlarge"),
         ({"root_width": 25}, "root_width asks for 25 tokens of a slot but draft_vocab_size is 24; enlarge"),

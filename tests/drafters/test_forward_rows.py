@@ -17,7 +17,6 @@ from training_for_tests import Told, tiny_drafter
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
 from specblock_hf.drafting.plan import Limits
-from specblock_hf.trees.sampling import path_shape
 
 
 FREE = {"branching": [8, 8, 8, 8], "root_width": 12, "max_starts": None}  # an untrained rank head never gives up
@@ -68,7 +67,7 @@ def any_limits(draw) -> Limits:
         num_forwards=draw(st.integers(1, 4)),
         max_starts=draw(st.one_of(st.none(), st.integers(1, 40))),
         min_start_probability=draw(st.sampled_from([0.0, 0.0, 1e-3])),
-        draft_sampling=draw(st.sampled_from(["topk", "topk", "sampled", "independent", "paths"])),
+        draft_sampling=draw(st.sampled_from(["topk", "sampled"])),
     )
 
 
@@ -127,10 +126,3 @@ def test_a_call_with_free_starts(plan):
     statistics, forwards = drafter.last_statistics, min(plan.num_forwards, plan.tree_budget)
     most = most_rows(Limits((plan.tree_budget,), (99,), forwards))
     assert statistics.drafter_rows <= 9 + 16 + statistics.rounds * most
-
-
-@pytest.mark.parametrize(("starts", "rows"), [(None, [1, 5, 5]), (2, [1, 2, 2]), (9, [1, 5, 5])])
-def test_paths_beyond_the_starts_end(starts, rows):
-    shape = path_shape(30, 6, 2, 3, starts)
-    assert [len(nodes) for nodes in shape.starts] == rows
-    assert sum(node.law >= 0 and shape.laws[node.law][0] == 0 for node in shape.nodes) == 10

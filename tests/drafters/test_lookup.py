@@ -181,7 +181,16 @@ class Part(TreeDrafter):
     check_target = extend = propose = begin
 
 
-ATTRIBUTES = {"can_sample", "compiled_rounds", "config", "drafting_plan", "feature_layers", "lock", "objective_class"}
+ATTRIBUTES = {
+    "can_sample",
+    "predicts_at_once",
+    "compiled_rounds",
+    "config",
+    "drafting_plan",
+    "feature_layers",
+    "lock",
+    "objective_class",
+}
 METHODS = {
     "acceptance": ((True,), {}),
     "default_plan": (("cpu",), {}),

@@ -83,6 +83,11 @@ TARGETS = {
 }
 
 
+@cache
+def plain_text(kind: str) -> list[int]:
+    return TARGETS[kind]().generate(prompt_of(LENGTH), max_new_tokens=LIMIT - LENGTH, **GREEDY)[0].tolist()
+
+
 def chain(text: list[int], count: int) -> tuple[list[int], list[int]]:
     """The right tokens one below the other, as many as there are."""
     tokens = (text + [0] * count)[: count + 1]
@@ -203,9 +208,8 @@ PARTS = ("tokens", "parents", "log_probs", "origin")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_broken_tree_costs_nothing_but_time(fault, name):
-    target, prompt = TARGETS[name](), prompt_of(LENGTH)
+    target, prompt, text = TARGETS[name](), prompt_of(LENGTH), plain_text(name)
     options = {"max_new_tokens": LIMIT - LENGTH, **GREEDY}  # to the last position that there is
-    text = target.generate(prompt, **options)[0].tolist()
     for plan in (DraftingPlan(12, 1), DraftingPlan(12, 1, min_probability=0.01)):
         drafter, sizes = Proposer(text, FAULTS[fault]), Sizes()
         drafter.drafting_plan = plan
@@ -241,8 +245,7 @@ def test_a_broken_tree_beside_a_look_up(fault):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_broken_tree_under_rules_that_compare_laws(fault, rule):
-    target, prompt = tiny_target("llama"), prompt_of(LENGTH)
-    text = target.generate(prompt, max_new_tokens=12, **GREEDY)[0].tolist()
+    target, prompt, text = tiny_target("llama"), prompt_of(LENGTH), plain_text("llama")
     drafter = Proposer(text, FAULTS[fault])
     drafter.can_sample = True
     drafter.drafting_plan = DraftingPlan(12, 1, draft_sampling="sampled", verification=rule)
@@ -325,11 +328,6 @@ def test_any_numbers_in_the_place_of_a_tree(make, kind, least):
     assert target.generate(prompt, assistant_model=drafter, **options)[0].tolist() == plain_text(kind)
 
 
-@cache
-def plain_text(kind: str) -> list[int]:
-    return TARGETS[kind]().generate(prompt_of(LENGTH), max_new_tokens=LIMIT - LENGTH, **GREEDY)[0].tolist()
-
-
 def test_a_tree_within_its_limits_stays_as_it_is():
     tree = tree_of([[5, 1, 2, 3, 0]], [[-1, 0, 0, 1, -2]], [[0.0, -1.0, -2.0, -0.5, -math.inf]], height=2)
     cut = within(tree, pairs_of(1), Limits((6,), (2,)))
@@ -361,3 +359,9 @@ def test_tensors_that_fit_nothing_are_no_draft():
         replace(tree_of([[5, 1]], [[-1, 0]]), parents=torch.zeros(1, 3)), pairs_of(2), Limits((3, 3), (3, 3))
     )
     assert tree.tokens.tolist() == [[7], [7]] and tree.parents.tolist() == [[-1], [-1]]
+
+
+@pytest.mark.parametrize("part", ["tokens", "parents", "log_probs", "origin"])
+def test_a_tree_without_a_part_is_no_draft(part):
+    for proposed in (None, replace(tree_of([[5, 1]], [[-1, 0]]), **{part: None})):
+        assert within(proposed, pairs_of(1), Limits((3,), (3,))).tokens.tolist() == [[7]]

@@ -27,6 +27,7 @@ USUAL = Case(
     positions=0,
     turns=2,
     more=2,
+    between="",
     cache="dynamic",
     options={"max_new_tokens": 10, "do_sample": False, "eos_token_id": None},
     returns=(),

@@ -327,7 +327,7 @@ def test_statistics_read_well(llama):
         ({"num_beams": 2}, r"this call asks for beam search; set num_beams=1 .* or drop assistant_model\.$"),
         ({"num_beams": 2, "do_sample": True}, r"asks for beam sample;"),
         ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, r"asks for contrastive search;"),
-        ({"use_cache": False}, r"leave out use_cache=False\.$"),
+        ({"use_cache": False}, r"pass use_cache=True\.$"),
         (
             {"cache_implementation": "offloaded_static"},
             r"^cache_implementation='offloaded_static' keeps rows .* pass \"dynamic\" or \"static\"\.$",

@@ -90,7 +90,7 @@ def test_a_round_waits_once(name, lengths):
     assert len(steady) == STEADY
     for transfers in steady:
         waits = [transfer for transfer in transfers if transfer.kind != "quiet upload"]
-        assert [(wait.kind, wait.line.split(":")[0]) for wait in waits] == [("download", "choice.py")]
+        assert [(wait.kind, wait.line.split(":")[0]) for wait in waits] == [("download", "token_selector.py")]
 
 
 # The walk for the drafter's pairs and again for the target; where rows may differ in length, the committed columns of

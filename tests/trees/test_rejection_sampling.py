@@ -157,13 +157,12 @@ def test_a_tree_that_was_not_drawn_keeps_what_the_walk_keeps(rule):
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("sampling", ["sampled", "independent"])
 @pytest.mark.parametrize("fault", ["NaN", "nothing", "a token too far", "a token below 0"])
-def test_draws_whose_law_cannot_be_read_count_as_not_drawn(sampling, rule, fault):
+def test_draws_whose_law_cannot_be_read_count_as_not_drawn(rule, fault):
     for seed in range(6):
         model = model_of(seed)
-        shape = shape_of(sampling, seed, len(model.token_ids))
-        trees = [(unreadable(tree, fault), mass) for tree, mass in all_trees(model, shape, sampling)]
+        shape = shape_of(seed, len(model.token_ids))
+        trees = [(unreadable(tree, fault), mass) for tree, mass in all_trees(model, shape)]
         law = law_of_emitted(model, ends_of(model, trees, rule), shape.height + 1)
         assert total_variation(model, law, shape.height + 1) < 1e-12, seed
 

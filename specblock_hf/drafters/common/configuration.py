@@ -27,8 +27,8 @@ UNRECORDED_LAYER = -1
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, ...]:
-    """What EAGLE-3 and SpecBlock read of a target of N layers: hidden states 2, N // 2 and N - 3."""
-    return (2, num_layers // 2, num_layers - 3)
+    """What EAGLE-3 and SpecBlock read of a target of N layers: hidden states 2, N // 2 and N - 3, if it has these."""
+    return (min(2, num_layers), num_layers // 2, max(num_layers - 3, 0))
 
 
 def fields_for_target(target_config: PreTrainedConfig) -> dict[str, Any]:
