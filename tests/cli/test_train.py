@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_views_of_a_target_that_is_spread_over_devices(tmp_path):
     """A part of the layers on the disk, which on one device is what several are: states that lie where layers ran."""
     examples = [example_of(tokens, 3) for tokens in Told(3, 12).tokens.tolist()]
     whole = tiny_target("llama")
-    spread = tiny_target("llama")
+    spread = deepcopy(whole)
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
     places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(spread.model.layers))}
     dispatch_model(spread, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
