@@ -209,12 +209,15 @@ def test_padding_on_the_left_is_invisible_to_the_drafter(target, chunk):
             )
 
 
-def test_prompt_tokens_that_the_mask_hides_are_left_out(target):
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_prompt_tokens_that_the_mask_hides_are_left_out(target, chunk):
     prompt, mask = prompt_of(12), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1]])
-    plain = target.generate(prompt, attention_mask=mask, max_new_tokens=16, do_sample=False)
+    options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "prefill_chunk_size": chunk}
+    plain = target.generate(prompt, **options)
     drafter = GarbageDrafter(VOCAB, LAYERS)
-    output = target.generate(prompt, attention_mask=mask, max_new_tokens=16, do_sample=False, assistant_model=drafter)
-    assert torch.equal(output, plain)
+    assert torch.equal(target.generate(prompt, **options, assistant_model=drafter), plain)
+    # Nobody is told of a chunk that is hidden as a whole.
+    assert all(pairs.tokens.shape[1] for pairs in drafter.states[0].pairs)
     text = prompt[mask.bool()].tolist() + plain[0, 12:].tolist()
     (told,) = drafter.states
     known = len(told.tokens())
