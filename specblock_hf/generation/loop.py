@@ -96,9 +96,10 @@ def decode(
     chunks = target.prefill()
     scored, pairs = next(chunks)
     for chunk in chunks:
-        with drafter.lock, without_cudnn_attention:
-            drafter.extend(state, pairs)
-        listeners.on_prompt(call, pairs)
+        if pairs.tokens.shape[1]:  # a chunk may be padding in every row
+            with drafter.lock, without_cudnn_attention:
+                drafter.extend(state, pairs)
+            listeners.on_prompt(call, pairs)
         scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
