@@ -337,6 +337,12 @@ def test_a_tree_within_its_limits_stays_as_it_is():
     assert scored_nodes(cut) is cut
 
 
+def test_log_probs_are_numbers_that_can_be_compared():
+    values = [[math.nan, math.nan, math.inf, -math.inf, -2.0]]
+    cut = within(tree_of([[5, 1, 2, 3, 4]], [[-1, 0, 0, 0, 0]], values), pairs_of(1), Limits((6,), (2,)))
+    assert cut.log_probs.tolist() == [[0.0, -math.inf, 0.0, -math.inf, -2.0]]
+
+
 def test_parts_on_several_devices_meet_on_that_of_the_tokens():
     with FakeTensorMode():
         here, there = torch.device("cpu"), torch.device("cpu:1")

@@ -9,9 +9,12 @@ from itertools import product
 
 import pytest
 import torch
+from baselines_for_tests import BASELINES, baseline
 from batches_for_tests import garbage, oracles, padded_batch
+from block_drafters_for_tests import block_drafter
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
+from training_for_tests import tiny_drafter
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -52,6 +55,16 @@ def test_rows_at_their_own_pace_write_what_plain_decoding_writes(target, eos):
             kept = [kept for kept, its in zip(statistics.accepted, statistics.row, strict=True) if its == row]
             assert sum(kept) + len(kept) == count - 1
             assert statistics.tau_of(row) == 1 + sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("name", ["dflash", "specblock", *BASELINES])
+def test_a_chunk_that_is_padding_in_every_row_tells_nothing(llama, name):
+    drafter = {"dflash": block_drafter, "specblock": tiny_drafter}.get(name, lambda: baseline(name))()
+    batch = padded_batch((5, 8))
+    batch["attention_mask"][:, :4] = 0  # of the longest row, too
+    options = GREEDY | {"max_new_tokens": 8, "prefill_chunk_size": 2}
+    output = llama.generate(**batch, **options, assistant_model=drafter)
+    assert torch.equal(output, llama.generate(**batch, **options))
 
 
 def test_every_accepted_length_meets_every_other(llama):
