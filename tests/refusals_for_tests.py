@@ -19,6 +19,10 @@ def _static(case: Case) -> bool:
     return "static" in (case.cache, case.options.get("cache_implementation"))
 
 
+def _rows(case: Case) -> int:
+    return len(case.lengths) * case.options.get("num_return_sequences", 1)
+
+
 def _draws(case: Case) -> bool:
     """The plan asks for drawn tokens."""
     fields = case.plan.fields if case.plan else {}
@@ -52,7 +56,7 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
     "cache_implementation='offloaded'": lambda case: case.options.get("cache_implementation") == "offloaded",
     "this StaticCache has layers that slide": lambda case: _static(case) and case.target.family in SLIDING,
     "the rows of a batch end at different rounds": lambda case: (
-        _static(case) and len(case.lengths) > 1 and bool(case.cache or case.returns)
+        _static(case) and _rows(case) > 1 and bool(case.cache or case.returns)
     ),
     "drafts the likeliest tokens only": lambda case: _draws(case) and case.drafter.name not in CAN_SAMPLE,
     "may remember how it was called, and comparing laws": lambda case: (
