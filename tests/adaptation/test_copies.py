@@ -53,11 +53,14 @@ COPIES = {
 def busy(request, tmp_path):
     """A drafter with everything that hangs on one, in service."""
     drafter = DRAFTERS[request.param]()
-    if drafter.parameters_of("full"):
-        adapted(drafter, every=2, background=True, settings=NO_DRIFT)
+    learning = bool(drafter.parameters_of("full"))
+    if learning:
+        callback = adapted(drafter, every=2, background=True, settings=NO_DRIFT)
     drafter.add_callback(JsonlTrace(tmp_path / "trace.jsonl"))
     drafter.add_callback(StatisticsLogger())
     serve(drafter, 3)
+    if learning:
+        callback.wait()  # or its weights would change between the copy and the look at both
     yield drafter
     for callback in drafter.callbacks:
         drafter.remove_callback(callback)
@@ -124,7 +127,7 @@ def in_process(method: str, drafter, callback, texts: int):
     child = context.Process(target=serve_in_child, args=(answers, drafter, callback, texts), daemon=True)
     child.start()
     try:
-        return answers.get(timeout=240)
+        return answers.get(timeout=600)
     finally:
         child.kill()
         child.join()
