@@ -115,7 +115,7 @@ def test_batches_within_the_length(rope, lengths, new):
 
 
 def test_a_row_that_has_stopped_does_not_come_to_the_length():
-    kind, batch = with_rope("longrope"), padded_batch((4, 8))
+    kind, batch = TargetKind("llama", layers=4, rope="longrope"), padded_batch((4, 8))
     plain = run(kind, batch, max_new_tokens=LIMIT + 1 - 8)
     options = {"max_new_tokens": LIMIT + 1 - 8, "eos_token_id": plain[0, 10].item()}
     plain = run(kind, batch, **options)
