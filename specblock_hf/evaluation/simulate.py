@@ -59,7 +59,7 @@ def simulate_acceptance(
     Args:
         drafter ([`TreeDrafter`]): The drafter.
         table ([`TokenTable`]): The target's embedding and head.
-        examples (`Sequence[Example]`): Greedy answers; sampled ones would measure another law.
+        examples (`Sequence[Example]`): Greedy answers; sampled ones would measure another distribution.
         views (`Sequence[TargetView]`): The target's view of each.
         plan ([`DraftingPlan`]): How much a round drafts.
         max_new_tokens (`int`, *optional*, defaults to 96): Answer tokens that are walked.

@@ -185,6 +185,6 @@ def generate_with_drafter(
         # A chain is cut out by likelihood, by which a drawn tree must not be cut.
         if not generation_config.do_sample or scorer.chains_only:
             plan = replace(plan, draft_sampling="topk", verification=None)
-        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
+        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
     return choice.output(scorer.cache, scorer.token_outputs())
