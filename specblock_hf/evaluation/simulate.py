@@ -101,7 +101,7 @@ def _walk_text(
     # As in `generate()`, no tree is deeper than what may still be emitted, the last of which is the target's own.
     while end + 2 < len(text):
         limits = round_limits(plan, [len(text) - end - 1])
-        tree = draft(drafter, state, pairs_between(done, end), limits).worth(plan.min_probability)
+        tree = draft(drafter, state, pairs_between(done, end), limits).keep_likely(plan.min_probability)
         walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted

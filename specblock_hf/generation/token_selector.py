@@ -136,7 +136,7 @@ class TokenChoice:
         """Tokens that `max_new_tokens` still allows each row; 0 for one that has stopped."""
         return [row.remaining for row in self._rows]
 
-    def see(self, tree: DraftTree, logits: torch.Tensor, rows: Sequence[int]) -> DraftTree:
+    def observe(self, tree: DraftTree, logits: torch.Tensor, rows: Sequence[int]) -> DraftTree:
         """
         Choose from these logits from now on. This is where a round waits for the device, and where a greedy one reads
         from it: what was drafted and what the target says to it come in one piece.

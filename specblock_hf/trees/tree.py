@@ -184,7 +184,7 @@ class DraftTree:
             tree = tree._drop(tree._positions() > self._column(budgets))
         return tree._take(tree._off_likeliest_path().sort(dim=1, stable=True).indices)
 
-    def worth(self, min_probability: float) -> DraftTree:
+    def keep_likely(self, min_probability: float) -> DraftTree:
         """
         The tree without the nodes that the drafter gives less than this path probability, and as narrow as the widest
         row then is. A drawn tree stays whole, because its shape must not depend on what was drawn.
@@ -220,9 +220,9 @@ class DraftTree:
         """
         self._check_fixed()
         other._check_fixed()
-        return self.beside(other).merge_duplicates()
+        return self.join(other).merge_duplicates()
 
-    def beside(self, other: DraftTree) -> DraftTree:
+    def join(self, other: DraftTree) -> DraftTree:
         """
         Two drafts below the same roots, with nothing merged and siblings repeated where both have them.
 
@@ -259,7 +259,7 @@ class DraftTree:
             origin=self.origin.to(device),
         )
 
-    def spread(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
+    def scatter_rows(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
         """
         These trees as some rows of a batch whose other rows have no draft.
 

@@ -15,7 +15,7 @@ import accelerate
 import pytest
 import torch
 from conftest import VOCAB, prompt_of, tiny_target
-from drafters_for_tests import OracleDrafter
+from drafters_for_tests import OracleDrafter, Rounds
 from transformers import GenerationConfig
 
 from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate
@@ -345,10 +345,10 @@ def test_a_calls_own_plan_goes_first(plan, nodes, forwards):
     plain = target.generate(prompt, **settings)
     generation_config = GenerationConfig.from_model_config(target.config)
     generation_config.drafting_plan = plan
+    rounds = Rounds(drafter)
     drafted = target.generate(prompt, assistant_model=drafter, generation_config=generation_config, **settings)
     assert torch.equal(plain, drafted)
-    tree, _ = drafter.last_statistics.first_round
-    assert tree.tokens.shape[1] == nodes
+    assert rounds.seen[0][0].tokens.shape[1] == nodes
     assert drafter.last_statistics.drafter_rows >= drafter.last_statistics.drafter_calls
     if not forwards:
         assert drafter.last_statistics.drafter_calls == 0

@@ -9,7 +9,7 @@ from itertools import count, product
 import pytest
 import torch
 from conftest import VOCAB, prompt_of, tiny_target
-from drafters_for_tests import GarbageDrafter
+from drafters_for_tests import GarbageDrafter, Rounds
 from test_rejection_sampling import assert_drawn_from
 from transformers import (
     LlamaConfig,
@@ -76,8 +76,9 @@ def test_no_two_calls_draw_the_same_tree():
     drafter = drafter_for(target, draft_sampling="sampled")
     for _ in range(3):
         set_seed(0)
+        rounds = Rounds(drafter)
         target.generate(prompt_of(9), assistant_model=drafter, max_new_tokens=8, **EVERYTHING)
-        trees.add(str(drafter.last_statistics.first_round[0].tokens.tolist()))
+        trees.add(str(rounds.seen[0][0].tokens.tolist()))
     assert len(trees) == 3
 
 
@@ -180,9 +181,9 @@ def test_a_drawn_batch_ends_where_its_rows_end():
 def test_a_greedy_call_drafts_the_likeliest_tokens_whatever_the_plan_says():
     target = tiny_target("llama")
     drafter = drafter_for(target, draft_sampling="sampled", verification="block")
-    plain = target.generate(prompt_of(9), max_new_tokens=20, do_sample=False)
+    plain, rounds = target.generate(prompt_of(9), max_new_tokens=20, do_sample=False), Rounds(drafter)
     assert target.generate(prompt_of(9), assistant_model=drafter, max_new_tokens=20, do_sample=False).equal(plain)
-    assert drafter.last_statistics.first_round[0].distributions is None
+    assert rounds.seen and all(tree.distributions is None for tree, _ in rounds.seen)
 
 
 class Counting:

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outcomes_for_tests import outcomes
 from test_verification import tree_of
 from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct
 
-from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.trees.rejection_sampling import GlobalCoins, SampledVerifier
 from specblock_hf.trees.sampling import Shape, gumbel_draw, tree_shape
 from specblock_hf.trees.tree import DraftDistributions, DraftTree
@@ -139,7 +139,7 @@ def test_tokens_that_were_not_drawn_may_stand_beside_drawn_ones(rule):
     for seed in range(MODELS):
         model = model_of(seed)
         shape = tree_shape(2, 2 - seed % 2, 2)
-        trees = [(tree.beside(found), mass) for tree, mass in all_trees(model, shape)]
+        trees = [(tree.join(found), mass) for tree, mass in all_trees(model, shape)]
         distribution = distribution_of_emitted(model, ends_of(model, trees, rule), 3)
         assert total_variation(model, distribution, 3) < 1e-12, seed
 

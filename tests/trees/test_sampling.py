@@ -132,7 +132,7 @@ def test_a_drawn_tree_keeps_its_shape():
     ):
         with pytest.raises(ValueError, match="a sampled tree keeps its shape"):
             change()
-    beside = tree.beside(grow_fixed())
+    beside = tree.join(grow_fixed())
     assert beside.distributions.rows.tolist() == [[*tree.distributions.rows[0].tolist(), -1, -1]]
     chain = likeliest_chain(tree)
     assert chain.parents.tolist() == [[-1, 0, 1]] and chain.tokens.equal(tree.tokens[:, :3])

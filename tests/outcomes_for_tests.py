@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-from ..trees.rejection_sampling import SampledVerifier, TargetDistributions
-from ..trees.tree import DraftTree
+from specblock_hf.trees.rejection_sampling import SampledVerifier, TargetDistributions
+from specblock_hf.trees.tree import DraftTree
 
 
 @dataclass(frozen=True)
