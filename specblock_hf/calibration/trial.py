@@ -119,5 +119,5 @@ def _answer(
     if plan is not None:
         config.drafting_plan, helper = plan, drafter
     options = {**batch, "generation_config": config, "assistant_model": helper}
-    output, took = timed(target.device, lambda: target.generate(**options))
+    output, took = timed(batch["input_ids"].device, lambda: target.generate(**options))
     return took, sum(map(len, answers(output.cpu()[:, batch["input_ids"].shape[1] :], config.eos_token_id)))

@@ -18,9 +18,8 @@ from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import OracleDrafter, Rounds
 from transformers import GenerationConfig
 
-from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate
+from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate, devices
 from specblock_hf.calibration import calibrate as calibration
-from specblock_hf.calibration import trial
 from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
 from specblock_hf.calibration.costs import NODES, CostCurves, choose_plan, interpolate, shortlist, slowest_tau
 
@@ -55,7 +54,7 @@ class Machine:
         self.handle = target.register_forward_pre_hook(forward, with_kwargs=True)
         clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(calibration, "time", clock)
-        monkeypatch.setattr(trial, "time", clock)
+        monkeypatch.setattr(devices, "time", clock)
 
 
 class PricedDrafter(OracleDrafter):
