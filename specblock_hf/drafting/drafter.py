@@ -55,6 +55,8 @@ class DraftingCall:
         table ([`TokenTable`]): The target's embedding and head.
         batch_size (`int`): Rows of the batch.
         statistics ([`GenerationStatistics`]): Of the call so far; seconds are filled in at its end.
+        target_version (`int`, *optional*, defaults to 0):
+            Of the target's weights: another one than in the call before where they were changed in place in between.
         notes (`dict`, *optional*):
             What a callback wants to remember for the rest of this call, under itself: a drafter may serve several
             calls at once, and a call that fails takes its notes with it.
@@ -64,6 +66,7 @@ class DraftingCall:
     table: TokenTable
     batch_size: int
     statistics: GenerationStatistics
+    target_version: int = 0
     notes: dict[DraftingCallback, Any] = field(default_factory=dict)
 
 

@@ -83,7 +83,7 @@ def decode(
     clock, statistics = Clock(target.device), GenerationStatistics()
     batch_size = target.base.shape[0]
     listeners = Listeners(drafter.callbacks)
-    call = DraftingCall(drafter, target.table, batch_size, statistics)
+    call = DraftingCall(drafter, target.table, batch_size, statistics, target.version() if drafter.callbacks else 0)
     listeners.on_generate_begin(call)
     state = drafter.begin(
         target.table,
