@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
 from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter
-from ..drafting.pairs import Pairs
+from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, Limits, round_limits
 from ..drafting.proposal import propose, scored_nodes
 from ..drafting.statistics import Clock, GenerationStatistics
@@ -167,6 +167,7 @@ def generate_with_drafter(
     returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
     # Their cache is not the call's to give away.
     rounds = None if returns_cache else drafter.compiled_rounds
+    plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
     with (
         rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)) if rounds else nullcontext() as compiled,
         TargetModel(
@@ -178,10 +179,10 @@ def generate_with_drafter(
             generation_config.prefill_chunk_size,
             returns_cache,
             compiled and compiled.target,
+            plan.tree_budget,
         ) as scorer,
     ):
         scorer.check_length(max(choice.remaining))
-        plan = drafting_plan(drafter, generation_config, scorer.device)
         # A chain is cut out by likelihood, by which a drawn tree must not be cut.
         if not generation_config.do_sample or scorer.chains_only:
             plan = replace(plan, draft_sampling="topk", verification=None)

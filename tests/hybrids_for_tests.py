@@ -1,0 +1,101 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random targets whose layers keep a recurrent state or a window of a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from batches_for_tests import RowWiseDrafter
+from conftest import SIZES, VOCAB
+from drafters_for_tests import OracleDrafter, make_tree
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+_DELTA = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+# The configuration's class, and what it takes besides the sizes that all have.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("Qwen3_5TextConfig", _DELTA | {"linear_conv_kernel_dim": 4}),
+    "qwen3_next": ("Qwen3NextConfig", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}),
+    "falcon_h1": ("FalconH1Config", _MAMBA | {"head_dim": 8, "mamba_d_ssm": 64, "mamba_rms_norm": True}),
+    "bamba": ("BambaConfig", _MAMBA | {"attn_layer_indices": [1], "num_hidden_layers": 3}),
+    "granite4": (
+        "GraniteMoeHybridConfig",
+        _MAMBA
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3}
+        | {"shared_intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+            "head_dim": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 1,
+            "ssm_state_size": 8,
+            "chunk_size": 8,
+            "time_step_min": 1e-30,
+            "use_mamba_kernels": False,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+}
+
+
+@cache
+def hybrid_target(family: str) -> PreTrainedModel:
+    name, fields = HYBRIDS[family]
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(getattr(transformers, name)(**SIZES | fields)).eval()
+    return target
+
+
+class ChainOracle(OracleDrafter):
+    """Drafts a single path: as many right tokens as its plan says, and wrong ones behind them up to `length`."""
+
+    def __init__(self, vocab_size: int, text: Sequence[int], plan: Callable[[int], int], length: int = 9, **kwargs):
+        super().__init__(vocab_size, text, plan, siblings=False, **kwargs)
+        self.length = length
+
+    def draft(self, state, limits):
+        right = super().draft(state, limits).tokens[0].tolist()
+        root = state.positions()[-1] + 1
+        coming = self.text[root + len(right) : root + 1 + self.length]
+        tokens = right + [self._wrong(token, 1) for token in coming]
+        return make_tree(tokens, range(-1, len(tokens) - 1))
+
+
+def chain_oracles(outputs: torch.LongTensor, mask: torch.LongTensor, plans, **kwargs) -> RowWiseDrafter:
+    """One for each row of what plain `generate()` returned."""
+    starts = (mask == 0).sum(1).tolist()
+    rows = zip(outputs, starts, plans, strict=True)
+    return RowWiseDrafter([ChainOracle(VOCAB, text[start:].tolist(), plan, **kwargs) for text, start, plan in rows])
