@@ -14,6 +14,7 @@ from batches_for_tests import RowWiseDrafter
 from conftest import SIZES, VOCAB
 from drafters_for_tests import OracleDrafter, make_tree
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
 _DELTA = {
@@ -70,13 +71,42 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Those that are refused, and why.
+UNTAKEN: dict[str, tuple[str, dict[str, Any], str]] = {
+    "jamba": (
+        "JambaConfig",
+        {"num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False}
+        | {"pad_token_id": 0},
+        "begins every forward over several tokens with an empty state",
+    ),
+    "mamba": ("MambaConfig", {"state_size": 4}, "begins every forward over several tokens with an empty state"),
+    "minimax": (
+        "MiniMaxConfig",
+        {"num_local_experts": 2, "head_dim": 8},
+        "keeps its state outside of transformers' cache layers",
+    ),
+    "rwkv": ("RwkvConfig", {}, "keeps its state outside of transformers' cache layers"),
+    "olmo_hybrid": ("OlmoHybridConfig", {"pad_token_id": 0}, "is not known to go on from it over several tokens"),
+}
+
 
 @cache
 def hybrid_target(family: str) -> PreTrainedModel:
     name, fields = HYBRIDS[family]
     torch.manual_seed(0)
-    target = AutoModelForCausalLM.from_config(getattr(transformers, name)(**SIZES | fields)).eval()
-    return target
+    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**SIZES | fields)).eval()
+
+
+def states_of(cache: Any, keys: bool = True) -> list[torch.Tensor]:
+    """What the layers of a cache hold, in columns that are in use, with or without keys and values."""
+    held = []
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+            held += [state for state in states if state is not None]
+        if keys and isinstance(layer, CacheLayerMixin) and layer.keys is not None:
+            held += [part[:, :, : int(layer.get_seq_length())] for part in (layer.keys, layer.values)]
+    return held
 
 
 class ChainOracle(OracleDrafter):

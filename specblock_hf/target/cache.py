@@ -68,7 +68,11 @@ class TargetCache:
 
     def chain_mask(self, count: int) -> torch.LongTensor | None:
         """Plain decoding's own mask `[B, T]` for `count` new columns that are a text; `None` if all columns count."""
-        return None if self.visible is None else nn.functional.pad(self.visible, (0, count), value=True).long()
+        visible = self.visible
+        if visible is None and self.static and self.states:
+            # Convolutions that record make transformers take a static cache for one that grows, all of which counts.
+            visible = torch.ones(len(self.own), self.width, dtype=torch.bool, device=self._device)
+        return None if visible is None else nn.functional.pad(visible, (0, count), value=True).long()
 
     def unused(self, layer: int, count: int) -> int:
         """Columns behind `count` new ones that the layer shows to the attention although nothing is in them."""

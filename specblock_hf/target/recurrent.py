@@ -62,7 +62,7 @@ def check_recurrent(target: PreTrainedModel) -> None:
     """
     kind = target.config.get_text_config(decoder=True).model_type
     if is_recurrent(target) and kind not in _GO_ON:
-        why = _REASONS.get(kind, "is not known to go on from its state over several tokens")
+        why = _REASONS.get(kind, "is not known to go on from it over several tokens")
         raise ValueError(
             f"{type(target).__name__} keeps a recurrent state and {why}, so that drafts cannot be verified in one "
             "forward; drop assistant_model."
