@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
-_DELTA = {
+DELTA = {
     "head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -40,8 +40,8 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 # The configuration's class, and what it takes besides the sizes that all have.
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_5": ("Qwen3_5TextConfig", _DELTA | {"linear_conv_kernel_dim": 4}),
-    "qwen3_next": ("Qwen3NextConfig", _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "qwen3_5": ("Qwen3_5TextConfig", DELTA | {"linear_conv_kernel_dim": 4}),
+    "qwen3_next": ("Qwen3NextConfig", DELTA | _EXPERTS | {"shared_expert_intermediate_size": 16}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}),
     "falcon_h1": ("FalconH1Config", _MAMBA | {"head_dim": 8, "mamba_d_ssm": 64, "mamba_rms_norm": True}),
     "bamba": ("BambaConfig", _MAMBA | {"attn_layer_indices": [1], "num_hidden_layers": 3}),
