@@ -197,7 +197,8 @@ def _options(dice: Dice, target: TargetKind, source: str, rows: int, cache: str)
         # They look at the prompt's ids.
         for name in ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "guidance_scale"):
             options.pop(name, None)
-    if source == "embeds":
+    if source == "embeds" or (source == "image" and target.is_recurrent):
+        # Plain decoding takes padding that is read alone for a token, and pictures are read at once beside a drafter.
         options.pop("prefill_chunk_size", None)
     if cache:
         # transformers 5.17 reads again in chunks what the cache holds already.

@@ -117,7 +117,7 @@ def decode(
         limits = round_limits(plan, choice.remaining, target.room(), target.depth())
         if target.pauses():
             with drafter.lock, without_cudnn_attention:
-                drafter.extend(state, pairs)
+                drafter.extend(state, pairs if state.batch_size == batch_size else pairs.of_rows(state.drafting))
         tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
         listeners.on_draft(call, tree)
         clock.lap("draft")
