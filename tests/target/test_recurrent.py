@@ -11,13 +11,13 @@ import torch
 import transformers
 from batches_for_tests import garbage, padded_batch
 from conftest import SIZES, prompt_of, tiny_target
-from hybrids_for_tests import HYBRIDS, UNTAKEN, chain_oracles, hybrid_target, states_of
+from hybrids_for_tests import BATCHED, HYBRIDS, UNTAKEN, chain_oracles, hybrid_target, states_of
 from interruptions_for_tests import Broken, Ended, Listener, Watch, interrupted
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
 from transformers.utils import logging
 
 from specblock_hf import DraftingPlan, Eagle3Config, Eagle3Drafter, LookupDrafter, SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.compat import CACHE, RELEASE
+from specblock_hf.compat import CACHE
 from specblock_hf.target import recurrent
 from specblock_hf.target.recurrent import Lag
 from specblock_hf.trees.verification import Walk
@@ -25,8 +25,6 @@ from specblock_hf.trees.verification import Walk
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
 ALL = list(HYBRIDS)
-# 5.17 fails to decode a padded batch of it without a drafter.
-BATCHES = [family for family in ALL if RELEASE > (5, 17) or family != "falcon_h1"]
 
 
 def lags(family: str) -> bool:
@@ -118,7 +116,7 @@ def network(kind: str, target):
 @pytest.mark.parametrize("kind", ["specblock", "eagle3"])
 def test_networks_that_read_its_states(family, kind):
     target, drafter = hybrid_target(family), network(kind, hybrid_target(family))
-    for lengths in ((6,), (4, 6)) if family in BATCHES else ((6,),):
+    for lengths in ((6,), (4, 6)) if family in BATCHED else ((6,),):
         batch = padded_batch(lengths)
         plain = target.generate(**batch, **GREEDY)
         assert torch.equal(target.generate(**batch, **GREEDY, assistant_model=drafter), plain)
@@ -200,7 +198,7 @@ def test_a_chat_of_three_turns_keeps_its_cache(family, store):
         assert all(map(close, own, states))
 
 
-@pytest.mark.parametrize("family", BATCHES)
+@pytest.mark.parametrize("family", BATCHED)
 def test_a_chat_with_a_batch(family):
     target = hybrid_target(family)
     plain, _ = chat(target, lambda turn, batch: None, lengths=(6, 3))
@@ -254,7 +252,7 @@ def test_the_same_seed_gives_the_same_sampled_text(family):
             assert torch.equal(run(drafter), plain)
 
 
-@pytest.mark.parametrize("family", BATCHES)
+@pytest.mark.parametrize("family", BATCHED)
 @pytest.mark.parametrize("handed_back", [False, True])
 def test_padded_batches_whose_rows_end_at_different_tokens(family, handed_back):
     target, batch = hybrid_target(family), padded_batch((7, 3, 12))
@@ -271,7 +269,7 @@ def test_padded_batches_whose_rows_end_at_different_tokens(family, handed_back):
             assert statistics.target_calls == statistics.rounds + 1
 
 
-@pytest.mark.parametrize("family", [family for family in BATCHES if lags(family)])
+@pytest.mark.parametrize("family", [family for family in BATCHED if lags(family)])
 def test_a_batch_is_handed_back_at_the_last_token_of_each_row(family):
     target, batch = hybrid_target(family), padded_batch((7, 5), seed=2)
     text = target.generate(**batch, **GREEDY)
