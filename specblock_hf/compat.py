@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 # As modules, and nothing of this package: an old release must get as far as the check.
 import huggingface_hub
 import transformers
-from transformers import cache_utils
 
 
 if TYPE_CHECKING:
@@ -78,13 +77,13 @@ def crop(cache: Cache, columns: int) -> None:
         cache ([`~transformers.DynamicCache`] or [`~transformers.StaticCache`]): All its layers hold as much.
         columns (`int`): May be 0, with which layers that slide return to their window.
     """
-    layers = [layer for layer in cache.layers if isinstance(layer, cache_utils.CacheLayerMixin)]
+    layers = [layer for layer in cache.layers if isinstance(layer, transformers.cache_utils.CacheLayerMixin)]
     if isinstance(cache, transformers.StaticCache):
         for layer in layers:
             layer.cumulative_length.sub_(columns)
-    elif any(isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin) for layer in cache.layers):
+    elif any(isinstance(layer, transformers.cache_utils.LinearAttentionCacheLayerMixin) for layer in cache.layers):
         for layer in layers:
-            cache_utils.DynamicLayer.crop(layer, -columns)
+            transformers.cache_utils.DynamicLayer.crop(layer, -columns)
     else:
         cache.crop(-columns)
 
@@ -95,7 +94,7 @@ def layer_types(target: PreTrainedModel) -> list[str]:
     5.23 transformers leaves those out or says what they are; once that is the oldest, this is its own list.
     """
     config = target.config.get_text_config(decoder=True)
-    types = cache_utils.get_layer_types_and_kwargs(config)[0]
+    types = transformers.cache_utils.get_layer_types_and_kwargs(config)[0]
     types = ["dummy" if kind in ("mlp", "moe") else kind for kind in types]
     return types + ["dummy"] * (config.num_hidden_layers - len(types))
 

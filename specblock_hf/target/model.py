@@ -241,12 +241,13 @@ class TargetModel:
         ids, depths = self._node_ids(tree), tree.depths().to(self.device)
         if self._lag is None:
             return self._read(ids, self._next_position + depths, self._masks.mask(tree, depths, self._committed))
-        behind = on_device(self._lag.lengths(), self.device).unsqueeze(1)
+        lengths = self._lag.lengths()
+        behind = on_device(lengths, self.device).unsqueeze(1)
         nodes = behind + torch.arange(ids.shape[1], device=self.device)
-        return self._read_chains(self._lag.ids(ids), behind, nodes)
+        return self._read_chains(self._lag.ids(ids), behind, nodes, min(lengths))
 
     def _read_chains(
-        self, ids: torch.LongTensor, behind: torch.LongTensor, nodes: torch.LongTensor | None = None
+        self, ids: torch.LongTensor, behind: torch.LongTensor, nodes: torch.LongTensor | None = None, again: int = 0
     ) -> Scored:
         """
         Read one token after another.
@@ -255,10 +256,12 @@ class TargetModel:
             ids (`torch.LongTensor` of shape `[R, W]`): Of the rows that go on.
             behind (`torch.LongTensor` of shape `[R, 1]`): How far the first one of a row is before its root.
             nodes (`torch.LongTensor` of shape `[R, N]`, *optional*): The columns that were asked for.
+            again (`int`, *optional*, defaults to 0): How many columns, at least, come before those.
         """
         count = ids.shape[1]
         positions = self._next_position + torch.arange(count, device=self.device) - behind
-        return self._read(ids, positions, self._committed.chain_mask(count), nodes)
+        last = self._inputs.last_logits(1 if nodes is None else count - again)
+        return self._read(ids, positions, self._committed.chain_mask(count), nodes, **last)
 
     def _read(
         self,
@@ -266,6 +269,7 @@ class TargetModel:
         positions: torch.LongTensor,
         mask: torch.Tensor | dict[str, torch.Tensor] | None,
         nodes: torch.LongTensor | None = None,
+        **more: Any,
     ) -> Scored:
         self._scored = ids.shape[1]
         self._committed.states.hold()
@@ -276,7 +280,7 @@ class TargetModel:
             attention_mask=mask,
             use_cache=True,
             **{CACHE: self.cache},
-            **self._inputs.of_tree(self._scored, self._rows) | self._outputs.flags,
+            **self._inputs.of_tree(self._scored, self._rows) | self._outputs.flags | more,
         )
 
     def _rereads(self) -> bool:
@@ -374,7 +378,8 @@ class TargetModel:
         logits, features = outputs.logits, self._taps.take()
         self._outputs.see(outputs)
         if nodes is not None:
-            logits, features = _at(logits, nodes), tuple(_at(feature, nodes) for feature in features)
+            skipped = self._scored - logits.shape[1]
+            logits, features = _at(logits, nodes - skipped), tuple(_at(feature, nodes) for feature in features)
         if self._index is not None:
             batch = self.base.shape[0]
             features = tuple(_spread(feature, self._index.to(feature.device), batch) for feature in features)

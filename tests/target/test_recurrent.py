@@ -45,7 +45,7 @@ def test_every_family_of_the_list_is_tried():
 
 
 @pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("cuts", [[1], [2], [9], [11, 12, 13, 20], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("cuts", [[1], [2], [9], [1, 2, 11, 12, 20]])
 def test_a_forward_goes_on_from_a_state(family, cuts):
     target, ids = hybrid_target(family), prompt_of(24)
 
@@ -82,7 +82,7 @@ def test_a_chain_of_which_so_many_are_right(family, right):
 
 
 @pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("length", [1, 2, 300])
+@pytest.mark.parametrize("length", [1, 300])
 def test_prompts_of_any_length(family, length):
     target, batch = hybrid_target(family), padded_batch((length,), seed=3)
     plain = target.generate(**batch, **GREEDY)
@@ -95,7 +95,7 @@ def test_prompts_of_any_length(family, length):
         assert torch.equal(target.generate(**batch, **GREEDY, assistant_model=drafter), plain)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize("chunk", [1, 5])
 def test_a_prompt_in_chunks(chunk):
     for family in ALL:
         target, batch = hybrid_target(family), padded_batch((9,))
@@ -146,7 +146,7 @@ def test_an_end_inside_a_chain(family, stop):
 
     target, batch, tokenizer = hybrid_target(family), padded_batch((7,)), tiny_tokenizer()
     text = target.generate(**batch, **GREEDY)[0, 7:].tolist()
-    for place in (4, 9, 10):
+    for place in (4, 9):
         if stop == "eos":
             options = GREEDY | {"eos_token_id": text[place]}
         else:
@@ -240,7 +240,7 @@ def test_a_cache_goes_on_after_an_exception(family, by, at):
 @pytest.mark.parametrize("family", ALL)
 def test_the_same_seed_gives_the_same_sampled_text(family):
     target, batch = hybrid_target(family), padded_batch((7,))
-    for seed in range(3):
+    for seed in range(2):
 
         def run(drafter=None, seed=seed):
             set_seed(seed)
