@@ -73,6 +73,32 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+CORE = list(HYBRIDS)
+
+# Less is tried with these.
+HYBRIDS |= {
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig",
+        DELTA | _EXPERTS | {"shared_expert_intermediate_size": 16, "linear_conv_kernel_dim": 4},
+    ),
+    "lfm2_moe": ("Lfm2MoeConfig", HYBRIDS["lfm2"][1] | _EXPERTS | {"num_dense_layers": 1}),
+    "olmo_hybrid": (
+        "OlmoHybridConfig",
+        {key: value for key, value in DELTA.items() if key != "head_dim"}
+        | {"linear_num_value_heads": 2, "linear_value_head_dim": 16, "pad_token_id": 0},
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {"layer_types": ["linear_attention", "full_attention"] * 2, "pad_token_id": 0, "num_key_value_heads": 4},
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        {"layers_block_type": ["mamba", "hybrid", "mamba"], "num_hidden_layers": 3, "num_key_value_heads": 4}
+        | {"mamba_d_state": 8, "mamba_d_conv": 4, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 8}
+        | {"time_step_min": 1e-30, "use_mamba_kernels": False, "num_mem_blocks": 1, "use_mem_eff_path": False},
+    ),
+}
+
 # 5.17 fails to decode a padded batch of Falcon-H1 without a drafter.
 BATCHED = [family for family in HYBRIDS if RELEASE > (5, 17) or family != "falcon_h1"]
 
@@ -91,7 +117,11 @@ UNTAKEN: dict[str, tuple[str, dict[str, Any], str]] = {
         "keeps its state outside of transformers' cache layers",
     ),
     "rwkv": ("RwkvConfig", {}, "keeps its state outside of transformers' cache layers"),
-    "olmo_hybrid": ("OlmoHybridConfig", {"pad_token_id": 0}, "is not known to go on from it over several tokens"),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {"pad_token_id": 0, "lru_width": 32, "attention_window_size": 8},
+        "keeps its state outside of transformers' cache layers",
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from batches_for_tests import padded_batch
-from hybrids_for_tests import BATCHED, HYBRIDS, hybrid_target
+from hybrids_for_tests import BATCHED, CORE, hybrid_target
 from multimodal_for_tests import MULTIMODAL, multimodal_target, prompts_with_images
 from options_for_tests import EXACT, ONE, SEVERAL, refusal, same_text
 from targets_for_tests import LIMIT, MOE_FAMILIES, OFFLOADED, TargetKind, make_target
@@ -41,7 +41,7 @@ def multimodal() -> Outcome:
 
 
 def recurrent() -> Outcome:
-    for family in HYBRIDS:
+    for family in CORE:
         for lengths in (ONE, SEVERAL) if family in BATCHED else (ONE,):
             same_text(hybrid_target(family), padded_batch(lengths), dict)
     return "exact; verifies chains", "the same"

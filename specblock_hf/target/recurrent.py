@@ -30,10 +30,15 @@ _GO_ON = {
     "bamba",
     "falcon_h1",
     "granitemoehybrid",
+    "kimi_linear",
     "lfm2",
+    "lfm2_moe",
     "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_next",
+    "zamba2",
 }
 _FROM_ZERO = "begins every forward over several tokens with an empty state"
 _ELSEWHERE = "keeps its state outside of transformers' cache layers"
