@@ -89,10 +89,10 @@ HYBRIDS |= {
     ),
     "kimi_linear": (
         "KimiLinearConfig",
-        {"layer_types": ["linear_attention", "full_attention"] * 2, "pad_token_id": 0, "num_key_value_heads": 4}
+        {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_key_value_heads": 4}
         | {"linear_head_dim": 8, "linear_num_heads": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 4}
         | {"qk_nope_head_dim": 8, "v_head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
-        | {"moe_intermediate_size": 16},
+        | {"moe_intermediate_size": 16, "pad_token_id": 0},
     ),
     "zamba2": (
         "Zamba2Config",
