@@ -54,7 +54,7 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
+    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).scatter_rows(rows, roots)
 
 
 def decode(
@@ -103,7 +103,7 @@ def decode(
         scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
-    read = choice.see(tree, scored.logits, scored.rows)
+    read = choice.observe(tree, scored.logits, scored.rows)
     walk = verify(read, [True] * batch_size, choice.select, choice.stop)
     pairs = target.close_prompt(pairs, walk)
     target.commit(walk)
@@ -118,13 +118,13 @@ def decode(
         if target.pauses():
             with drafter.lock, without_cudnn_attention:
                 drafter.extend(state, pairs if state.batch_size == batch_size else pairs.of_rows(state.drafting))
-        tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
+        tree = target.scorable(draft(drafter, state, pairs, limits).keep_likely(plan.min_probability))
         listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")
         listeners.on_verify(call, tree, scored)
-        read = scored_nodes(choice.see(tree, scored.logits, scored.rows))
+        read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
         walk = verify(read, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
@@ -186,6 +186,6 @@ def generate_with_drafter(
         # A chain is cut out by likelihood, by which a drawn tree must not be cut.
         if not generation_config.do_sample or scorer.chains_only:
             plan = replace(plan, draft_sampling="topk", verification=None)
-        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
+        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
     return choice.output(scorer.cache, scorer.token_outputs())

@@ -376,7 +376,7 @@ class TargetModel:
         with self._taps.armed(), without_cudnn_attention:
             outputs = self.target(**inputs, return_dict=True)
         logits, features = outputs.logits, self._taps.take()
-        self._outputs.see(outputs)
+        self._outputs.observe(outputs)
         if nodes is not None:
             skipped = self._scored - logits.shape[1]
             logits, features = _at(logits, nodes - skipped), tuple(_at(feature, nodes) for feature in features)
