@@ -70,16 +70,20 @@ asks for huggingface_hub 2.0.
 
 def crop(cache: Cache, columns: int) -> None:
     """
-    Drop the last columns of a cache. Once 5.24 is the oldest this is `cache.crop(-columns)`, which static caches lack
-    before.
+    Drop the last columns of keys and values; what recurrent layers keep stays. For caches without such layers this is
+    `cache.crop(-columns)`, which static ones lack before 5.24.
 
     Args:
         cache ([`~transformers.DynamicCache`] or [`~transformers.StaticCache`]): All its layers hold as much.
         columns (`int`): May be 0, with which layers that slide return to their window.
     """
+    layers = [layer for layer in cache.layers if isinstance(layer, transformers.cache_utils.CacheLayerMixin)]
     if isinstance(cache, transformers.StaticCache):
-        for layer in cache.layers:
+        for layer in layers:
             layer.cumulative_length.sub_(columns)
+    elif any(isinstance(layer, transformers.cache_utils.LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        for layer in layers:
+            transformers.cache_utils.DynamicLayer.crop(layer, -columns)
     else:
         cache.crop(-columns)
 
@@ -87,10 +91,11 @@ def crop(cache: Cache, columns: int) -> None:
 def layer_types(target: PreTrainedModel) -> list[str]:
     """
     One of transformers' layer types for each layer of the decoder, "dummy" for one without a part of the cache. Before
-    5.23 transformers leaves those out; once that is the oldest, this is its own list.
+    5.23 transformers leaves those out or says what they are; once that is the oldest, this is its own list.
     """
     config = target.config.get_text_config(decoder=True)
     types = transformers.cache_utils.get_layer_types_and_kwargs(config)[0]
+    types = ["dummy" if kind in ("mlp", "moe") else kind for kind in types]
     return types + ["dummy"] * (config.num_hidden_layers - len(types))
 
 

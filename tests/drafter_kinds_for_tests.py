@@ -16,6 +16,7 @@ from batches_for_tests import RowWiseDrafter
 from block_drafters_for_tests import VARIANTS
 from cases_for_tests import Case, Dice
 from drafters_for_tests import GarbageDrafter, OracleDrafter
+from hybrids_for_tests import ChainOracle
 from third_parties_for_tests import ThirdPartyDrafter
 from transformers import PreTrainedConfig
 
@@ -110,9 +111,11 @@ def _first(case: Case, config: PreTrainedConfig, texts: Sequence[Sequence[int]])
         return RowWiseDrafter([GarbageDrafter(vocab_size, layers) for _ in texts])
     if kind.name == "oracle":
         plans = [lambda number, row=row: row[number % len(row)] for row in kind.depths]
+        # Of a tree, a recurrent target follows the likeliest path only, which begins with a wrong sibling.
+        made = ChainOracle if case.target.is_recurrent else OracleDrafter
         return RowWiseDrafter(
             [
-                OracleDrafter(vocab_size, [*text, *BEYOND_TEXT], plans[row % len(plans)], feature_layers=layers)
+                made(vocab_size, [*text, *BEYOND_TEXT], plans[row % len(plans)], feature_layers=layers)
                 for row, text in enumerate(texts)
             ]
         )

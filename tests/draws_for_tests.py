@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cases_for_tests import ABORTS, DAMAGES, EVENTS, LISTENERS, NETWORKS, SLIDING, Abort, Case, Dice, DrafterKind, Plan
+from hybrids_for_tests import HYBRIDS
 from multimodal_for_tests import MULTIMODAL
 from targets_for_tests import (
     EAGER_FAMILIES,
@@ -73,7 +74,9 @@ def draw_case(seed: int) -> Case:
     target = _target(dice)
     source = _source(dice, target)
     lengths = _lengths(dice, target, source)
-    turns = 1 if target.tight or source in ("embeds", "empty", "nothing") else dice.mostly(1, 0.4, 2, 3)
+    # Plain decoding goes on with the states of rows that have ended.
+    once = target.is_recurrent and len(lengths) > 1
+    turns = 1 if target.tight or once or source in ("embeds", "empty", "nothing") else dice.mostly(1, 0.4, 2, 3)
     abort = _abort(dice, turns, len(lengths)) if turns > 1 and dice.chance(0.5) else None
     cache = _cache(dice, target, turns, len(lengths))
     options = _options(dice, target, source, len(lengths), cache)
@@ -82,6 +85,7 @@ def draw_case(seed: int) -> Case:
         kinds = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
         returns = ("dict", *dice.mostly((), 0.3, *((kind,) for kind in kinds)))
     drafter = _drafter(dice, target)
+    uncut = target.family in SLIDING or target.is_recurrent
     return Case(
         seed=seed,
         target=target,
@@ -92,7 +96,7 @@ def draw_case(seed: int) -> Case:
         positions=dice.mostly(0, 0.02, 1, 5) if len(lengths) == turns == 1 and source == "ids" else 0,
         turns=turns,
         more=dice.randint(1, 4),
-        between=dice.mostly("", 0.2, *(["copy"] if target.family in SLIDING else ["copy", "crop"])) if cache else "",
+        between=dice.mostly("", 0.2, *(["copy"] if uncut else ["copy", "crop"])) if cache else "",
         cache=cache,
         options=options,
         returns=returns,
@@ -107,13 +111,15 @@ def _target(dice: Dice) -> TargetKind:
     layers = dice.choice([2, 2, 3, 4])
     attention = dice.choice(["sdpa", "eager"])
     chosen = dice.choices(
-        ["usual", "family", "rope", "tight", "multimodal", "wrap", "flag", "mode", "small", "damage"],
-        [30, 20, 14, 3, 10, 9, 5, 4, 4, 1],
+        ["usual", "family", "recurrent", "rope", "tight", "multimodal", "wrap", "flag", "mode", "small", "damage"],
+        [25, 16, 10, 14, 3, 10, 9, 5, 4, 4, 1],
     )[0]
     usual = dice.choice(["llama", "qwen3", "mistral", "gemma3"])
     if chosen == "family":
-        family = dice.choice(list(FAMILIES))
+        family = dice.choice([family for family in FAMILIES if family not in HYBRIDS])
         return TargetKind(family, layers, "eager" if family in EAGER_FAMILIES else attention)
+    if chosen == "recurrent":
+        return TargetKind(dice.choice(list(HYBRIDS)), layers, attention)
     if chosen == "rope":
         family = dice.choice(ROPE_FAMILIES)
         rope = "longrope" if family == "phi3" else dice.choice(list(ROPES))
@@ -191,7 +197,8 @@ def _options(dice: Dice, target: TargetKind, source: str, rows: int, cache: str)
         # They look at the prompt's ids.
         for name in ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "guidance_scale"):
             options.pop(name, None)
-    if source == "embeds":
+    if source == "embeds" or (source == "image" and target.is_recurrent):
+        # Plain decoding takes padding that is read alone for a token, and pictures are read at once beside a drafter.
         options.pop("prefill_chunk_size", None)
     if cache:
         # transformers 5.17 reads again in chunks what the cache holds already.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from conftest import SIZES, prompt_of
+from hybrids_for_tests import DELTA
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -22,6 +23,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
@@ -97,12 +100,21 @@ def _qwen3_vl() -> tuple[type[PreTrainedModel], Any]:
     )
 
 
+def _qwen35() -> tuple[type[PreTrainedModel], Any]:
+    vision = _QWEN_LATER_VISION | {"num_position_embeddings": 16}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+    layers = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    text = _TEXT | DELTA | {"linear_conv_kernel_dim": 4, "rope_parameters": rope} | layers
+    return Qwen3_5ForConditionalGeneration, Qwen3_5Config(vision_config=vision, text_config=text, **_QWEN_IDS)
+
+
 _KINDS = {
     "llava": _llava,
     "gemma3 with images": _gemma3,
     "qwen2-vl": _qwen2_vl,
     "qwen2.5-vl": _qwen25_vl,
     "qwen3-vl": _qwen3_vl,
+    "qwen3.5": _qwen35,
 }
 
 
@@ -124,18 +136,23 @@ MULTIMODAL: dict[str, Callable[[str], PreTrainedModel]] = {
 }
 
 
-def prompts_with_images(kind: str, lengths: Sequence[int], seed: int = 0) -> dict[str, torch.Tensor]:
+def prompts_with_images(
+    kind: str, lengths: Sequence[int], seed: int = 0, images: int = 1, image_seed: int | None = None
+) -> dict[str, torch.Tensor]:
     """
-    Prompts of a batch, padded on the left, each with one image after its first word.
+    Prompts of a batch, padded on the left, each with images after its first word.
 
     Args:
         kind (`str`): One of `MULTIMODAL`.
         lengths (sequence of `int`): Words of each prompt.
         seed (`int`, *optional*, defaults to 0): Of words and images.
+        images (`int`, *optional*, defaults to 1): Of each prompt, one behind the other.
+        image_seed (`int`, *optional*): Of the images, if it is another.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed if image_seed is None else image_seed)
     rows, is_qwen = len(lengths), kind.startswith("qwen")
     image = torch.tensor([[START, *[IMAGE] * PATCHES, END]] if is_qwen else [[IMAGE] * PATCHES])
+    image, count = image.repeat(1, images), rows * images
     widest = max(lengths) + image.shape[1]
     ids, mask = torch.zeros(2, rows, widest, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -145,11 +162,11 @@ def prompts_with_images(kind: str, lengths: Sequence[int], seed: int = 0) -> dic
     batch = {"input_ids": ids, "attention_mask": mask}
     if is_qwen:
         # Four patches of two frames are one token.
-        batch["pixel_values"] = torch.randn(rows * 4 * PATCHES, 3 * 2 * 4 * 4, generator=random)
-        batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
+        batch["pixel_values"] = torch.randn(count * 4 * PATCHES, 3 * 2 * 4 * 4, generator=random)
+        batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * count)
         batch["mm_token_type_ids"] = (ids == IMAGE).long()
     else:
-        batch["pixel_values"] = torch.randn(rows, 3, 8, 8, generator=random)
+        batch["pixel_values"] = torch.randn(count, 3, 8, 8, generator=random)
     if kind.startswith("gemma3"):
         batch["token_type_ids"] = (ids == IMAGE).long()
     return batch

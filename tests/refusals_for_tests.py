@@ -74,8 +74,10 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
         case.drafter.layers == "unrecorded" and case.drafter.name in ("specblock", "best first")
     ),
     "takes no position_ids or no cache": _of_family("bloom", "llama4"),
-    "keeps a recurrent state": _of_family("mamba"),
-    "has layers of type conv": _of_family("lfm2"),
+    "keeps a recurrent state": _of_family("mamba", "jamba"),
+    "the recurrent states of a batch lie at different tokens": lambda case: (
+        _static(case) and _rows(case) > 1 and case.target.is_recurrent
+    ),
     "is in training mode and leaves out values at random": _drops_out,
     "do not describe one draft vocabulary": lambda case: case.drafter.detail.startswith("d2t"),
     "holds values that are infinite, absurdly large or not numbers": lambda case: (

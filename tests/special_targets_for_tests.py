@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from batches_for_tests import padded_batch
+from hybrids_for_tests import BATCHED, CORE, hybrid_target
 from multimodal_for_tests import MULTIMODAL, multimodal_target, prompts_with_images
 from options_for_tests import EXACT, ONE, SEVERAL, refusal, same_text
 from targets_for_tests import LIMIT, MOE_FAMILIES, OFFLOADED, TargetKind, make_target
@@ -30,8 +32,19 @@ def multimodal() -> Outcome:
     for kind in MULTIMODAL:
         for lengths in (ONE, SEVERAL):
             same_text(multimodal_target(kind), padded_batch(lengths), dict)
-            same_text(multimodal_target(kind), prompts_with_images(kind, lengths), dict)
+            for images in (1, 2):
+                batch = prompts_with_images(kind, lengths, images=images)
+                other = prompts_with_images(kind, lengths, images=images, image_seed=9)
+                text = same_text(multimodal_target(kind), batch, dict)
+                assert not torch.equal(same_text(multimodal_target(kind), other, dict), text)
     return EXACT, EXACT
+
+
+def recurrent() -> Outcome:
+    for family in CORE:
+        for lengths in (ONE, SEVERAL) if family in BATCHED else (ONE,):
+            same_text(hybrid_target(family), padded_batch(lengths), dict)
+    return "exact; verifies chains", "the same"
 
 
 def router_logits() -> Outcome:
@@ -58,7 +71,9 @@ def dynamic_rope() -> Outcome:
 
 
 SPECIAL: dict[str, Callable[[], Outcome]] = {
-    "LLaVA, Gemma 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL: text, a picture in each prompt": multimodal,
+    "LLaVA, Gemma 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5: text, one or two pictures in each prompt": multimodal,
+    "Qwen3.5, Qwen3-Next, LFM2, Falcon-H1, Bamba, Granite 4, Nemotron-H (recurrent layers)": recurrent,
+    "Jamba (recurrent layers that do not go on from a state)": lambda: refused(TargetKind("jamba")),
     "`output_router_logits` in the configuration (Mixtral, Qwen3 MoE, OLMoE)": router_logits,
     "weights kept elsewhere by accelerate: `cpu_offload`, `disk_offload`, `dispatch_model`": lambda: exact(
         *(TargetKind(wrap=offload) for offload in OFFLOADED)

@@ -15,6 +15,7 @@ import peft
 import torch
 import transformers
 from conftest import SIZES
+from hybrids_for_tests import HYBRIDS, UNTAKEN
 from multimodal_for_tests import MULTIMODAL
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -42,7 +43,7 @@ ROPES: dict[str, dict[str, Any]] = {
 ROPE_FAMILIES = ("llama", "qwen3", "phi3")  # the last takes longrope only
 TIGHT_FAMILIES = ("gpt2", "opt", "gptj")
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
-EAGER_FAMILIES = ("gemma2", "gptj", "gpt_oss", "bloom", "mamba")
+EAGER_FAMILIES = ("gemma2", "gptj", "gpt_oss", "bloom", "mamba", "jamba")
 
 _NAMELESS = {name: SIZES[name] for name in ("initializer_range", "bos_token_id", "eos_token_id")}
 _GPT = _NAMELESS | {"n_embd": 32, "n_head": 4}
@@ -133,10 +134,6 @@ FAMILIES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     # Refused, each for a reason of its own.
     "bloom": ("BloomConfig", lambda layers: _NAMELESS | {"n_layer": layers, "n_head": 4}),
     "mamba": ("MambaConfig", lambda layers: {"state_size": 4}),
-    "lfm2": (
-        "Lfm2Config",
-        lambda layers: {"layer_types": ["conv", *["full_attention"] * (layers - 1)]},
-    ),
     "llama4": (
         "Llama4TextConfig",
         lambda layers: (
@@ -151,6 +148,9 @@ FAMILIES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
         ),
     ),
 }
+
+FAMILIES |= {family: (name, lambda layers, fields=fields: fields) for family, (name, fields) in HYBRIDS.items()}
+FAMILIES["jamba"] = (UNTAKEN["jamba"][0], lambda layers: UNTAKEN["jamba"][1])
 
 _LORA = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
 PEFT: dict[str, Callable[[], peft.PeftConfig]] = {
@@ -210,6 +210,10 @@ class TargetKind:
     @property
     def is_multimodal(self) -> bool:
         return self.family in MULTIMODAL
+
+    @property
+    def is_recurrent(self) -> bool:
+        return self.family in HYBRIDS or self.family == "qwen3.5"
 
     @property
     def depends_on_the_past(self) -> bool:

@@ -238,6 +238,31 @@ def test_record_past():
     assert (seen, after) == ([0, 1, 2, 3, 4, 5, 6], ([2, 3, 4], 5))
 
 
+def test_recurrent_layers():
+    """
+    `LinearAttentionLayer`: all that it remembers is in these dictionaries. While it records its past, a window is
+    replaced by a longer one; a recurrent state is written in place.
+    """
+    layer = cache_utils.LinearAttentionLayer()
+    layer.update_conv_state(torch.arange(3.0).view(1, 1, 3), conv_kernel_size=2)
+    layer.update_recurrent_state(torch.ones(1))
+    window, state = layer.conv_states[0], layer.recurrent_states[0]
+    layer.record_past = True
+    layer.update_conv_state(torch.ones(1, 1, 3))
+    layer.update_recurrent_state(torch.zeros(1))
+    assert (window.flatten().tolist(), layer.conv_states[0].shape, layer.conv_kernel_size) == (
+        [1, 2],
+        (1, 1, 5),
+        {0: 2},
+    )
+    assert layer.recurrent_states[0] is state and state == 0
+    flags = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
+    assert [vars(layer)[name] for name in flags] == [{0: True}] * 3
+    assert not isinstance(layer, cache_utils.CacheLayerMixin)
+    both = {cache_utils.LinearAttentionAndFullAttentionLayer, cache_utils.LinearAttentionAndStaticFullAttentionLayer}
+    assert all(issubclass(one, (cache_utils.CacheLayerMixin, cache_utils.LinearAttentionLayer)) for one in both)
+
+
 def test_cumulative_length():
     """`StaticLayer.cumulative_length`: a tensor that says where the next rows go."""
     layer = cache_utils.StaticLayer(max_cache_len=5)

@@ -10,7 +10,7 @@ from inspect import signature, unwrap
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..drafting.attachment import attachment_of, is_refusal, refusing
@@ -71,6 +71,21 @@ def _leads_to_ours(method: Any) -> bool:
     return _is_ours(unwrap(method, stop=_is_ours))
 
 
+class _Verifiable:
+    """
+    A target to transformers' own check, which takes any that is stateful for one whose drafts cannot be verified;
+    `check_request` knows which can.
+    """
+
+    _is_stateful = False
+
+    def __init__(self, target: PreTrainedModel):
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
 def _wrap_validate(original: Any, drafters: type) -> Any:
     @wraps(original)
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -81,6 +96,7 @@ def _wrap_validate(original: Any, drafters: type) -> Any:
             # Several sequences of a prompt are a batch like any other, which transformers' own assistants cannot take.
             generation_config = copy(generation_config)
             generation_config.num_return_sequences = 1
+            self = _Verifiable(self) if self._is_stateful else self
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return _validate_generation_mode

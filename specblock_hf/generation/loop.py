@@ -17,7 +17,7 @@ from ..compat import CACHE
 from ..devices import without_cudnn_attention
 from ..drafting.attachment import refusing
 from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter
-from ..drafting.pairs import Pairs
+from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, Limits, round_limits
 from ..drafting.proposal import propose, scored_nodes
 from ..drafting.statistics import Clock, GenerationStatistics
@@ -118,7 +118,7 @@ def decode(
         limits = round_limits(plan, choice.remaining, target.room(), target.depth())
         if target.pauses():
             with drafter.lock, without_cudnn_attention:
-                drafter.extend(state, pairs.of_rows(state.drafting))
+                drafter.extend(state, pairs if state.batch_size == batch_size else pairs.of_rows(state.drafting))
         tree = target.scorable(draft(drafter, state, pairs, limits).keep_likely(plan.min_probability))
         listeners.on_draft(call, tree)
         clock.lap("draft")
@@ -172,6 +172,7 @@ def generate_with_drafter(
             rounds, compiled = None if returns_cache else drafter.compiled_rounds, None
             if rounds is not None:
                 compiled = call.enter_context(rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)))
+            plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
             scorer = call.enter_context(
                 TargetModel(
                     target,
@@ -182,10 +183,10 @@ def generate_with_drafter(
                     generation_config.prefill_chunk_size,
                     returns_cache,
                     compiled and compiled.target,
+                    plan.tree_budget,
                 )
             )
             scorer.check_length(max(choice.remaining))
-            plan = drafting_plan(drafter, generation_config, scorer.device)
             # A chain is cut out by likelihood, by which a drawn tree must not be cut.
             if not generation_config.do_sample or scorer.chains_only:
                 plan = replace(plan, draft_sampling="topk", verification=None)

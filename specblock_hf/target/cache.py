@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache, cache_utils
 from ..compat import crop
 from ..devices import on_device
 from .cache_layer import RoomyLayer
+from .recurrent import LayerStates, RecurrentStates
 
 
 @dataclass
@@ -25,6 +26,7 @@ class _SafePoint:
 
     width: int
     sliding: dict[int, tuple[torch.Tensor | None, torch.Tensor | None, int]]
+    states: list[LayerStates]
 
 
 class TargetCache:
@@ -43,6 +45,7 @@ class TargetCache:
     Attributes:
         static (`bool`): The cache does not grow.
         own (`list[int]`): Columns of each row without the padding that shifting it brought.
+        states ([`RecurrentStates`]): Of layers that keep a state beside, or instead of, keys and values.
     """
 
     def __init__(self, cache: Any, batch_size: int, width: int, visible: torch.BoolTensor | None):
@@ -51,6 +54,7 @@ class TargetCache:
         self.visible = visible
         self.static = isinstance(cache, StaticCache)
         self.own = [width] * batch_size
+        self.states = RecurrentStates(cache)
         self._safe: _SafePoint | None = None
         self._shifting = False
 
@@ -61,6 +65,14 @@ class TargetCache:
     def stored(self, layer: int) -> int:
         """How many of the committed columns a layer holds; one that slides drops those before its window."""
         return self.width if self.static else self.cache.layers[layer].keys.shape[-2]
+
+    def chain_mask(self, count: int) -> torch.LongTensor | None:
+        """Plain decoding's own mask `[B, T]` for `count` new columns that are a text; `None` if all columns count."""
+        visible = self.visible
+        if visible is None and self.static and self.states:
+            # Convolutions that record make transformers take a static cache for one that grows, all of which counts.
+            visible = torch.ones(len(self.own), self.width, dtype=torch.bool, device=self._device)
+        return None if visible is None else nn.functional.pad(visible, (0, count), value=True).long()
 
     def unused(self, layer: int, count: int) -> int:
         """Columns behind `count` new ones that the layer shows to the attention although nothing is in them."""
@@ -78,7 +90,7 @@ class TargetCache:
         Raises:
             ValueError: It added others than these, or not to this cache.
         """
-        filled = [layer for layer in self.cache.layers if layer.keys is not None]
+        filled = self._filled
         # A static layer has to be asked on its device.
         held = {int(layer.get_seq_length()) for layer in filled[: 1 if self.static else None]}
         if held != {columns}:
@@ -102,7 +114,7 @@ class TargetCache:
                 for index, layer in enumerate(self.cache.layers)
                 if isinstance(layer, cache_utils.DynamicSlidingWindowLayer)
             }
-            self._safe = _SafePoint(width, sliding)
+            self._safe = _SafePoint(width, sliding, self.states.snapshot())
 
     def begin_rounds(self) -> None:
         """
@@ -124,10 +136,10 @@ class TargetCache:
     def empty(self) -> None:
         """Forget what the layers hold, because the target reads all of it again."""
         self.secure(0)
-        for layer in self.cache.layers:
+        for layer in self._filled:
             if self.static:
                 layer.cumulative_length.zero_()
-            elif layer.keys is not None:
+            else:
                 layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]
                 if layer.is_sliding:
                     layer.cumulative_length = 0
@@ -146,6 +158,8 @@ class TargetCache:
         for index, layer in enumerate(layers):
             if type(layer) is RoomyLayer:
                 layers[index] = layer.original(kept and not broken_off)
+        if kept:
+            self.states.release()
         if broken_off and self._safe is not None:
             self._go_back(self._safe)
 
@@ -154,7 +168,13 @@ class TargetCache:
         width = 0 if self._shifting else safe.width
         shifts = [self.width - own for own in self.own] if len(self.own) > 1 else [0]
         source = torch.tensor(shifts).unsqueeze(1) + torch.arange(width)
+        if width == 0:
+            self.states.forget()
+        else:
+            self.states.restore(safe.states)
         for index, layer in enumerate(self.cache.layers):
+            if not isinstance(layer, cache_utils.CacheLayerMixin):
+                continue
             if self.static:
                 layer.cumulative_length.fill_(width)
             elif width == 0:
@@ -193,6 +213,7 @@ class TargetCache:
             source = self._shifted(on_device(kept, self._device), width)
             self._see(source)
             self._move(source.clamp_min(0), 0)
+        self.states.commit(lengths, scored)
         self._cut(width, self.width + scored)
         self._shifting = False
         if len(kept) == 1:
@@ -204,9 +225,8 @@ class TargetCache:
         index = on_device(rows, self._device)
         if self.visible is not None:
             self.visible = self.visible[index.to(self.visible.device)]
-        for layer in self.cache.layers:
-            if layer.keys is None:
-                continue
+        self.states.keep_rows(index)
+        for layer in self._filled:
             own = index.to(layer.keys.device)
             if self.static:
                 layer.keys, layer.values = layer.keys[own], layer.values[own]
@@ -235,6 +255,7 @@ class TargetCache:
         for layer in self.cache.layers:
             if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
                 layer.record_past = on
+        self.states.record_past(on)
 
     def _shifted(self, nodes: torch.LongTensor, width: int) -> torch.LongTensor:
         """What moves to each column `[B, width]`: a committed column, a node behind these, or -1 for padding."""
@@ -254,9 +275,7 @@ class TargetCache:
 
     def _move(self, source: torch.LongTensor, start: int) -> None:
         """Write what columns `source` `[B, count]` hold to the columns from `start` on, in all layers with rows."""
-        for layer in self.cache.layers:
-            if layer.keys is None:
-                continue
+        for layer in self._filled:
             # A sliding layer lacks the oldest columns, and nobody asks for what moves out of it.
             first = self._first(layer)
             skipped = max(first - start, 0)
@@ -278,8 +297,17 @@ class TargetCache:
         self.width = width
 
     @property
+    def _filled(self) -> list[Any]:
+        """The layers that hold keys and values."""
+        layers = self.cache.layers
+        return [layer for layer in layers if isinstance(layer, cache_utils.CacheLayerMixin) and layer.keys is not None]
+
+    @property
     def _device(self) -> torch.device:
-        return next(layer.keys.device for layer in self.cache.layers if layer.keys is not None)
+        return self._filled[0].keys.device
+
+
+_STATIC_LAYERS = {cache_utils.StaticLayer, cache_utils.LinearAttentionAndStaticFullAttentionLayer}
 
 
 def is_users(cache: Any) -> bool:
@@ -305,9 +333,15 @@ def check_cache(cache: Any, batch_size: int, returns_cache: bool) -> None:
             f"the cache is a {type(cache).__name__} whose rows a draft tree cannot rearrange; pass a "
             "DynamicCache or a StaticCache that is not offloaded, or none."
         )
-    if type(cache) is StaticCache and any(type(layer) is not cache_utils.StaticLayer for layer in cache.layers):
+    attends = [type(layer) for layer in cache.layers if isinstance(layer, cache_utils.CacheLayerMixin)]
+    if type(cache) is StaticCache and not _STATIC_LAYERS.issuperset(attends):
         raise ValueError(
             "this StaticCache has layers that slide, which overwrite rows before a draft tree is verified; pass a "
+            "DynamicCache, or none."
+        )
+    if type(cache) is StaticCache and batch_size > 1 and RecurrentStates(cache):
+        raise ValueError(
+            "the recurrent states of a batch lie at different tokens, between which a StaticCache has no room; pass a "
             "DynamicCache, or none."
         )
     if type(cache) is StaticCache and batch_size > 1 and returns_cache:

@@ -159,6 +159,10 @@ class TargetInputs:
                 kept[name] = torch.zeros_like(last) if name == "mm_token_type_ids" else last
         return self._off | kept
 
+    def last_logits(self, count: int) -> dict[str, int]:
+        """What has a forward give the logits of its last tokens only, for a target that can."""
+        return {"logits_to_keep": count} if "logits_to_keep" in self._kwargs else {}
+
     def rereading(self, all_visible: bool, device: torch.device) -> Rereading | None:
         """
         What this call reads again and where, if it does. A prompt that has a part only in the cache, or none as ids,

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat import layer_types
 from ..trees.tree import DraftTree
 from .cache import TargetCache
+from .recurrent import RECURRENT_LAYERS
 
 
 # What each attention backend does with a mask of four dimensions. All others, such as FlashAttention's kernels or a
@@ -43,11 +43,12 @@ def likeliest_chain(tree: DraftTree) -> DraftTree:
 
 
 def layer_windows(target: PreTrainedModel) -> list[int | None]:
-    """The sliding window of every layer of the decoder, `None` for one that sees all."""
+    """The sliding window of every layer of the decoder that attends, `None` for one that sees all."""
     config, types = target.config.get_text_config(decoder=True), layer_types(target)
     if "dummy" in types:
         types = config.layer_types  # those that borrow another layer's part of the cache are in it as well
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
+    attending = [kind for kind in types if kind == "hybrid" or kind.endswith("_attention") and kind[:6] != "linear"]
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in attending]
 
 
 class TreeMasks:
@@ -70,10 +71,12 @@ class TreeMasks:
         }
         self._dtype = target.dtype
         self._form = _FORMS.get(target.get_decoder().config._attn_implementation)
+        self._is_recurrent = not RECURRENT_LAYERS.isdisjoint(types)
 
     @property
     def chains_only(self) -> bool:
-        return self._form is None
+        """Whether only a single path can be scored: the backend takes no mask, or a layer reads token after token."""
+        return self._form is None or self._is_recurrent
 
     def mask(
         self, tree: DraftTree, depths: torch.LongTensor, committed: TargetCache, always: bool = False
@@ -89,8 +92,7 @@ class TreeMasks:
         """
         count = depths.shape[1]
         if (count == 1 and not always) or self.chains_only:
-            visible = committed.visible
-            return None if visible is None else nn.functional.pad(visible, (0, count), value=True).long()
+            return committed.chain_mask(count)
         seen = tree.ancestors().to(depths.device)
         masks = {
             kind: self._kind_mask(layer, window, seen, depths, committed)

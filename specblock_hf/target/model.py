@@ -23,6 +23,7 @@ from .features import FeatureTaps
 from .inputs import TargetInputs
 from .masks import TreeMasks, layer_windows, likeliest_chain
 from .prompt import PromptPairs
+from .recurrent import Lag, cut, kept_columns
 from .support import check_length, rope_limits
 from .token_outputs import TokenOutputs
 
@@ -68,6 +69,8 @@ class TargetModel:
         compiled ([`TreeScorer`], *optional*):
             Scores the trees that fit it; the call's cache is its own, and rows stay when they have stopped, because
             they are part of its shapes.
+        budget (`int`, *optional*, defaults to 0):
+            Most drafted tokens of a round, by which a target with recurrent layers is read again; see [`Lag`].
 
     Attributes:
         calls (`int`): Forwards so far.
@@ -87,6 +90,7 @@ class TargetModel:
         chunk_size: int | None = None,
         returns_cache: bool = True,
         compiled: TreeScorer | None = None,
+        budget: int = 0,
     ):
         self.target = target
         self._compiled = compiled
@@ -103,6 +107,8 @@ class TargetModel:
         self._limits = rope_limits(target)
         self._ahead = int(self._next_position.max()) - width if self._limits else 0
         self._rereading = inputs.rereading(visible is None, self.device) if self._limits else None
+        self._budget = budget
+        self._lag: Lag | None = None  # of recurrent states, from the prompt on
         self._scored = 1
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
         self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
@@ -140,7 +146,8 @@ class TargetModel:
 
     def room(self) -> int | None:
         """Nodes that the cache has room for, the root counted; `None` if it grows."""
-        return self._committed.room()
+        room = self._committed.room()
+        return room if room is None or self._lag is None else room - self._lag.longest
 
     def depth(self) -> int | None:
         """Most levels that the next tree may have below its root; `None` for as many as one likes."""
@@ -148,6 +155,8 @@ class TargetModel:
         depths = [limit.depth(width + self._ahead) for limit in self._limits]
         if self._rereading is not None:
             depths.append(self._rereading.depth(width))
+        if self._lag is not None and self._lag.rests():
+            depths.append(0)
         return min((depth for depth in depths if depth is not None), default=None)
 
     def check_length(self, remaining: int) -> None:
@@ -168,7 +177,8 @@ class TargetModel:
 
     def pauses(self) -> bool:
         """Whether the next tree can only be a root although later ones can be more."""
-        return self.depth() == 0 and any(limit.changes_once for limit in self._limits)
+        rests = self._lag is not None and self._lag.rests()
+        return rests or (self.depth() == 0 and any(limit.changes_once for limit in self._limits))
 
     def prefill(self) -> Iterator[tuple[Scored, Pairs]]:
         """
@@ -186,6 +196,8 @@ class TargetModel:
             committed.read_prompt(inputs.cached + end)
             if end == inputs.new:
                 committed.begin_rounds()
+                if committed.states.lag:
+                    self._lag = Lag(len(self._rows), self._budget)
                 self.base = self.base - 1
                 self._next_position = self._next_position - 1
             yield replace(scored, logits=scored.logits[:, -1:]), prompt.pairs(scored.features, start, end)
@@ -204,7 +216,11 @@ class TargetModel:
         What of a tree the target's attention can score, all of it or its likeliest path where it takes no mask, on
         the target's device, wherever the drafter is.
         """
-        return (likeliest_chain(tree) if self.chains_only else tree).to(self.device)
+        if self.chains_only:
+            tree = likeliest_chain(tree)
+        if self._lag is not None:
+            tree = cut(tree, self._lag, self._rows)
+        return tree.to(self.device)
 
     def token_outputs(self) -> dict[str, Any]:
         """`hidden_states` and `attentions` of the emitted tokens, if the call asks for them."""
@@ -227,15 +243,49 @@ class TargetModel:
         size = self._compiled and self._compiled.size_for(tree.tokens.shape[1])
         if size:
             return self._score_compiled(tree, size)
-        depths = tree.depths().to(self.device)
-        self._scored = depths.shape[1]
+        ids, depths = self._node_ids(tree), tree.depths().to(self.device)
+        if self._lag is None:
+            return self._read(ids, self._next_position + depths, self._masks.mask(tree, depths, self._committed))
+        lengths = self._lag.lengths()
+        behind = on_device(lengths, self.device).unsqueeze(1)
+        nodes = behind + torch.arange(ids.shape[1], device=self.device)
+        return self._read_chains(self._lag.ids(ids), behind, nodes, min(lengths))
+
+    def _read_chains(
+        self, ids: torch.LongTensor, behind: torch.LongTensor, nodes: torch.LongTensor | None = None, again: int = 0
+    ) -> Scored:
+        """
+        Read one token after another.
+
+        Args:
+            ids (`torch.LongTensor` of shape `[R, W]`): Of the rows that go on.
+            behind (`torch.LongTensor` of shape `[R, 1]`): How far the first one of a row is before its root.
+            nodes (`torch.LongTensor` of shape `[R, N]`, *optional*): The columns that were asked for.
+            again (`int`, *optional*, defaults to 0): How many columns, at least, come before those.
+        """
+        count = ids.shape[1]
+        positions = self._next_position + torch.arange(count, device=self.device) - behind
+        last = self._inputs.last_logits(1 if nodes is None else count - again)
+        return self._read(ids, positions, self._committed.chain_mask(count), nodes, **last)
+
+    def _read(
+        self,
+        ids: torch.LongTensor,
+        positions: torch.LongTensor,
+        mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        nodes: torch.LongTensor | None = None,
+        **more: Any,
+    ) -> Scored:
+        self._scored = ids.shape[1]
+        self._committed.states.hold()
         return self._forward(
-            input_ids=self._node_ids(tree),
-            position_ids=self._next_position + depths,
-            attention_mask=self._masks.mask(tree, depths, self._committed),
+            nodes,
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
             use_cache=True,
             **{CACHE: self.cache},
-            **self._inputs.of_tree(depths.shape[1], self._rows) | self._outputs.flags,
+            **self._inputs.of_tree(self._scored, self._rows) | self._outputs.flags | more,
         )
 
     def _rereads(self) -> bool:
@@ -284,9 +334,13 @@ class TargetModel:
         grown = lengths.unsqueeze(1)
         self._last = torch.where(grown > 0, last, self._last)
         self._next_position = self._next_position + grown
+        if self._lag is None:
+            self._outputs.keep(nodes, self._committed)
+        else:
+            self._outputs.keep(nodes, self._committed, self._lag.lengths())
+            nodes = self._lag.commit(walk, self._rows, self._scored)
         if len(self._rows) > 1 and not self._returns_cache and self._compiled is None:
             nodes = self._retire(nodes, walk.stopped.tolist())
-        self._outputs.keep(nodes, self._committed)
         self._committed.commit(nodes, self._scored)
 
     def _retire(self, nodes: torch.LongTensor, stopped: list[bool]) -> torch.LongTensor:
@@ -300,10 +354,14 @@ class TargetModel:
         self._last = self._last[index]
         self._next_position = self._next_position[..., index, :]
         self._committed.keep_rows(left)
+        if self._lag is not None:
+            self._lag.keep_rows(left)
         return nodes[left]
 
     def finish(self) -> None:
         """Leave the cache as plain decoding would, for whoever goes on with it."""
+        if self._returns_cache and self._lag is not None:
+            self._catch_up(self._lag)
         behind = self._committed.behind()
         if self._returns_cache and behind:
             # Plain decoding has read the last token of a row if another row has a longer text.
@@ -312,16 +370,30 @@ class TargetModel:
             self._committed.align_left()
         self._committed.secure(self._committed.width)
 
-    def _forward(self, **inputs: Any) -> Scored:
+    def _catch_up(self, lag: Lag) -> None:
+        """Move the recurrent states to the last committed tokens."""
+        for ids, behind in lag.catch_up():
+            self._read_chains(on_device(ids, self.device), on_device(behind, self.device).unsqueeze(1))
+            self._committed.commit(kept_columns([bool(tokens) for tokens in behind], self._scored), self._scored)
+
+    def _forward(self, nodes: torch.LongTensor | None = None, **inputs: Any) -> Scored:
         self.calls += 1
         with self._taps.armed(), without_cudnn_attention:
             outputs = self.target(**inputs, return_dict=True)
-        features = self._taps.take()
+        logits, features = outputs.logits, self._taps.take()
         self._outputs.observe(outputs)
+        if nodes is not None:
+            skipped = self._scored - logits.shape[1]
+            logits, features = _at(logits, nodes - skipped), tuple(_at(feature, nodes) for feature in features)
         if self._index is not None:
             batch = self.base.shape[0]
             features = tuple(_spread(feature, self._index.to(feature.device), batch) for feature in features)
-        return Scored(outputs.logits, features, self._rows)
+        return Scored(logits, features, self._rows)
+
+
+def _at(values: torch.Tensor, nodes: torch.LongTensor) -> torch.Tensor:
+    """Some columns of each row; of those that are not there, any."""
+    return values.take_along_dim(nodes.to(values.device).clamp_max(values.shape[1] - 1).unsqueeze(2), dim=1)
 
 
 def _spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.Tensor:

@@ -21,9 +21,12 @@ from transformers.utils import is_peft_available, logging
 from ..compat import CACHE, layer_types
 from .features import decoder_layers
 from .masks import TreeMasks
+from .recurrent import RECURRENT_LAYERS, check_recurrent, is_recurrent
 
 
 logger = logging.get_logger(__name__)
+
+_NO_LIMIT = (0.0, float("inf"))  # of the time steps of Mamba layers
 
 
 def check_target(target: PreTrainedModel) -> None:
@@ -38,11 +41,7 @@ def check_target(target: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} is an encoder-decoder and draft trees need a decoder-only target; drop assistant_model."
         )
-    if target._is_stateful:
-        raise ValueError(
-            f"{name} keeps a recurrent state that cannot return to an earlier token of a draft tree; drop "
-            "assistant_model."
-        )
+    check_recurrent(target)
     decoder = target.get_decoder()
     config = target.config.get_text_config(decoder=True)
     needed = {"attention_mask", CACHE, "position_ids"}
@@ -56,7 +55,7 @@ def check_target(target: PreTrainedModel) -> None:
             f"{name} counts distances in columns of the cache, where siblings of a draft tree lie next to each other; "
             "drop assistant_model."
         )
-    unknown = set(layer_types(target)) - {"full_attention", "sliding_attention", "dummy"}
+    unknown = set(layer_types(target)) - {"full_attention", "sliding_attention", "dummy"} - RECURRENT_LAYERS
     if unknown:
         raise ValueError(
             f"{name} has layers of type {', '.join(sorted(unknown))}, which cannot score a draft tree exactly; drop "
@@ -128,11 +127,17 @@ def _check_adapter(target: PreTrainedModel) -> None:
 
 def _warn(target: PreTrainedModel) -> None:
     decoder = target.get_decoder()
-    if TreeMasks(target).chains_only:
+    if TreeMasks(target).chains_only and not is_recurrent(target):
         logger.warning_once(
             f"attn_implementation={decoder.config._attn_implementation!r} takes no mask that could show it a draft "
             "tree, so only the likeliest path of every draft is verified and fewer tokens are accepted; "
             'target.set_attn_implementation("sdpa") before generate() has whole trees verified.'
+        )
+    limits = {vars(part).get("time_step_limit", _NO_LIMIT) for part in target.modules()} - {_NO_LIMIT}
+    if limits:
+        logger.warning_once(
+            f"the recurrent layers of {type(target).__name__} bound their time steps ({limits.pop()}) where they read "
+            "several tokens and not where they read one, so that the text may be another than plain decoding's."
         )
     settings = vars(target.config).get("quantization_config") or {}
     settings = settings if isinstance(settings, Mapping) else settings.to_dict()

@@ -47,23 +47,24 @@ class TokenOutputs:
         # None where the attention backend has none to show, for which plain decoding hands back empty tuples.
         self._seen = {name: outputs.get(name) or () for name in self._wanted}
 
-    def keep(self, nodes: torch.LongTensor, committed: TargetCache) -> None:
+    def keep(self, nodes: torch.LongTensor, committed: TargetCache, again: Sequence[int] | None = None) -> None:
         """
         Keep the walked nodes' part of the last forward.
 
         Args:
             nodes (`torch.LongTensor` of shape `[B, E]`): Kept nodes of each row; -1 is padding.
             committed ([`TargetCache`]): As it was during that forward.
+            again (sequence of `int`, *optional*): Columns of each row that it read again, before its nodes.
         """
         if not self._wanted:
             return
         if not self._prompt:
             self._prompt = self._seen
             return
-        paths = [nodes[row][nodes[row] >= 0] for row in range(len(nodes))]
-        for row, path in enumerate(paths):
+        for row, first in enumerate(again or [0] * len(nodes)):
+            path = torch.cat((torch.arange(first), first + nodes[row][nodes[row] >= 0]))
             for name, layers in self._seen.items():
-                for depth in range(len(path)):
+                for depth in range(first, len(path)):
                     if name == "hidden_states":
                         # Gemma 3n has several states at every token, `[N, B, S, d]`.
                         entry = tuple(layer[..., row, path[depth], :][..., None, None, :] for layer in layers)

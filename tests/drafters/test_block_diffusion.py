@@ -10,8 +10,10 @@ from itertools import product
 
 import pytest
 import torch
+from batches_for_tests import padded_batch
 from block_drafters_for_tests import BLOCK, VARIANTS, OracleBlockDrafter, block_config, block_drafter
 from conftest import ATTENTIONS, KINDS, VOCAB, prompt_of, tiny_target
+from hybrids_for_tests import hybrid_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_best_first import nodes_of
@@ -376,12 +378,20 @@ def test_a_drafter_for_another_target_is_refused(overrides, what):
         target.generate(prompt_of(5), max_new_tokens=4, assistant_model=block_drafter(**overrides))
 
 
-def test_a_recurrent_target_is_refused(tmp_path):
+def test_a_recurrent_target_is_drafted_for(tmp_path):
+    target, batch = hybrid_target("qwen3_5"), padded_batch((5,))
+    block_drafter().save_pretrained(tmp_path)
+    drafter = AutoDrafter.from_pretrained(tmp_path, target=target)
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12}
+    plain = target.generate(**batch, **options)
+    assert torch.equal(target.generate(**batch, **options, assistant_model=drafter), plain)
+
+
+def test_a_recurrent_target_whose_state_cannot_be_gone_on_from_is_refused():
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, state_size=4)
-    block_drafter().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^This drafter .* MambaForCausalLM, whose recurrent state .*layers only\.$"):
-        AutoDrafter.from_pretrained(tmp_path, target=MambaForCausalLM(config))
+    with pytest.raises(ValueError, match=r"^MambaForCausalLM keeps a recurrent state .*; drop assistant_model\.$"):
+        MambaForCausalLM(config).generate(prompt_of(5), max_new_tokens=4, assistant_model=block_drafter())
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,6 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
 
     def check_target(self, target: PreTrainedModel) -> None:
         name = type(target).__name__
-        if target._is_stateful:
-            raise ValueError(
-                f"This drafter was published for a target like {name}, whose recurrent state cannot return to an "
-                "earlier token of a draft tree; drop assistant_model, or use a target of attention layers only."
-            )
         super().check_target(target)
         rows = target.get_input_embeddings().weight.shape[0]
         if self.config.mask_token_id >= rows and not self.config.own_embedding:
