@@ -43,7 +43,7 @@ from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import round_limits
-from specblock_hf.generation.loop import draft
+from specblock_hf.generation.rounds.drafts import draft
 from specblock_hf.target.model import TargetModel
 from specblock_hf.trees.tree import DraftTree
 from specblock_hf.trees.verification import Walk, sample_and_walk

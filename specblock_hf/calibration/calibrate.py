@@ -25,7 +25,7 @@ from ..devices import synchronize
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..drafting.plan import DraftingPlan, Limits
-from ..generation.loop import draft
+from ..generation.rounds.drafts import draft
 from ..target.model import TargetModel
 from ..trees.tree import DraftTree
 from ..trees.verification import sample_and_walk

@@ -37,7 +37,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from .tree import DraftLaws, DraftTree
+from .laws import DraftLaws
+from .tree import DraftTree
 from .verification import Select, Stop, Walk
 
 

@@ -23,7 +23,8 @@ from typing import Literal
 import torch
 
 from .expansion import Starts
-from .tree import DraftLaws, DraftTree
+from .laws import DraftLaws
+from .tree import DraftTree
 
 
 DraftSampling = Literal["topk", "sampled"]

@@ -24,7 +24,8 @@ from specblock_hf.drafting.drafter import DraftState
 from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.plan import Limits
 from specblock_hf.drafting.proposal import scored_nodes, within
-from specblock_hf.trees.tree import DraftLaws, DraftTree
+from specblock_hf.trees.laws import DraftLaws
+from specblock_hf.trees.tree import DraftTree
 
 
 GREEDY = {"do_sample": False}
