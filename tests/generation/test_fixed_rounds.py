@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -13,6 +14,8 @@ from batches_for_tests import padded_batch
 from block_drafters_for_tests import block_drafter
 from conftest import tiny_target
 from graphs_for_tests import PretendedGraphs, operators_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training_for_tests import tiny_drafter
 from transfers_for_tests import HOST, TwoDevices
 
@@ -20,8 +23,12 @@ from specblock_hf import DraftingCallback, DraftingPlan, compile_rounds
 from specblock_hf.drafters.joined import JoinedDrafter
 from specblock_hf.drafters.lookup import LookupDrafter
 from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.statistics import Clock, GenerationStatistics
 from specblock_hf.generation import compilation, loop
+from specblock_hf.generation.rounds.drafts import DraftRounds
+from specblock_hf.generation.rounds.graphs import Step
+from specblock_hf.target.fixed import TargetRounds
 
 
 def joined() -> JoinedDrafter:
@@ -113,6 +120,39 @@ def test_what_a_probability_cuts_off(graphs):
     eager = call(drafter, TOGETHER)
     assert eager[:2] == call(compiled(drafter, TOGETHER, plan), TOGETHER)[:2]
     assert {len(row) for tree in eager[1][1::2] for row in tree} > {1}
+
+
+class OffDevice(TorchDispatchMode):
+    """Refuses whatever is not on the device alone."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        used = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
+        assert used <= {"meta"}, f"{function} works on {used}"
+        return result
+
+
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if name not in ("joined", "lookup")])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_captured_steps_touch_nothing_on_the_host(name, rows):
+    target, drafter = (copy.deepcopy(model).to("meta") for model in (tiny_target("llama"), DRAFTERS[name]()))
+    table, layers, plan = TokenTable.of(target), drafter.feature_layers_for(target), DraftingPlan(12, 2, 4, 0, 0.1)
+
+    def step(function):
+        return Step(function, None, pytest.fail)
+
+    with torch.no_grad():
+        sized = TargetRounds(target, layers, rows, 40, (1, 16), step).sized(13)
+        drafts = DraftRounds(drafter, table, rows, 40, plan, step)
+        ids = torch.zeros(rows, 3, dtype=torch.long, device="meta")
+        features = tuple(torch.zeros(rows, 3, target.config.hidden_size, device="meta") for _ in layers)
+        drafts.load(Pairs(ids, features, ids, ids[:, 0], table))
+        with OffDevice():
+            tree = drafts.step()
+            sized.judged = sized.score()
+            sized.walk()
+            sized.commit()
+    assert tree.tokens.shape == (rows, 13) and sized.judged.logits.shape[1] == 16
 
 
 class Marks(DraftingCallback):

@@ -1,0 +1,140 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compare random calls in fixed shapes, replayed as pretended CUDA graphs, with eager rounds and with plain decoding: the
+same tokens, trees, walks and pairs. On a tiny target in fp32.
+
+    python benchmarks/fuzz_rounds.py --calls 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "generation")]
+
+from batches_for_tests import padded_batch  # noqa: E402
+from conftest import tiny_target  # noqa: E402
+from graphs_for_tests import PretendedGraphs  # noqa: E402
+from test_fixed_rounds import DRAFTERS, GREEDY, Rounds  # noqa: E402
+
+from specblock_hf import DraftingPlan, compile_rounds  # noqa: E402
+from specblock_hf.generation import compilation  # noqa: E402
+
+
+OPTIONS: dict[str, Any] = {
+    "eos_token_id": lambda: random.choice([[12, 21], [4]]),
+    "min_new_tokens": lambda: random.randint(1, 12),
+    "no_repeat_ngram_size": lambda: random.randint(2, 3),
+    "prefill_chunk_size": lambda: random.randint(1, 8),
+    "repetition_penalty": lambda: random.uniform(0.8, 1.8),
+    "suppress_tokens": lambda: [random.randint(1, 15)],
+}
+
+
+def case() -> dict[str, Any]:
+    """A call: drafter, plan, prompts, options, and how the target attends."""
+    lengths = [random.randint(1, 24) for _ in range(random.choice([1, 1, 1, 2, 3, 8]))]
+    options = {name: OPTIONS[name]() for name in random.sample(sorted(OPTIONS), random.choice([0, 0, 1, 2]))}
+    options["max_new_tokens"] = random.randint(1, 40)
+    if random.random() < 0.25:
+        options |= {"do_sample": True, "temperature": random.uniform(0.5, 1.5)}
+    plan = DraftingPlan(random.randint(1, 24), random.randint(1, 3), random.randint(1, 8))
+    if random.random() < 0.2:
+        plan = DraftingPlan(plan.tree_budget, plan.num_forwards, plan.max_starts, 1e-3, 1e-2)
+    return {
+        "drafter": random.choice(sorted(DRAFTERS)),
+        "target": random.choice(["llama", "llama", "qwen3"]),
+        "attention": random.choice(["sdpa", "sdpa", "eager"]),
+        "plan": plan,
+        "lengths": lengths,
+        "seed": random.randint(0, 999),
+        "options": GREEDY | options,
+    }
+
+
+def compare(case: dict[str, Any], made: dict) -> Counter[str]:
+    """
+    Run a call three times, and the last one twice.
+
+    Raises:
+        AssertionError: Something differs.
+    """
+    target = tiny_target(case["target"], case["attention"])
+    if case["drafter"] not in made:
+        made[case["drafter"]] = DRAFTERS[case["drafter"]]()
+    drafter = made[case["drafter"]]
+    drafter.drafting_plan, drafter.compiled_rounds = case["plan"], None
+    batch = padded_batch(case["lengths"], case["seed"])
+    longest = max(case["lengths"]) + case["options"]["max_new_tokens"]
+
+    def answer(helper: Any) -> tuple[list, list]:
+        rounds = Rounds()
+        drafter.add_callback(rounds)
+        torch.manual_seed(case["seed"])
+        text = target.generate(**batch, **case["options"], assistant_model=helper)
+        drafter.remove_callback(rounds)
+        return text.tolist(), rounds.seen
+
+    plain, _ = answer(None)
+    text, seen = answer(drafter)
+    exact = not case["options"]["do_sample"] or len(case["lengths"]) == 1
+    assert text == plain or not exact, "eager rounds differ from plain decoding"
+    compile_rounds(target, drafter, batch_size=len(case["lengths"]), max_length=longest + random.randint(0, 9))
+    for time_ in ("first", "second"):
+        assert answer(drafter) == (text, seen), f"captured rounds differ from eager ones in the {time_} call"
+    figures = drafter.last_statistics
+    assert figures.compiled_rounds == figures.rounds and figures.eager_because is None
+    return Counter(rounds=figures.rounds, replayed=figures.captured_rounds, drafts_replayed=figures.captured_drafts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no call begins")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz_rounds.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    random.seed(args.seed)
+    compilation.recorder_for = lambda device: PretendedGraphs()
+    counts: Counter[str] = Counter()
+    mismatches: list[str] = []
+    start, made = time.perf_counter(), {}
+    for _ in range(args.calls):
+        if time.perf_counter() - start > args.seconds:
+            break
+        call = case()
+        counts.update(["calls", call["drafter"], call["target"], call["attention"], f"{len(call['lengths'])} rows"])
+        counts.update(name for name, value in call["options"].items() if value)
+        try:
+            counts += compare(call, made)
+        except AssertionError as error:
+            mismatches.append(f"{call}: {error}")
+        result = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "seed": args.seed,
+            "mismatches": len(mismatches),
+            "seconds": round(time.perf_counter() - start),
+            "counts": dict(sorted(counts.items())),
+            "first_mismatches": mismatches[:10],
+        }
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{counts['calls']} calls, {len(mismatches)} mismatches, written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
