@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -30,7 +30,13 @@ def fingerprint(*modules: nn.Module) -> Hashable:
         for module in root.modules():
             own = vars(module)
             parts.append((id(module), type(module), id(own.get("forward"))))
-            parts += [(name, _plain(value)) for name, value in own.items() if "hooks" not in name and _is_plain(value)]
+            # On models generate() makes notes of its own, which are private.
+            notes = "_" if isinstance(module, PreTrainedModel) else "__"
+            parts += [
+                (name, _plain(value))
+                for name, value in own.items()
+                if "hooks" not in name and not name.startswith(notes) and _is_plain(value)
+            ]
             parts += [_place(tensor) for tensor in own["_parameters"].values()]
             parts += [_place(tensor) for tensor in own["_buffers"].values()]
             parts += [id(hook) for hook in foreign_hooks(module)]
