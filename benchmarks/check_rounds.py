@@ -26,8 +26,10 @@ from counting import Candidate, ReplayedDrafter, counting_target, random_drafter
 from draft_cost import Bench, describe_machine, measure, write
 from transformers import PreTrainedModel
 
-from specblock_hf import DraftingPlan, TreeDrafter, compile_rounds
-from specblock_hf.generation.compilation import CompiledRounds, Request
+from specblock_hf import DraftingPlan, compile_rounds
+from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.generation.compilation import CompiledRounds
+from specblock_hf.generation.rounds.lending import Request
 from specblock_hf.trees.tree import DraftTree
 
 
@@ -75,7 +77,7 @@ class Check:
             replayed = self._call(drafter, batch, 24)
             found[candidate.name] = replayed | {"draft": self._draft(drafter, candidate.plan, batch)}
             if candidate is SPECBLOCK:
-                with drafter.compiled_rounds.lend(self._request(candidate.plan, batch)) as lent:
+                with drafter.compiled_rounds.lend(self._request(drafter, candidate.plan, batch)) as lent:
                     found["verify"] = [self._verify(lent.target, nodes, batch) for nodes in NODES]
             drafter.compiled_rounds = None
         return found
@@ -119,12 +121,12 @@ class Check:
             "eager_because": figures.eager_because,
         }
 
-    def _request(self, plan: DraftingPlan, batch: int) -> Request:
-        return Request(self.target, plan, batch, self.length, None, returns_cache=False)
+    def _request(self, drafter: TreeDrafter, plan: DraftingPlan, batch: int) -> Request:
+        return Request(self.target, drafter, plan, batch, self.length)
 
     def _draft(self, drafter: TreeDrafter, plan: DraftingPlan, batch: int) -> dict[str, float]:
         rounds: CompiledRounds = drafter.compiled_rounds
-        with rounds.lend(self._request(plan, batch)) as lent:
+        with rounds.lend(self._request(drafter, plan, batch)) as lent:
             return measure(self.device, self.args.repeats, lent.drafts.step)
 
     def _verify(self, rounds: Any, nodes: int, batch: int) -> dict[str, Any]:

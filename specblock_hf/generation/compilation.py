@@ -323,16 +323,17 @@ def compile_rounds(
     return rounds
 
 
-@contextmanager
-def lend(request: Request) -> Iterator[Lent]:
-    """
-    Give a call what fits it of what was compiled for its drafter, on CUDA of what calls before it have left, or
-    nothing.
-    """
-    drafter, device = request.drafter, TokenTable.of(request.target).device
+def rounds_of(drafter: TreeDrafter, device: torch.device) -> CompiledRounds | None:
+    """What a call may be lent from: what was compiled, on CUDA what calls before it have left, or nothing."""
     if drafter.compiled_rounds is None and drafter.captures_rounds and device.type == "cuda":
         drafter.compiled_rounds = CompiledRounds(device)
-    rounds: CompiledRounds | None = drafter.compiled_rounds
+    return drafter.compiled_rounds
+
+
+@contextmanager
+def lend(request: Request) -> Iterator[Lent]:
+    """Give a call, for as long as the context lasts, what fits it of [`CompiledRounds`]."""
+    rounds = rounds_of(request.drafter, request.target.device)
     if rounds is None:
         yield Lent()
         return

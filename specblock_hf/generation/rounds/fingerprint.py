@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...drafting.drafter import TreeDrafter
+
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Hooks that read states for one call at a time, and those of transformers' own `output_hidden_states`.
@@ -28,7 +30,8 @@ def fingerprint(*modules: nn.Module) -> Hashable:
     parts += [torch.get_autocast_dtype(kind) for kind in ("cuda", "cpu")]
     for root in modules:
         for module in root.modules():
-            own = vars(module)
+            # Of a drafter what its copy would have, without those who listen to it.
+            own = module.__getstate__() if isinstance(module, TreeDrafter) else vars(module)
             parts.append((id(module), type(module), id(own.get("forward"))))
             # On models generate() makes notes of its own, which are private.
             notes = "_" if isinstance(module, PreTrainedModel) else "__"
