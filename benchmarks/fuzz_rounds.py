@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Compare random calls in fixed shapes, replayed as pretended CUDA graphs, with eager rounds and with plain decoding: the
-same tokens, trees, walks and pairs. On a tiny target in fp32.
+same tokens, trees, walks and pairs. On a tiny target in fp32. Goes on where an earlier run into the same file ended.
 
     python benchmarks/fuzz_rounds.py --calls 1000
 """
@@ -108,32 +108,41 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz_rounds.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    random.seed(args.seed)
     compilation.recorder_for = lambda device: PretendedGraphs()
-    counts: Counter[str] = Counter()
-    mismatches: list[str] = []
-    start, made = time.perf_counter(), {}
-    for _ in range(args.calls):
+    result = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "seed": args.seed,
+        "mismatches": 0,
+        "seconds": 0,
+        "counts": {"calls": 0},
+        "first_mismatches": [],
+    }
+    if args.output.exists():
+        result = json.loads(args.output.read_text())
+        if (result["seed"], result["transformers"]) != (args.seed, transformers.__version__):
+            parser.error(f"{args.output} is of another seed or release of transformers; give another file.")
+    counts, mismatches = Counter(result["counts"]), result["first_mismatches"]
+    start, made, before = time.perf_counter(), {}, result["seconds"]
+    for number in range(counts["calls"], args.calls):
         if time.perf_counter() - start > args.seconds:
             break
+        random.seed(f"{args.seed} {number}")
         call = case()
         counts.update(["calls", call["drafter"], call["target"], call["attention"], f"{len(call['lengths'])} rows"])
         counts.update(name for name, value in call["options"].items() if value)
         try:
             counts += compare(call, made)
         except AssertionError as error:
+            result["mismatches"] += 1
             mismatches.append(f"{call}: {error}")
-        result = {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "seed": args.seed,
-            "mismatches": len(mismatches),
-            "seconds": round(time.perf_counter() - start),
+        result |= {
+            "seconds": before + round(time.perf_counter() - start),
             "counts": dict(sorted(counts.items())),
             "first_mismatches": mismatches[:10],
         }
         args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{counts['calls']} calls, {len(mismatches)} mismatches, written to {args.output}")
+    print(f"{counts['calls']} calls, {result['mismatches']} mismatches, written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -176,11 +176,12 @@ class DraftTree:
         return tree._drop(tree._positions() > budgets.unsqueeze(1))._likeliest_path_first()
 
     def first(self, count: int) -> DraftTree:
-        """The trees of the first nodes, padding counted, which hold their parents."""
+        """The trees of the first nodes, padding counted. A node without its parent becomes padding."""
         if count >= self.tokens.shape[1]:
             return self
         laws = self.laws and replace(self.laws, rows=self.laws.rows[:, :count])
-        return replace(self._each(lambda part: part[:, :count]), height=min(self.max_depth, count - 1), laws=laws)
+        tree = replace(self._each(lambda part: part[:, :count]), height=min(self.max_depth, count - 1), laws=laws)
+        return replace(tree, parents=tree.parents.masked_fill(tree.parents >= count, -2))
 
     def worth(self, min_probability: float, trim: bool = True) -> DraftTree:
         """
@@ -194,7 +195,7 @@ class DraftTree:
         if min_probability == 0 or self.laws is not None:
             return self
         tree = self._drop(self.cumulative_log_probs() < math.log(min_probability))
-        return tree.pack() if trim else tree._padding_last()
+        return tree.pack() if trim else tree._take(tree._packed())
 
     def limit_depth(self, depths: int | Sequence[int]) -> DraftTree:
         """
@@ -308,7 +309,7 @@ class DraftTree:
         Move padding behind the nodes, which keep their order, and cut off the columns that are padding in every row.
         Reads the number of nodes from the device.
         """
-        return self._padding_last().first(int(self.num_nodes.max()))
+        return self._take(self._packed()[:, : int(self.num_nodes.max())])
 
     def to_text(self, tokenizer: Decoder, row: int = 0, accepted: Sequence[int] = ()) -> str:
         """
@@ -377,8 +378,9 @@ class DraftTree:
             origin=self.origin.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)),
         )
 
-    def _padding_last(self) -> DraftTree:
-        return self._take((self.parents < -1).long().sort(dim=1, stable=True).indices)
+    def _packed(self) -> torch.LongTensor:
+        """The nodes' order `[B, N]` with padding behind them."""
+        return (self.parents < -1).long().sort(dim=1, stable=True).indices
 
     def _likeliest(self, most: int) -> DraftTree:
         """So many nodes beside the root, the likeliest first."""
