@@ -133,9 +133,9 @@ def main() -> None:
         counts.update(name for name, value in call["options"].items() if value)
         try:
             counts += compare(call, made)
-        except AssertionError as error:
+        except Exception as error:  # whatever it is, it is one of this call, and the others go on
             result["mismatches"] += 1
-            mismatches.append(f"{call}: {error}")
+            mismatches.append(f"call {number}, {call}: {error!r}")
         result |= {
             "seconds": before + round(time.perf_counter() - start),
             "counts": dict(sorted(counts.items())),

@@ -195,6 +195,7 @@ class FixedLimits(Limits):
     ) -> Starts | None:
         if not self._goes_on(forward, reach):
             return None
-        most = self._most(forward + 1, beam)
-        starts = limit_starts(candidates, tree, most, self.min_start_probability, trim=False)
+        starts = limit_starts(candidates, tree, self._most(forward + 1, beam), self.min_start_probability, trim=False)
+        if not starts.node.shape[1]:
+            return None
         return replace(starts, node=torch.where(self.depth_now.max() >= reach, starts.node, -2))
