@@ -70,7 +70,7 @@ def decode(
         scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
-    read = choice.see(tree, scored.logits, scored.rows)
+    read = choice.observe(tree, scored.logits, scored.rows)
     walk = verify(read, [True] * batch_size, choice.select, choice.stop)
     pairs = target.close_prompt(pairs, walk)
     target.commit(walk)
@@ -84,7 +84,7 @@ def decode(
         limits = round_limits(plan, choice.remaining, target.room(), target.depth())
         if target.pauses():
             drafts.extend(pairs)
-        tree = drafts.propose(pairs, limits).worth(plan.min_probability, trim=not target.fixed)
+        tree = drafts.propose(pairs, limits).keep_likely(plan.min_probability, trim=not target.fixed)
         tree = target.scorable(tree)
         listeners.on_draft(call, tree)
         clock.lap("draft")
@@ -93,7 +93,7 @@ def decode(
         listeners.on_verify(call, tree, scored)
         walk = target.greedy_walk(active, choice.stop) if choice.is_greedy and verify is sample_and_walk else None
         if walk is None:
-            read = scored_nodes(choice.see(tree, scored.logits, scored.rows))
+            read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
             walk = verify(read, active, choice.select, choice.stop)
         pairs = target.settle(tree, scored, walk)
         statistics.add_round(tree, walk, len(scored.rows))
@@ -152,7 +152,7 @@ def generate_with_drafter(
     # A chain is cut out by likelihood, by which a drawn tree must not be cut.
     if not generation_config.do_sample or TreeMasks(target).chains_only:
         plan = replace(plan, draft_sampling="topk", verification=None)
-    verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
+    verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
     most, chunk_size = max(choice.remaining), generation_config.prefill_chunk_size
     request = Request.of_call(target, drafter, plan, input_ids, model_kwargs, most, returns_cache)
     with lend(request) as lent:

@@ -44,7 +44,7 @@ class Drafts(Protocol):
     def captured(self) -> int: ...
 
     def extend(self, pairs: Pairs) -> None:
-        """Take in a chunk of the prompt."""
+        """Take in, without drafting, a chunk of the prompt or what the last round taught."""
 
     def propose(self, pairs: Pairs, limits: Limits) -> DraftTree:
         """
@@ -80,6 +80,8 @@ class EagerDrafts:
         return self.state.forward_rows
 
     def extend(self, pairs: Pairs) -> None:
+        if self.state.batch_size < len(pairs.lengths):
+            pairs = pairs.of_rows(self.state.drafting)
         with self.drafter.lock, without_cudnn_attention:
             self.drafter.extend(self.state, pairs)
 
@@ -107,7 +109,7 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
+    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).scatter_rows(rows, roots)
 
 
 @dataclass
