@@ -82,7 +82,8 @@ class CompiledRounds:
         options: dict[str, Any] | None = None,
     ):
         self._shapes, self._options = shapes, options
-        self._recorder = recorder_for(device)
+        self._device, self._recorder = device, recorder_for(device)
+        self._patience = PATIENCE if shapes is None else 0
         self._broken: str | None = None
         self._target: TargetRounds | None = None
         self._drafts: DraftRounds | None = None
@@ -105,6 +106,12 @@ class CompiledRounds:
             yield self._lent(request)
         finally:
             self._free.release()
+
+    def afresh(self, request: Request) -> Lent:
+        """What a call would be lent, in buffers of its own that are captured at their first use."""
+        own = CompiledRounds(self._device, self._shapes, self._options)
+        own._patience = 0
+        return own._lent(request)
 
     def prepare(self, request: Request) -> None:
         """
@@ -259,8 +266,7 @@ class CompiledRounds:
 
     @property
     def _step(self) -> MakeStep:
-        patience = PATIENCE if self._shapes is None else 0
-        return lambda function: Step(function, self._recorder, self._gave_up, patience)
+        return lambda function: Step(function, self._recorder, self._gave_up, self._patience)
 
     def _gave_up(self, error: Exception) -> None:
         """Something could not be captured: what there is goes on uncaptured, and later calls run eagerly."""
@@ -339,3 +345,9 @@ def lend(request: Request) -> Iterator[Lent]:
         return
     with rounds.lend(request) as lent:
         yield lent
+
+
+def lend_afresh(request: Request) -> Lent:
+    """What a call would be lent, for whoever measures it; see [`~CompiledRounds.afresh`]."""
+    rounds = rounds_of(request.drafter, request.target.device)
+    return Lent() if rounds is None else rounds.afresh(request)
