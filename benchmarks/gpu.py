@@ -11,7 +11,7 @@ Everything that is worth measuring and training on one GPU, step by step, in the
     bench       `specblock bench` with all of these
 
     python benchmarks/gpu.py --output DIR --prompts train.jsonl --gsm8k test.jsonl
-    python benchmarks/gpu.py --output DIR --only cost
+    python benchmarks/gpu.py --output DIR --only check cost --seconds 115
     python benchmarks/gpu.py --output DIR --only train --kinds specblock --data answers/ --train-seconds 360
     python benchmarks/gpu.py --output DIR --tiny --device cpu
 
@@ -185,6 +185,7 @@ def tests(args: argparse.Namespace) -> list[Task]:
 def check(args: argparse.Namespace) -> list[Task]:
     """Captured rounds, in one short command."""
     small = ["--tiny", "--context", "32", "--dtype", "float32", "--repeats", "1", "--rounds", "4"] if args.tiny else []
+    small += ["--seconds", f"{min(args.seconds, 150):g}"]
     common = ["--device", args.device, "--output", str(args.output / "check_rounds.json"), *small]
     return [Task("captured rounds", ["benchmarks/check_rounds.py", *common], str.splitlines)]
 
