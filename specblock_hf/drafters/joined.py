@@ -84,6 +84,7 @@ class JoinedDrafter(TreeDrafter):
     predicts_at_once = _of_first("predicts_at_once")
     drafting_plan = _of_first("drafting_plan")
     compiled_rounds = _of_first("compiled_rounds")
+    captures_rounds = _of_first("captures_rounds")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label})"

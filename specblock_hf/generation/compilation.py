@@ -103,7 +103,10 @@ class CompiledRounds:
             yield Lent(reason="another call has the buffers at the moment")
             return
         try:
-            yield self._lent(request)
+            lent = self._lent(request)
+            if request.hindrance and request.hindrance in (lent.reason or ""):
+                logger.warning_once(f"Rounds run eagerly: {request.hindrance}")
+            yield lent
         finally:
             self._free.release()
 

@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from batches_for_tests import padded_batch
 from conftest import prompt_of, tiny_target
 from graphs_for_tests import PretendedGraphs
@@ -16,11 +17,13 @@ from training_for_tests import tiny_drafter
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from specblock_hf import DraftingPlan, compile_rounds
+from specblock_hf.compat import CACHE
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.generation import compilation
-from specblock_hf.generation.compilation import CompiledRounds
+from specblock_hf.generation.compilation import CompiledRounds, Shapes
 from specblock_hf.generation.rounds.fingerprint import fingerprint
 from specblock_hf.generation.rounds.graphs import PATIENCE
+from specblock_hf.generation.rounds.lending import Request
 
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -182,6 +185,36 @@ def test_hooks_of_others_are_called(caplog):
     figures = check(target, drafter, one(), max_new_tokens=24, cache_implementation="static")
     assert "LlamaForCausalLM has forward hooks" in figures.eager_because and not figures.compiled_rounds
     assert len(calls) >= figures.target_calls + 24
+
+
+def test_weights_that_are_kept_elsewhere_are_fetched():
+    target = cpu_offload(copy.deepcopy(tiny_target("llama")), execution_device="cpu")
+    drafter = tiny_drafter()
+    drafter.drafting_plan = DraftingPlan(12, 2, 4)
+    drafter.compiled_rounds = CompiledRounds(torch.device("cpu"))
+    figures = check(target, drafter, one(), max_new_tokens=24)
+    assert "weights of Embedding are kept elsewhere between forwards" in figures.eager_because
+    assert not figures.captured_drafts
+
+
+IDS = torch.ones(2, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "hindrance"),
+    [
+        ({"position_ids": IDS}, None),
+        ({"position_ids": IDS, "token_type_ids": IDS}, "the target is told a type of every token"),
+        ({"position_ids": IDS.expand(3, -1, -1)}, "a token's position is not one number that generate() prepares"),
+        ({}, "a token's position is not one number that generate() prepares"),
+    ],
+)
+def test_what_a_tree_must_be_told_beside_itself_stays_eager(inputs, hindrance, llama):
+    request = Request.of_call(llama, tiny_drafter(), DraftingPlan(4, 1), IDS, {CACHE: None} | inputs, 8, False)
+    assert (request.hindrance, request.length, request.batch_size) == (hindrance, 12, 2)
+    rounds = CompiledRounds(llama.device, Shapes(llama, 2, 20))
+    with rounds.lend(request) as lent:
+        assert (lent.target is None, lent.reason) == (hindrance is not None, hindrance) and lent.drafts
 
 
 class Unwilling(PretendedGraphs):
