@@ -11,7 +11,7 @@ import pytest
 import torch
 from baselines_for_tests import baseline
 from batches_for_tests import padded_batch
-from block_drafters_for_tests import block_drafter
+from block_drafters_for_tests import VARIANTS, block_drafter
 from conftest import tiny_target
 from graphs_for_tests import PretendedGraphs, operators_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,6 +111,24 @@ def test_captured_rounds_are_the_eager_ones(name, lengths, options, graphs):
     # All but the first rounds of each size replay; no step is captured twice.
     assert captured[1][2].captured_rounds == captured[1][2].rounds
     assert graphs[-1].captured <= 1 + 2 * 3
+
+
+KINDS = {
+    "markov": partial(tiny_drafter, markov_rank=4),
+    "markov, best-first": partial(tiny_drafter, markov_rank=4, expansion="best_first"),
+    **{name: partial(block_drafter, name) for name in VARIANTS if name != "dflash"},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_block_has_rounds_of_fixed_shapes(name, graphs):
+    drafter = KINDS[name]()
+    drafter.drafting_plan = PLAN
+    eager = call(drafter, TOGETHER)
+    for _ in range(2):  # the second one replays all of its rounds but the first
+        again = call(compiled(drafter, TOGETHER) if drafter.compiled_rounds is None else drafter, TOGETHER)
+        assert eager[:2] == again[:2]
+    assert again[2].captured_drafts >= again[2].rounds - 1 and again[2].eager_because is None
 
 
 def test_what_a_probability_cuts_off(graphs):
