@@ -159,15 +159,17 @@ class BlockDrafter(NetworkDrafter):
         return FixedBlockState.empty(self, self.columns_per_pair, table, batch_size, max_length, width)
 
     def extend(self, state: BlockState, pairs: Pairs) -> None:
-        for _ in self._commit(state, pairs, self):
+        for _ in self._commit(state, pairs):
             pass
 
     def _first_block(self, state: BlockState, pairs: Pairs) -> tuple[DraftTree, torch.Tensor, torch.LongTensor]:
         """Take `pairs` in; a tree of roots, and the states `[B, 1, K, d]` and positions `[B, 1]` of the last pairs."""
-        hidden, positions = self._last_rows(self._commit(state, pairs, state.network or self), pairs)
+        hidden, positions = self._last_rows(self._commit(state, pairs, state.network), pairs)
         return self.root_of(pairs), hidden, positions
 
-    def _commit(self, state: BlockState, pairs: Pairs, forward: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
+    def _commit(
+        self, state: BlockState, pairs: Pairs, forward: Callable[..., torch.Tensor] | None = None
+    ) -> Iterator[torch.Tensor]:
         """
         Forwards over new pairs, which leave their keys behind; yields the states `[B, T', K, d]` chunk by chunk.
         """
@@ -184,7 +186,7 @@ class BlockDrafter(NetworkDrafter):
             positions = pairs.positions[:, rows].to(self.device)
             state.calls += 1
             state.forward_rows += len(embeds) * count
-            yield forward(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
+            yield (forward or self)(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
 
     def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
         """The states `[B, 1, K, d]` and the position `[B, 1]` of every row's last pair."""
