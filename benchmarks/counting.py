@@ -8,6 +8,7 @@ its first path, down to a chosen depth.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,15 +155,16 @@ class DrawnRanks(SpecBlockDrafter):
         """Draw `count` answers, to be given one after the other and then again."""
         drawn = torch.multinomial(torch.tensor(RANK_SHARES), count, replacement=True)
         self.drawn = 1e4 * torch.nn.functional.one_hot(drawn, len(RANK_SHARES)).to(self.device, self.dtype)
-        self.next_drawn = 0
+        self._cursor = deque([0])  # no number of the module's own, which would be part of what is captured
 
     def rank_logits(self, normed: torch.Tensor, top_logits: torch.Tensor) -> torch.Tensor:
         logits = super().rank_logits(normed, top_logits)
         count = logits[..., 0].numel()
-        if self.next_drawn + count > len(self.drawn):
-            self.next_drawn = 0
-        drawn = self.drawn[self.next_drawn : self.next_drawn + count]
-        self.next_drawn += count
+        first = self._cursor.pop()
+        if first + count > len(self.drawn):
+            first = 0
+        drawn = self.drawn[first : first + count]
+        self._cursor.append(first + count)
         return logits + drawn.view_as(logits)
 
 
@@ -206,6 +208,16 @@ class ReplayedDrafter(TreeDrafter):
 
     def begin(self, *args: Any, **kwargs: Any) -> DraftState:
         return self.drafter.begin(*args, **kwargs)
+
+    @property
+    def has_fixed_rounds(self) -> bool:
+        return self.drafter.has_fixed_rounds
+
+    def begin_fixed(self, *args: Any, **kwargs: Any) -> DraftState:
+        return self.drafter.begin_fixed(*args, **kwargs)
+
+    def deepest(self, plan: DraftingPlan) -> int:
+        return self.drafter.deepest(plan)
 
     def extend(self, state: DraftState, pairs: Pairs) -> None:
         self.drafter.extend(state, pairs)

@@ -10,8 +10,8 @@ their values.
 For every target and context: a token of plain `generate()` (as it is, and with a static cache, compiled), a
 verification of n nodes, a proposal of every drafter, and the whole `generate()` loop at accepted lengths that are
 forced: the target counts (token + 1 follows every token), and a drafter's real tree gets the right tokens along its
-first path, down to a chosen depth. The output holds one entry for each target, context and batch; entries that are
-there are not measured again.
+first path, down to a chosen depth. The output holds one entry for each target, context and batch, written drafter by
+drafter, of which one that fails costs its own line; entries that are finished are not measured again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -43,7 +44,7 @@ from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import round_limits
-from specblock_hf.generation.loop import draft
+from specblock_hf.generation.rounds.drafts import draft
 from specblock_hf.target.model import TargetModel
 from specblock_hf.trees.tree import DraftTree
 from specblock_hf.trees.verification import Walk, sample_and_walk
@@ -280,23 +281,28 @@ class Bench:
 PHASES = ("draft", "verify", "host")
 
 
-def measure_all(bench: Bench, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Every figure of one target, context and batch."""
-    plain = bench.plain()
-    unit: dict[str, Any] = {"plain_ms": plain, "verify": None, "drafters": {}}
+def measure_all(bench: Bench, candidates: Sequence[Candidate], unit: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Write every figure of one target, context and batch into `unit`, and keep it after every drafter."""
+    plain = unit["plain_ms"] = bench.plain()
+    unit |= {"verify": None, "drafters": {}, "failed": {}}
     for candidate in candidates:
-        drafter = random_drafter(candidate, bench.target)
-        if unit["verify"] is None:
-            unit["verify"] = bench.verify(drafter.feature_layers_for(bench.target))
-        drafted = {"plan": str(candidate.plan), "parameters": sum(p.numel() for p in drafter.parameters())}
-        drafted["proposal"] = bench.proposal(drafter, candidate.plan)
-        drafted["loops"] = [bench.loop(drafter, candidate.plan, tau, plain) for tau in candidate.taus]
-        unit["drafters"][candidate.name] = drafted
+        try:
+            drafter = random_drafter(candidate, bench.target)
+            if unit["verify"] is None:
+                unit["verify"] = bench.verify(drafter.feature_layers_for(bench.target))
+            drafted = {"plan": str(candidate.plan), "parameters": sum(p.numel() for p in drafter.parameters())}
+            drafted["proposal"] = bench.proposal(drafter, candidate.plan)
+            drafted["loops"] = [bench.loop(drafter, candidate.plan, tau, plain) for tau in candidate.taus]
+            unit["drafters"][candidate.name] = drafted
+        except Exception as error:  # one drafter must not cost those after it
+            unit["failed"][candidate.name] = repr(error)
+        unit["ratios"] = ratios(unit["drafters"])
+        keep()
     # Last: hooks, which the drafters' features come from, do not run in a forward that was compiled.
     unit["plain_static_ms"] = bench.plain(static=True)
     unit["static_is_compiled"] = bench.device.type == "cuda"
-    unit["ratios"] = ratios(unit["drafters"])
-    return unit
+    del unit["unfinished"]
+    keep()
 
 
 def ratios(drafters: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -346,14 +352,14 @@ def table(unit: dict[str, Any]) -> str:
             for row in figures["loops"]
         )
         lines.append(f"{name:36s}{cost['ms']:9.2f}{ratio:8.2f}{cost['operators']:7d}{cost['rows']:7.1f}   {loops}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{name}: {error}" for name, error in unit["failed"].items())])
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)
+    begun = path.with_suffix(".partial")
+    begun.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(begun, path)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -381,7 +387,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is not in the output; 1 if a text was not the target's."""
+    """Measure what is not in the output; 1 if a drafter failed or a text was not the target's."""
     args = parse(arguments)
     device = torch.device(args.device)
     candidates = [candidate for candidate in CANDIDATES if candidate.kind in args.drafter]
@@ -390,6 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"units": []}
     if args.output.exists():
         report = json.loads(args.output.read_text())
+        report["units"] = [unit for unit in report["units"] if "unfinished" not in unit]
     done = {(unit["target"], unit["context"], unit["batch"]) for unit in report["units"]}
     for name in args.target:
         target = None
@@ -402,12 +409,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = {"target": name, "context": context, "batch": batch}
             unit = place | {"settings": settings, "shape": shape_of(name, args.tiny)}
             unit["machine"] = describe_machine(device)
-            unit |= measure_all(Bench(target, context, batch, args.repeats, args.rounds), candidates)
+            unit["unfinished"] = True
             report["units"].append(unit)
-            write(args.output, report)
+            bench = Bench(target, context, batch, args.repeats, args.rounds)
+            measure_all(bench, candidates, unit, partial(write, args.output, report))
             print(table(unit), flush=True)
     loops = [loop for unit in report["units"] for drafted in unit["drafters"].values() for loop in drafted["loops"]]
-    return int(not all(loop["same_text"] for loop in loops))
+    failed = any(unit.get("failed") for unit in report["units"])
+    return int(failed or not all(loop["same_text"] for loop in loops))
 
 
 if __name__ == "__main__":

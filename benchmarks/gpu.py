@@ -4,13 +4,14 @@
 Everything that is worth measuring and training on one GPU, step by step, in the shape of single commands:
 
     tests       the tests as they are, those of `generate()` on the GPU, and the identity of real answers
+    check       benchmarks/check_rounds.py: captured rounds of an 8B target, step by step and as a whole
     cost        benchmarks/draft_cost.py: targets of 8B, every drafter, forced accepted lengths
     regenerate  the default target's answers to the training prompts
     train       a drafter of each kind on them
     bench       `specblock bench` with all of these
 
     python benchmarks/gpu.py --output DIR --prompts train.jsonl --gsm8k test.jsonl
-    python benchmarks/gpu.py --output DIR --only cost
+    python benchmarks/gpu.py --output DIR --only check cost --seconds 115
     python benchmarks/gpu.py --output DIR --only train --kinds specblock --data answers/ --train-seconds 360
     python benchmarks/gpu.py --output DIR --tiny --device cpu
 
@@ -181,6 +182,14 @@ def tests(args: argparse.Namespace) -> list[Task]:
     ]
 
 
+def check(args: argparse.Namespace) -> list[Task]:
+    """Captured rounds, in one short command."""
+    small = ["--tiny", "--context", "32", "--dtype", "float32", "--repeats", "1", "--rounds", "4"] if args.tiny else []
+    small += ["--seconds", f"{min(args.seconds, 150):g}"]
+    common = ["--device", args.device, "--output", str(args.output / "check_rounds.json"), *small]
+    return [Task("captured rounds", ["benchmarks/check_rounds.py", *common], str.splitlines)]
+
+
 def cost(args: argparse.Namespace) -> list[Task]:
     """A command for each target and context, and one for several prompts at once."""
     contexts = (32,) if args.tiny else (512, 4096)
@@ -269,6 +278,7 @@ def bench(args: argparse.Namespace) -> list[Task]:
 
 STEPS: dict[str, Callable[[argparse.Namespace], list[Task]]] = {
     "tests": tests,
+    "check": check,
     "cost": cost,
     "regenerate": regenerate,
     "train": train,

@@ -33,7 +33,7 @@ from specblock_hf.devices import without_cudnn_attention
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.plan import round_limits
-from specblock_hf.generation.loop import draft
+from specblock_hf.generation.rounds.drafts import draft
 from specblock_hf.trees.tree import DraftTree
 
 

@@ -46,8 +46,8 @@ from transformers.utils import logging
 
 import specblock_hf
 from specblock_hf.compat import CACHE
-from specblock_hf.generation.compilation import _HOOKS
 from specblock_hf.generation.token_selector import _ROW_WISE
+from specblock_hf.target.twin import _HOOKS
 
 
 def parameters(method: object) -> list[str]:

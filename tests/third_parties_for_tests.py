@@ -12,7 +12,8 @@ import torch
 from drafters_for_tests import Told, ToldDrafter
 
 from specblock_hf.drafting.plan import Limits
-from specblock_hf.trees.tree import DraftDistributions, DraftTree
+from specblock_hf.trees.distributions import DraftDistributions
+from specblock_hf.trees.tree import DraftTree
 
 
 class ThirdPartyDrafter(ToldDrafter):

@@ -25,7 +25,9 @@ from ..devices import synchronize
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..drafting.plan import DraftingPlan, Limits
-from ..generation.loop import draft
+from ..generation.compilation import lend_afresh
+from ..generation.rounds.drafts import EagerDrafts
+from ..generation.rounds.lending import Lent, Request
 from ..target.model import TargetModel
 from ..trees.tree import DraftTree
 from ..trees.verification import sample_and_walk
@@ -235,8 +237,10 @@ class _Probe:
             CACHE: DynamicCache(config=self.target.config),
             "use_cache": True,
         }
-        layers, drafts = self.drafter.feature_layers_for(self.target), tuple(self.measured.items())
-        with TargetModel(self.target, layers, self.ids, kwargs, mask_length=self.context) as scorer:
+        lent = self._lent(self.context + 2 * count + 1)
+        measured = tuple(self.measured.items())
+        scorers = next(iter(lent.values())).target_model
+        with scorers(self.target, self.drafter, self.ids, kwargs, self.context, None, False) as scorer:
             _, pairs = next(scorer.prefill())
             walk = sample_and_walk(
                 DraftTree.root(self.ids[:, -1]), self._all(True), lambda row, node: 0, lambda row, token: False
@@ -244,15 +248,27 @@ class _Probe:
             pairs = scorer.close_prompt(pairs, walk)
             scorer.commit(walk)
             state = self.drafter.begin(scorer.table, self.batch_size, self.context + 2 * count + 1)
+            eager = EagerDrafts(self.drafter, state)
+            drafts = {starts: own.drafts.begin(keeps=True) if own.drafts else eager for starts, own in lent.items()}
             for number in range(count):
-                (starts, (forwards, budget)), nodes = drafts[number % len(drafts)], NODES[number % len(NODES)]
+                (starts, (forwards, budget)), nodes = measured[number % len(measured)], NODES[number % len(NODES)]
                 limits = Limits(self._all(budget), self._all(DEEPEST), forwards, starts or None)
-                self._timed("draft", starts, draft, self.drafter, state, pairs, limits)
-                tree = self._tree(nodes)
+                self._timed("draft", starts, drafts[starts].propose, pairs, limits)
+                tree = self._tree(nodes).first(scorer.room() or nodes)
                 scored = self._timed("verify", nodes, scorer.score, tree)
                 turn = number // len(NODES)
                 pairs = self._timed("host", 0, self._finish_round, scorer, tree, scored, turn)
                 yield number + 1
+
+    def _lent(self, length: int) -> dict[int, Lent]:
+        """For all that is measured what calls would run on, if anything; the target is the same for all of it."""
+        lent: dict[int, Lent] = {}
+        for starts, (forwards, budget) in self.measured.items():
+            plan = DraftingPlan(budget, forwards, starts or None)
+            hindrance = "it was lent already" if lent else None
+            request = Request(self.target, self.drafter, plan, self.batch_size, length, hindrance=hindrance)
+            lent[starts] = lend_afresh(request)
+        return lent
 
     def _all(self, value: Any) -> tuple[Any, ...]:
         """The same for every text."""
@@ -266,9 +282,7 @@ class _Probe:
             return argmax[row][node] if node or (row + turn) % 2 == 0 else drafted[row]
 
         walk = sample_and_walk(tree, self._all(True), select, lambda row, token: False)
-        pairs = Pairs.of(tree, scored.features, walk, scorer.base, scorer.table)
-        scorer.commit(walk)
-        return pairs
+        return scorer.settle(tree, scored, walk)
 
     def _timed(self, part: str, size: int, call: Callable[..., Any], *args: Any) -> Any:
         start = self._now()

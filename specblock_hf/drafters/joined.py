@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -45,6 +45,15 @@ class JoinedState(DraftState):
         for part in self.parts:
             part.keep_rows(places)
 
+    def reset(self) -> None:
+        super().reset()
+        for part in self.parts:
+            part.reset()
+
+    def fuse(self, wrap: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> None:
+        for part in self.parts:
+            part.fuse(wrap)
+
 
 class JoinedDrafter(TreeDrafter):
     """
@@ -75,6 +84,7 @@ class JoinedDrafter(TreeDrafter):
     predicts_at_once = _of_first("predicts_at_once")
     drafting_plan = _of_first("drafting_plan")
     compiled_rounds = _of_first("compiled_rounds")
+    captures_rounds = _of_first("captures_rounds")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label})"
@@ -125,6 +135,21 @@ class JoinedDrafter(TreeDrafter):
         parts = [part.begin(table, batch_size, max_length, first_position=first_position) for part in self.parts]
         return JoinedState(table, batch_size, max_length, first_position=first_position, parts=parts)
 
+    @property
+    def has_fixed_rounds(self) -> bool:
+        return all(part.has_fixed_rounds for part in self.parts)
+
+    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> JoinedState:
+        parts = [part.begin_fixed(table, batch_size, max_length, width) for part in self.parts]
+        return JoinedState(table, batch_size, max_length, parts=parts)
+
+    def deepest(self, plan: DraftingPlan) -> int:
+        return max(part.deepest(plan) for part in self.parts)
+
+    def find(self, state: JoinedState, pairs: Pairs, limits: Limits) -> None:
+        for part, part_state in zip(self.parts, state.parts, strict=True):
+            part.find(part_state, pairs, limits)
+
     def extend(self, state: JoinedState, pairs: Pairs) -> None:
         for part, part_state in zip(self.parts, state.parts, strict=True):
             with part.lock:
@@ -140,7 +165,7 @@ class JoinedDrafter(TreeDrafter):
         for other in trees[1:]:
             if other.tokens.shape[1] > 1:
                 tree = tree.merge(other.to(tree.tokens.device))
-        return tree.prune(limits.nodes)
+        return limits.cut(tree)
 
     def _draw(self, state: JoinedState, pairs: Pairs, limits: Limits) -> DraftTree:
         """A drawn tree beside the likeliest of what the others find, which gets at most half of the nodes."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -95,13 +95,21 @@ class FoundText:
 
 @dataclass
 class LookupState(DraftState):
-    """Adds the rows' texts to [`DraftState`]."""
+    """
+    Adds the rows' texts to [`DraftState`] and, where the shapes are fixed, what the last look-up found, where the
+    target is and as wide as it could get.
+    """
 
     rows: list[FoundText] = field(default_factory=list)
+    found: DraftTree | None = None
 
     def keep_rows(self, places: Sequence[int]) -> None:
         super().keep_rows(places)
         self.rows = [self.rows[place] for place in places]
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows = [FoundText() for _ in range(self.batch_size)]
 
 
 class LookupDrafter(TreeDrafter):
@@ -151,26 +159,57 @@ class LookupDrafter(TreeDrafter):
         for text, tokens in zip(state.rows, pairs.host_tokens(), strict=True):
             text.append(tokens)
 
+    @property
+    def has_fixed_rounds(self) -> bool:
+        return True
+
+    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> LookupState:
+        roots = DraftTree.root(torch.zeros(batch_size, dtype=torch.long, device=table.device))
+        found = replace(roots.pad(1 + self.branches * self.depth), height=self.depth)
+        found.origin[:, 1:] = on_device((FOUND, 0), table.device)
+        return LookupState(table, batch_size, max_length, found=found)
+
+    def deepest(self, plan: DraftingPlan) -> int:
+        return self.depth
+
+    def find(self, state: LookupState, pairs: Pairs, limits: Limits) -> None:
+        tokens, parents, log_probs = self._look_up(state, pairs, limits, state.found.tokens.shape[1])
+        device = state.found.tokens.device
+        numbers = on_device((tokens, parents), device)
+        state.found.tokens.copy_(numbers[0])
+        state.found.parents.copy_(numbers[1])
+        state.found.log_probs.copy_(on_device(log_probs, device))
+
     def propose(self, state: LookupState, pairs: Pairs, limits: Limits) -> DraftTree:
+        tree = self._found(state, pairs, limits) if state.found is None else state.found
+        last = pairs.tokens.gather(1, (pairs.lengths - 1).clamp_min(0).unsqueeze(1)).clamp_min(0)
+        tree = replace(tree, tokens=torch.cat((last, tree.tokens[:, 1:]), dim=1))
+        return limits.cut(tree.merge_duplicates())
+
+    def _found(self, state: LookupState, pairs: Pairs, limits: Limits) -> DraftTree:
+        device = pairs.tokens.device
+        *numbers, log_probs = self._look_up(state, pairs, limits)
+        tokens, parents = on_device(numbers, device)
+        origin = torch.stack([torch.full_like(tokens, FOUND), torch.zeros_like(tokens)], dim=-1)
+        origin[:, 0] = -1
+        height = min(self.depth, tokens.shape[1] - 1)
+        return DraftTree(tokens, parents, on_device(log_probs, device), origin, height=height)
+
+    def _look_up(
+        self, state: LookupState, pairs: Pairs, limits: Limits, width: int | None = None
+    ) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+        """Tokens, parents and log-probs of all rows, padded to a width or to the widest."""
         self.extend(state, pairs)
         rows = [
             self._row(text, min(self.depth, depth) if nodes else 0)
             for text, nodes, depth in zip(state.rows, limits.nodes, limits.depth, strict=True)
         ]
-        width = max(len(tokens) for tokens, _, _ in rows)
-        device = pairs.tokens.device
+        width = width or max(len(tokens) for tokens, _, _ in rows)
 
         def padded(part: int, value: float) -> list[list[float]]:
             return [row[part] + [value] * (width - len(row[part])) for row in rows]
 
-        tokens, parents = on_device((padded(0, 0), padded(1, -2)), device)
-        log_probs = on_device(padded(2, -math.inf), device)
-        last = pairs.tokens.gather(1, (pairs.lengths - 1).clamp_min(0).unsqueeze(1))
-        tokens[:, :1] = last
-        origin = torch.stack([torch.full_like(tokens, FOUND), torch.zeros_like(tokens)], dim=-1)
-        origin[:, 0] = -1
-        tree = DraftTree(tokens, parents, log_probs, origin, height=min(self.depth, width - 1))
-        return tree.merge_duplicates().prune(limits.nodes)
+        return padded(0, 0), padded(1, -2), padded(2, -math.inf)
 
     def _row(self, text: FoundText, depth: int) -> tuple[list[int], list[int], list[float]]:
         """Tokens, parents and log-probs of one row, the root first."""

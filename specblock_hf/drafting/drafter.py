@@ -172,6 +172,13 @@ class DraftState:
         self.drafting = [self.drafting[place] for place in places]
         self.batch_size = len(self.drafting)
 
+    def reset(self) -> None:
+        """Forget a call, for a state of fixed shapes that the next call uses again."""
+        self.calls = self.forward_rows = 0
+
+    def fuse(self, wrap: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> None:
+        """Let a state of fixed shapes run what `wrap` makes of the network's forward, if there is one."""
+
 
 class DrafterLock:
     """
@@ -211,7 +218,10 @@ class TreeDrafter(ABC):
             How much a round drafts; set to `None`, the default for where the drafter is. A call's own
             `generation_config.drafting_plan` goes first.
         compiled_rounds ([`CompiledRounds`], *optional*):
-            Made by [`compile_rounds`]; `None` runs everything uncompiled.
+            Buffers and graphs of rounds of fixed shapes: made by [`compile_rounds`], or on CUDA by the first call.
+        captures_rounds (`bool`):
+            Whether calls on CUDA capture rounds as graphs of their own accord. Set both, to `None` and `False`, to
+            have every round run eagerly.
         last_statistics ([`GenerationStatistics`], *optional*):
             Of the last finished call; with several threads the last one wins.
         objective_class (`type`, *optional*):
@@ -235,6 +245,7 @@ class TreeDrafter(ABC):
     objective_class: type | None = None
     drafting_plan: DraftingPlan | None = None
     compiled_rounds: Any = None
+    captures_rounds: bool = True
     last_statistics: GenerationStatistics | None = None
     can_sample: bool = False
     callbacks: tuple[DraftingCallback, ...] = ()
@@ -324,6 +335,33 @@ class TreeDrafter(ABC):
     @abstractmethod
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> DraftState:
         """A fresh memory for one `generate()` call; see [`DraftState`] for the arguments."""
+
+    @property
+    def has_fixed_rounds(self) -> bool:
+        """Whether a round's shapes follow from a plan alone, so that `begin_fixed` may be called."""
+        return False
+
+    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> DraftState:
+        """
+        A memory that many calls use one after the other, for rounds of fixed shapes, which may be captured: with it
+        and [`FixedLimits`], `propose` must neither ask the device for anything nor do anything on the host that
+        differs from round to round. What has to be found on the host goes into `find`.
+
+        Args:
+            table (`TokenTable`): The target's embedding and head.
+            batch_size (`int`): Rows that it drafts for.
+            max_length (`int`): Most positions that the drafter can be told about.
+            width (`int`): Pairs that every round tells, padding counted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rounds of fixed shapes.")
+
+    def find(self, state: DraftState, pairs: Pairs, limits: Limits) -> None:
+        """What of a round of fixed shapes is found on the host, before `propose`; put into the state's buffers."""
+        return None
+
+    def deepest(self, plan: DraftingPlan) -> int:
+        """Levels of the deepest tree that a plan allows."""
+        return plan.tree_budget
 
     @abstractmethod
     def extend(self, state: DraftState, pairs: Pairs) -> None:

@@ -167,7 +167,7 @@ class Pairs:
             positions=base.unsqueeze(1) + steps,
             lengths=kept.lengths,
             table=table,
-            read=[row[:length] for row, length in zip(walk.tokens.tolist(), walk.lengths.tolist(), strict=True)],
+            read=walk.emitted(),
         )
 
 

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
+
+from ..trees.expansion import Starts, limit_starts
 from ..trees.sampling import DraftSampling
+from ..trees.tree import DraftTree
 
 
 Verification = Literal["walk", "token", "block"]
@@ -139,3 +143,60 @@ class Limits:
         return replace(
             self, nodes=tuple(self.nodes[row] for row in rows), depth=tuple(self.depth[row] for row in rows)
         )
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        """What of a grown tree may stay."""
+        return tree.limit_depth(self.depth).prune(self.nodes)
+
+    def next_starts(
+        self, candidates: Starts, tree: DraftTree, forward: int, reach: int, beam: int | None = None
+    ) -> Starts | None:
+        """
+        What a drafter's next forward continues; `None` where the round goes without one.
+
+        Args:
+            candidates ([`Starts`]): Nodes that it could continue.
+            tree ([`DraftTree`]): What they are nodes of.
+            forward (`int`): Number of the last forward.
+            reach (`int`): Depth that must be allowed for another one to pay.
+            beam (`int`, *optional*): Most starts of the drafter's own rule.
+        """
+        if not self._goes_on(forward, reach):
+            return None
+        starts = limit_starts(candidates, tree, self._most(forward + 1, beam), self.min_start_probability)
+        return starts if starts.node.shape[1] else None
+
+    def _goes_on(self, forward: int, reach: int) -> bool:
+        return forward + 1 < self.num_forwards and reach <= max(self.depth)
+
+    def _most(self, forward: int, beam: int | None) -> int:
+        most = self.most_starts(forward)
+        return most if beam is None else min(most, beam)
+
+
+@dataclass(frozen=True)
+class FixedLimits(Limits):
+    """
+    Limits of a round of fixed shapes: `nodes` and `depth` are the most that any round may have, and what holds now is
+    on the device.
+
+    Args:
+        nodes_now (`torch.LongTensor` of shape `[B]`, *optional*): 0 for a row that does not draft any more.
+        depth_now (`torch.LongTensor` of shape `[B]`, *optional*): The same.
+    """
+
+    nodes_now: torch.Tensor | None = None
+    depth_now: torch.Tensor | None = None
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        return tree.cut(self.nodes_now, self.depth_now, max(self.nodes))
+
+    def next_starts(
+        self, candidates: Starts, tree: DraftTree, forward: int, reach: int, beam: int | None = None
+    ) -> Starts | None:
+        if not self._goes_on(forward, reach):
+            return None
+        starts = limit_starts(candidates, tree, self._most(forward + 1, beam), self.min_start_probability, trim=False)
+        if not starts.node.shape[1]:
+            return None
+        return replace(starts, node=torch.where(self.depth_now.max() >= reach, starts.node, -2))

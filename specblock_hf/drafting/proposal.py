@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from ..trees.tree import DraftDistributions, DraftTree
+from ..trees.distributions import DraftDistributions
+from ..trees.tree import DraftTree
 from .drafter import DraftState, TreeDrafter
 from .pairs import Pairs
 from .plan import Limits
@@ -48,7 +49,8 @@ def within(tree: DraftTree, pairs: Pairs, limits: Limits) -> DraftTree:
     # New tensors each, of which the root's entries are then set.
     parents = tree.parents[:, :width].long().clamp(-2, width - 1)
     log_probs = tree.log_probs[:, :width].float().nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf)
-    parents[:, 0], log_probs[:, 0] = -1, 0
+    parents[:, 0].fill_(-1)
+    log_probs[:, 0].zero_()
     cut = DraftTree(
         tokens=tree.tokens[:, :width].long().clamp(0, pairs.table.vocab_size - 1),
         parents=parents,

@@ -42,7 +42,10 @@ class GenerationStatistics:
         host_seconds (`float`): Everything else of a round: choosing tokens, processors, stopping, the cache.
         row (`list[int]`): Along with `accepted`: which row of the batch it was.
         drafter_rows (`int`): Rows of the drafter's forwards: committed pairs, the prompt's included, and starts.
-        compiled_rounds (`int`): Rounds that were verified by a compiled forward; see [`compile_rounds`].
+        compiled_rounds (`int`): Rounds that were verified in fixed shapes; see [`compile_rounds`].
+        captured_rounds (`int`): How many of these replayed a CUDA graph.
+        captured_drafts (`int`): Rounds whose draft replayed a CUDA graph.
+        eager_because (`str`, *optional*): Why rounds, or their drafts, did not have fixed shapes that they could have.
     """
 
     rounds: int = 0
@@ -59,6 +62,9 @@ class GenerationStatistics:
     row: list[int] = field(default_factory=list)
     drafter_rows: int = 0
     compiled_rounds: int = 0
+    captured_rounds: int = 0
+    captured_drafts: int = 0
+    eager_because: str | None = None
 
     def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:
         """Count one verified tree, of which the target scored so many rows, and what was kept of it."""

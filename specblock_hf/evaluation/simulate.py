@@ -13,7 +13,7 @@ from ..data.examples import Example
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, round_limits
-from ..generation.loop import draft
+from ..generation.rounds.drafts import draft
 from ..training.target_views import TargetView
 from ..trees.verification import Select, sample_and_walk
 

@@ -1,228 +1,93 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Compiled rounds: the target's forward over a tree and the drafter's forward over its rows, with `torch.compile`. Shapes
-must repeat for that to pay, so trees and rows are padded to a few sizes and keys and values live in memory of a fixed
-size that is used again by every call.
+Rounds of fixed shapes: trees, pairs, keys and values live in memory that every call uses again, padded to a few sizes.
+On CUDA the rounds are captured as graphs, which the host replays with a few calls instead of launching every kernel.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from types import FunctionType
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
-from transformers import PreTrainedModel, StaticCache, cache_utils
+from transformers import PreTrainedModel, StaticCache
+from transformers.utils import logging
 
-from ..compat import CACHE
-from ..devices import without_cudnn_attention
-from ..drafters.common.block import BlockDrafter, BlockState
-from ..drafters.common.cache import BlockCache
-from ..drafters.eagle3.drafting import Eagle3Drafter
-from ..drafters.joined import JoinedState
-from ..drafters.specblock.drafting import SpecBlockDrafter
-from ..drafting.drafter import DraftState, TreeDrafter
-from ..target.features import decoder_layers, tap
-from ..target.inputs import without_training_flags
-from ..target.masks import TreeMasks
-from ..target.support import check_target, rope_limits
-
-
-ROWS = (2, 4, 8, 16, 32)
-"""Rows that a compiled forward of a drafter may have; a prompt's many pairs run uncompiled."""
+from ..drafting.drafter import TreeDrafter
+from ..drafting.pairs import TokenTable
+from ..drafting.plan import DraftingPlan
+from ..target.fixed import MakeStep, TargetRounds
+from ..target.support import check_target
+from .rounds.drafts import DraftRounds
+from .rounds.fingerprint import fingerprint, foreign_hooks
+from .rounds.fused import FusedNetwork, compiled
+from .rounds.graphs import PATIENCE, CudaGraphs, Recorder, Step
+from .rounds.lending import Lent, Request
 
 
-class CompiledTarget:
+logger = logging.get_logger(__name__)
+
+SIZES = (1, 8, 16, 32, 64, 128, 256)
+"""Nodes, the root counted, that trees are padded to. A verification of 64 costs a tenth more than of one on a GPU."""
+
+STEP = 512
+"""Tokens of a text by which buffers grow that follow the calls."""
+
+
+@dataclass(frozen=True)
+class Shapes:
     """
-    A target's forward over the nodes of a tree as one compiled function (ids, positions, mask, cache) -> (logits,
-    features). The target stays as it is: the function runs a twin that shares all weights and has hooks of its own,
-    which are there before anything is compiled.
+    What rounds are prepared for.
 
     Args:
-        target ([`~transformers.PreTrainedModel`]): The model.
-        layers (sequence of `int`): What the drafter reads; see [`FeatureTaps`].
-        batch_size (`int`): Rows of the batch.
-        max_length (`int`): Most tokens of a row.
-        sizes (sequence of `int`): Nodes, the root counted, that a compiled forward may have.
-        options (`dict`): Of `torch.compile`.
-
-    Attributes:
-        cache ([`~transformers.StaticCache`]): The only one that the function is compiled for.
+        target ([`~transformers.PreTrainedModel`]): The only target.
+        batch_size (`int`): Rows of a call.
+        max_length (`int`): Most tokens of a row, prompt included.
+        tree_sizes (`tuple[int, ...]`, *optional*): What trees are padded to; follows from the plan if not given.
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        layers: Sequence[int],
-        batch_size: int,
-        max_length: int,
-        sizes: Sequence[int],
-        options: dict[str, Any],
-    ):
-        self.target = target
-        self.sizes = sorted(set(sizes))
-        self.cache = _filled_cache(target, batch_size, max_length + self.sizes[-1])
-        twin, layers, flags = _twin(target), tuple(layers), without_training_flags(target)
-        states: dict[int, torch.Tensor] = {}
-        for index in set(layers):
-            tap(twin.get_decoder(), index, _kept(states, index))
-
-        def score(
-            ids: torch.LongTensor, positions: torch.LongTensor, mask: torch.Tensor, cache: StaticCache
-        ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            outputs = twin(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=True,
-                return_dict=True,
-                **{CACHE: cache},
-                **flags,
-            )
-            features = tuple(states[index] for index in layers)
-            states.clear()
-            return outputs.logits, features
-
-        self._score = _compiled(score, options)
-
-    def size_for(self, nodes: int) -> int | None:
-        """The size that so many nodes are padded to; `None` if none is large enough."""
-        place = bisect_left(self.sizes, nodes)
-        return self.sizes[place] if place < len(self.sizes) else None
-
-    def __call__(
-        self, ids: torch.LongTensor, positions: torch.LongTensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """
-        Args:
-            ids (`torch.LongTensor` of shape `[B, N]`): Of the nodes, N one of `sizes`.
-            positions (`torch.LongTensor` of shape `[B, N]`): Of the nodes.
-            mask (`torch.Tensor` of shape `[B, 1, N, columns of the cache]`): What each node sees.
-
-        Returns:
-            Logits `[B, N, V]`, and a feature `[B, N, d]` for each of the layers.
-        """
-        logits, features = self._score(ids, positions, mask, self.cache)
-        return _own(logits), tuple(_own(feature) for feature in features)
+    target: PreTrainedModel
+    batch_size: int
+    max_length: int
+    tree_sizes: tuple[int, ...] | None = None
 
 
-class CompiledNetwork:
-    """
-    The forward of a drafter that attends to all committed pairs, compiled for a few numbers of rows.
-
-    Args:
-        drafter ([`BlockDrafter`]): Whose forward it is.
-        batch_size (`int`): Rows of the batch.
-        max_length (`int`): Most pairs of a row.
-        options (`dict`): Of `torch.compile`.
-    """
-
-    def __init__(self, drafter: BlockDrafter, batch_size: int, max_length: int, options: dict[str, Any]):
-        self._drafter = drafter
-        # Behind the pairs there is room for the rows of a few later forwards; a round with more runs uncompiled.
-        columns = max_length * drafter.columns_per_pair + 4 * ROWS[-1] * drafter.config.block_size
-        self._cache = BlockCache(drafter.config, batch_size, columns, drafter.dtype, drafter.device)
-        for store in (*self._cache.keys, *self._cache.values):
-            torch._dynamo.mark_static_address(store)
-
-        def forward(
-            embeds: torch.Tensor,
-            conditions: torch.Tensor,
-            positions: torch.LongTensor,
-            mask: torch.BoolTensor,
-            keys: list[torch.Tensor],
-            values: list[torch.Tensor],
-            columns: torch.LongTensor,
-        ) -> torch.Tensor:
-            return drafter(embeds, conditions, positions, mask, _Columns(keys, values, columns))
-
-        self._forward = _compiled(forward, options)
-
-    def cache(self) -> BlockCache:
-        """An empty cache for one call, in the memory that the forward is compiled for."""
-        for store in (*self._cache.keys, *self._cache.values):
-            store.zero_()
-        return copy(self._cache)
-
-    def __call__(
-        self,
-        embeds: torch.Tensor,
-        conditions: torch.Tensor,
-        positions: torch.LongTensor,
-        mask: torch.BoolTensor | None,
-        cache: BlockCache,
-    ) -> torch.Tensor:
-        """The arguments and the result are those of the drafter's own forward, which runs where nothing fits."""
-        batch, rows, _ = embeds.shape
-        place = bisect_left(ROWS, rows)
-        slots = self._drafter.config.block_size
-        own = cache.keys[0] is self._cache.keys[0]  # not if it has grown or lost rows
-        if mask is None or place == len(ROWS) or not own:
-            return self._drafter(embeds, conditions, positions, mask, cache)
-        added = ROWS[place] - rows
-        unseen = cache.keys[0].shape[2] - mask.shape[3]
-        if added * slots > unseen:
-            return self._drafter(embeds, conditions, positions, mask, cache)
-        # Rows of padding see what is there, so that no softmax is empty, and write where later rows will write.
-        padding = mask.new_ones(batch, 1, added * slots, mask.shape[3])
-        mask = torch.cat((mask.expand(batch, -1, -1, -1), padding), dim=2)
-        first = cache.offsets if isinstance(cache.offsets, int) else cache.offsets.unsqueeze(1)
-        columns = torch.arange(ROWS[place] * slots, device=embeds.device).expand(batch, -1)
-        hidden = self._forward(
-            nn.functional.pad(embeds, (0, 0, 0, added)),
-            nn.functional.pad(conditions, (0, 0, 0, added)),
-            nn.functional.pad(positions, (0, added)),
-            nn.functional.pad(mask, (0, unseen)),
-            cache.keys,
-            cache.values,
-            columns + first,
-        )
-        return _own(hidden)[:, :rows]
-
-
-class _Columns:
-    """
-    Keys and values of fixed size as an attention layer calls them: it sees all columns, the mask says which.
-
-    Args:
-        keys (`list[torch.Tensor]` of shape `[B, heads, columns, head_dim]`): Of every layer.
-        values (`list[torch.Tensor]`): Of the same shapes.
-        columns (`torch.LongTensor` of shape `[B, Q]`): Where the forward's own go.
-    """
-
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], columns: torch.LongTensor):
-        self.keys, self.values, self.columns = keys, values, columns
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        for store, new in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
-            store.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
-        return self.keys[layer_idx], self.values[layer_idx]
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What captures rounds on a device: CUDA graphs, or nothing."""
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class CompiledRounds:
     """
-    What [`compile_rounds`] has made. It serves one call at a time. A copied or pickled drafter has none.
+    Buffers and graphs of a drafter's rounds. They serve one call at a time; others run eagerly meanwhile. A copied or
+    pickled drafter has none. A joined drafter may have them from the one that it joins with others.
 
     Args:
-        target ([`CompiledTarget`]): Scores trees.
-        network ([`CompiledNetwork`], *optional*): Runs the drafter's forwards; `None` for a drafter without any that
-            could be compiled.
-        batch_size (`int`): Rows of a call.
-        max_length (`int`): Most tokens of a row, prompt included.
+        device (`torch.device`): Where everything is.
+        shapes ([`Shapes`], *optional*): What they are prepared for; they follow the calls if not given.
+        options (`dict`, *optional*): Of `torch.compile`, for forwards that are fused as well.
     """
 
-    def __init__(self, target: CompiledTarget, network: CompiledNetwork | None, batch_size: int, max_length: int):
-        self.target = target
-        self.network = network
-        self.batch_size = batch_size
-        self.max_length = max_length
+    def __init__(
+        self,
+        device: torch.device,
+        shapes: Shapes | None = None,
+        options: dict[str, Any] | None = None,
+    ):
+        self._shapes, self._options = shapes, options
+        self._device, self._recorder = device, recorder_for(device)
+        self._patience = PATIENCE if shapes is None else 0
+        self._broken: str | None = None
+        self._target: TargetRounds | None = None
+        self._drafts: DraftRounds | None = None
+        self._prints: dict[str, Hashable] = {}
         self._free = threading.Lock()
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -231,39 +96,186 @@ class CompiledRounds:
     def __reduce__(self) -> tuple:
         return (type(None), ())
 
-    def attach(self, state: DraftState) -> None:
-        """Let a call's fresh memory of the drafter use the compiled forward."""
-        while isinstance(state, JoinedState):
-            state = state.parts[0]
-        if isinstance(state, BlockState) and self.network is not None:
-            state.network, state.cache = self.network, self.network.cache()
-
     @contextmanager
-    def lend(
-        self, target: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict[str, Any], remaining: int
-    ) -> Iterator[CompiledRounds | None]:
-        """
-        For one call, whose cache is replaced; gives `None` to a call that nothing was compiled for, and while another
-        call has it.
-
-        Args:
-            target ([`~transformers.PreTrainedModel`]): The call's target.
-            input_ids (`torch.LongTensor` of shape `[B, P]`): The prompts; empty if they come as `inputs_embeds`.
-            model_kwargs (`dict`): What `generate()` prepared for the target.
-            remaining (`int`): Most tokens that a row may emit.
-        """
-        embeds = model_kwargs.get("inputs_embeds")
-        prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
-        fits = target is self.target.target and len(input_ids) == self.batch_size
-        if not fits or prompt + remaining > self.max_length or not self._free.acquire(blocking=False):
-            yield None
+    def lend(self, request: Request) -> Iterator[Lent]:
+        """Give a call what fits it, for as long as the context lasts."""
+        if not self._free.acquire(blocking=False):
+            yield Lent(reason="another call has the buffers at the moment")
             return
         try:
-            self.target.cache.reset()
-            model_kwargs[CACHE] = self.target.cache
-            yield self
+            lent = self._lent(request)
+            if request.hindrance and request.hindrance in (lent.reason or ""):
+                logger.warning_once(f"Rounds run eagerly: {request.hindrance}")
+            yield lent
         finally:
             self._free.release()
+
+    def afresh(self, request: Request) -> Lent:
+        """What a call would be lent, in buffers of its own that are captured at their first use."""
+        own = CompiledRounds(self._device, self._shapes, self._options)
+        own._patience = 0
+        return own._lent(request)
+
+    def prepare(self, request: Request) -> None:
+        """
+        Make the buffers before any call needs them.
+
+        Raises:
+            `ValueError`: The target cannot have rounds of fixed shapes.
+        """
+        self._target_for(request)
+        if self._why_no_drafts(request) is None:
+            self._drafts_for(request)
+
+    def _lent(self, request: Request) -> Lent:
+        lent, reasons = Lent(), []
+        for name, why_not, made in (
+            ("target", self._why_no_target, self._target_for),
+            ("drafts", self._why_no_drafts, self._drafts_for),
+        ):
+            reason = why_not(request)
+            if reason is None:
+                try:
+                    setattr(lent, name, made(request))
+                except (ValueError, torch.OutOfMemoryError) as error:
+                    reason = str(error)
+                    logger.warning_once(f"Rounds run eagerly: {reason}")
+            reasons.append(reason)
+        lent.reason = "; ".join(reason for reason in dict.fromkeys(reasons) if reason) or None
+        return lent
+
+    def _why_no_target(self, request: Request) -> str | None:
+        """Why a call's trees are not verified in fixed shapes; an empty text where nobody asked for it."""
+        follows = self._shapes is None
+        if follows and (type(request.cache) is not StaticCache or self._recorder is None):
+            return self._broken or ""
+        if request.returns_cache:
+            return "the call's cache is somebody else's or handed out"
+        return request.hindrance or self._why_neither(request)
+
+    def _why_no_drafts(self, request: Request) -> str | None:
+        plan = request.plan
+        if plan.tree_budget == 0 or (self._shapes is None and self._recorder is None):
+            return self._broken or ""
+        if not request.drafter.has_fixed_rounds:
+            return f"a round of {request.drafter.label} has no fixed shapes"
+        if plan.draft_sampling != "topk":
+            return "the shapes of drawn trees follow from what they are drawn from"
+        network = request.drafter.network
+        if isinstance(network, nn.Module) and network.device != TokenTable.of(request.target).device:
+            return "drafter and target are on different devices"
+        if self._shapes is not None and request.returns_cache:
+            return self._why_no_target(request)
+        return self._why_neither(request)
+
+    def _why_neither(self, request: Request) -> str | None:
+        shapes = self._shapes
+        if self._broken is not None:
+            return self._broken
+        if shapes is None:
+            return None
+        if request.target is not shapes.target:
+            return "rounds were compiled for another target"
+        if request.batch_size != shapes.batch_size:
+            return f"rounds were compiled for a batch of {shapes.batch_size}"
+        if request.length > shapes.max_length:
+            return f"rounds were compiled for at most {shapes.max_length} tokens"
+        return None
+
+    def _target_for(self, request: Request) -> TargetRounds:
+        target, made = request.target, self._target
+        length = self._length_of(request)
+        layers = tuple(request.drafter.feature_layers_for(target))
+        sizes = self._sizes_of(request.plan)
+        fits = (
+            made is not None
+            and made.target is target
+            and (made.layers, made.batch_size) == (layers, request.batch_size)
+            and made.max_length >= length
+            and made.sizes[-1] >= sizes[-1]
+        )
+        if fits and self._unchanged("target", target):
+            return made
+        self._target = made = None  # its memory goes first
+        self._check_replays(target)
+        # Calls outside of inference mode could not write to memory that was made within.
+        with torch.inference_mode(False), torch.no_grad():
+            self._target = TargetRounds(
+                target, layers, request.batch_size, length, sizes, self._step, self._compiler(compiled)
+            )
+        self._prints["target"] = fingerprint(target)
+        return self._target
+
+    def _drafts_for(self, request: Request) -> DraftRounds:
+        drafter, made, table = request.drafter, self._drafts, TokenTable.of(request.target)
+        length, parts = self._length_of(request), [table.embedding, table.output_head]
+        if isinstance(drafter.network, nn.Module):
+            parts.append(drafter.network)
+        fits = (
+            made is not None
+            and made.drafter is drafter
+            and made.table.embedding is table.embedding
+            and made.batch_size == request.batch_size
+            and made.max_length >= length
+            and made.plan == request.plan
+        )
+        if fits and self._unchanged("drafts", *parts):
+            return made
+        self._drafts = made = None
+        self._check_replays(*parts)
+        with torch.inference_mode(False), torch.no_grad():
+            self._drafts = DraftRounds(
+                drafter, table, request.batch_size, length, request.plan, self._step, self._compiler(FusedNetwork)
+            )
+        self._prints["drafts"] = fingerprint(*parts)
+        return self._drafts
+
+    def _check_replays(self, *parts: nn.Module) -> None:
+        """Refuse to capture what a replay would leave out."""
+        if self._recorder is None:
+            return
+        for part in parts:
+            for module in part.modules():
+                if has_offloaded_params(module):
+                    raise ValueError(
+                        f"weights of {type(part).__name__} are kept elsewhere between forwards, which replayed rounds "
+                        "would not fetch; load it onto one device."
+                    )
+                for hook in foreign_hooks(module):
+                    raise ValueError(
+                        f"{type(part).__name__} has forward hooks ({hook!r}), which replayed rounds would not call; "
+                        "remove them."
+                    )
+
+    def _unchanged(self, name: str, *parts: nn.Module) -> bool:
+        if self._prints[name] == fingerprint(*parts):
+            return True
+        logger.info(f"The {name.removesuffix('s')} has changed beyond its weights' values; rounds are captured anew.")
+        return False
+
+    def _length_of(self, request: Request) -> int:
+        return self._shapes.max_length if self._shapes else -(-request.length // STEP) * STEP
+
+    def _sizes_of(self, plan: DraftingPlan) -> tuple[int, ...]:
+        if self._shapes and self._shapes.tree_sizes:
+            return self._shapes.tree_sizes
+        nodes = plan.tree_budget + 1
+        if nodes > SIZES[-1]:
+            return (*SIZES, nodes)
+        return SIZES[: next(place for place, size in enumerate(SIZES) if size >= nodes) + 1]
+
+    def _compiler(self, kind: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]] | None:
+        return None if self._options is None else partial(kind, options=self._options)
+
+    @property
+    def _step(self) -> MakeStep:
+        return lambda function: Step(function, self._recorder, self._gave_up, self._patience)
+
+    def _gave_up(self, error: Exception) -> None:
+        """Something could not be captured: what there is goes on uncaptured, and later calls run eagerly."""
+        self._broken = f"a round could not be captured: {error}"
+        self._recorder = None
+        logger.warning_once(f"Rounds run eagerly: {self._broken}")
 
 
 def compile_rounds(
@@ -273,28 +285,35 @@ def compile_rounds(
     batch_size: int = 1,
     max_length: int = 1024,
     tree_sizes: Sequence[int] | None = None,
+    fuse: bool = False,
     **options: Any,
 ) -> CompiledRounds:
     """
-    Let `target.generate(assistant_model=drafter)` run compiled forwards from now on; the text stays the same. The
-    target itself is not compiled, nor changed for anybody else. A call runs uncompiled if it has another batch size or
-    may get longer, passes or returns a cache, or overlaps with another call; `last_statistics.compiled_rounds` counts
-    the rounds that were compiled. Prompts are read uncompiled. Compilation happens in the first rounds that need it
-    and can take minutes. To go back, set `drafter.compiled_rounds = None`.
+    Let `target.generate(assistant_model=drafter)` run rounds of fixed shapes from now on, in memory that is held for
+    them; the text stays the same. On CUDA they are captured as graphs, in the first round that needs them, which takes
+    about a second each. On a CPU they run as they are, which is only worth it with `fuse`. The target itself is not
+    changed for anybody. A call runs eagerly if it has another batch size or may get longer, passes or returns a cache,
+    or overlaps with another call; `last_statistics` counts the rounds and says why not. Prompts are read eagerly. To
+    go back, set `drafter.compiled_rounds = None`.
+
+    On CUDA calls with `cache_implementation="static"` have such rounds without this function as well, and drafts are
+    captured whatever the cache is; see `captures_rounds` of [`TreeDrafter`].
 
     Args:
         target ([`~transformers.PreTrainedModel`]):
-            The target, where and as it will run, adapters included; all its layers attend to the whole prefix.
+            The target, where and as it will run; all its layers attend to the whole prefix. If adapters are changed
+            afterwards, rounds are captured anew.
         drafter ([`TreeDrafter`]): Its drafter; [`calibrate`] it before.
         batch_size (`int`, *optional*, defaults to 1): Rows of a call, all sequences of all prompts counted.
         max_length (`int`, *optional*, defaults to 1024):
             Most tokens of a row, prompt included. Memory for them is held as long as the drafter is compiled, and
             every forward attends over all of it.
         tree_sizes (sequence of `int`, *optional*):
-            Numbers of nodes, the root counted, that trees are padded to; a larger tree is verified uncompiled.
-            Defaults to the drafting plan's budget with the root, and half of that.
-        options (*optional*):
-            Of `torch.compile`. `mode` defaults to `"reduce-overhead"` (CUDA graphs) on CUDA.
+            Numbers of nodes, the root counted, that trees are padded to; a larger tree loses its last nodes. Defaults
+            to 1, 8, 16, 32, ... up to what the drafting plan needs.
+        fuse (`bool`, *optional*, defaults to `False`):
+            Compile the forwards with `torch.compile` as well, which can take minutes, for fewer kernels.
+        options (*optional*): Of `torch.compile`; any of them fuses.
 
     Returns:
         [`CompiledRounds`]: Also kept as `drafter.compiled_rounds`.
@@ -305,95 +324,33 @@ def compile_rounds(
     """
     check_target(target)
     drafter.check_target(target)
-    whole = (drafter.drafting_plan or drafter.default_plan(target.device)).tree_budget + 1
-    sizes = tree_sizes or ((whole + 1) // 2, whole)
-    if target.device.type == "cuda":
-        options = {"mode": "reduce-overhead"} | options
-    network = None
-    # Calls outside of inference mode could not write to memory that was made within.
-    with torch.inference_mode(False), torch.no_grad():
-        scorer = CompiledTarget(target, drafter.feature_layers_for(target), batch_size, max_length, sizes, options)
-        if isinstance(drafter.network, SpecBlockDrafter | Eagle3Drafter):
-            network = CompiledNetwork(drafter.network, batch_size, max_length, options)
-    drafter.compiled_rounds = CompiledRounds(scorer, network, batch_size, max_length)
+    shapes = Shapes(target, batch_size, max_length, tuple(sorted(tree_sizes)) if tree_sizes else None)
+    rounds = CompiledRounds(target.device, shapes, options if fuse or options else None)
+    plan = drafter.drafting_plan or drafter.default_plan(target.device)
+    rounds.prepare(Request(target, drafter, plan, batch_size, max_length))
+    drafter.compiled_rounds = rounds
+    return rounds
+
+
+def rounds_of(drafter: TreeDrafter, device: torch.device) -> CompiledRounds | None:
+    """What a call may be lent from: what was compiled, on CUDA what calls before it have left, or nothing."""
+    if drafter.compiled_rounds is None and drafter.captures_rounds and device.type == "cuda":
+        drafter.compiled_rounds = CompiledRounds(device)
     return drafter.compiled_rounds
 
 
-@without_cudnn_attention
-def _filled_cache(target: PreTrainedModel, batch_size: int, columns: int) -> StaticCache:
-    """A static cache whose memory is there already: calls use it again, whichever comes first."""
-    name, cache = type(target).__name__, StaticCache(config=target.config, max_cache_len=columns)
-    if any(type(layer) is not cache_utils.StaticLayer for layer in cache.layers):
-        raise ValueError(
-            f"{name} has layers that slide, whose keys have no fixed place that trees could be compiled for; use the "
-            "drafter uncompiled."
-        )
-    if TreeMasks(target).chains_only:
-        raise ValueError(
-            f"the attention of this {name} takes no mask of a tree, which its forward would be compiled for; call "
-            'target.set_attn_implementation("sdpa") before.'
-        )
-    if rope_limits(target):
-        raise ValueError(
-            f"the rotary positions of {name} change at a length, which a compiled forward would not ask for; use the "
-            "drafter uncompiled."
-        )
-    target(input_ids=torch.zeros(batch_size, 1, dtype=torch.long, device=target.device), **{CACHE: cache})
-    return cache
+@contextmanager
+def lend(request: Request) -> Iterator[Lent]:
+    """Give a call, for as long as the context lasts, what fits it of [`CompiledRounds`]."""
+    rounds = rounds_of(request.drafter, request.target.device)
+    if rounds is None:
+        yield Lent()
+        return
+    with rounds.lend(request) as lent:
+        yield lent
 
 
-def _kept(states: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tensor], None]:
-    """What writes a state down; a plain function, because torch 2.11 cannot trace a partial of a method of `dict`."""
-
-    def keep(state: torch.Tensor) -> None:
-        states[index] = state
-
-    return keep
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A model of the same modules, of which those that are tapped are copies with hooks of their own."""
-    decoder = module.get_decoder()
-    tapped = {decoder, *decoder_layers(decoder)}
-
-    def copied(part: nn.Module) -> nn.Module:
-        if tapped.isdisjoint(part.modules()):
-            return part
-        if "forward" in vars(part):
-            raise ValueError(
-                f"the forward of this {type(part).__name__} was replaced by another, as accelerate does to spread a "
-                "model over devices, which cannot be compiled; load the target onto one device."
-            )
-        twin = copy(part)
-        twin._modules = {name: child if child is None else copied(child) for name, child in part._modules.items()}
-        for hooks in _HOOKS:
-            setattr(twin, hooks, OrderedDict(vars(part)[hooks]))
-        return twin
-
-    return copied(module)
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    # torch counts graphs by code object, up to a limit, and another batch size must not use up this one's.
-    own = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(own, **{"fullgraph": True, "dynamic": False} | options)
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """What the next replay of a CUDA graph does not overwrite."""
-    return tensor.clone() if tensor.is_cuda else tensor
+def lend_afresh(request: Request) -> Lent:
+    """What a call would be lent, for whoever measures it; see [`~CompiledRounds.afresh`]."""
+    rounds = rounds_of(request.drafter, request.target.device)
+    return Lent() if rounds is None else rounds.afresh(request)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -14,48 +14,24 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE
-from ..devices import without_cudnn_attention
 from ..drafting.attachment import refusing
-from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter
-from ..drafting.pairs import Pairs, TokenTable
-from ..drafting.plan import DraftingPlan, Limits, round_limits
-from ..drafting.proposal import propose, scored_nodes
+from ..drafting.drafter import DraftingCall, TreeDrafter
+from ..drafting.pairs import TokenTable
+from ..drafting.plan import DraftingPlan, round_limits
+from ..drafting.proposal import scored_nodes
 from ..drafting.statistics import Clock, GenerationStatistics
 from ..target.cache import is_users
+from ..target.masks import TreeMasks
 from ..target.model import TargetModel
 from ..trees.rejection_sampling import SampledVerifier
 from ..trees.tree import DraftTree
 from ..trees.verification import Verifier, sample_and_walk
 from .callbacks import Listeners
+from .compilation import lend
 from .requests import drafting_plan
+from .rounds.drafts import Drafts, EagerDrafts
+from .rounds.lending import Lent, Request
 from .token_selector import TokenChoice
-
-
-if TYPE_CHECKING:
-    from .compilation import CompiledRounds
-
-
-@without_cudnn_attention
-def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits) -> DraftTree:
-    """
-    A tree within its limits for each row that may still draft, and a root for the others. Those have stopped, or have
-    one token left, or never were to draft, and will not again: the drafter does not hear of them any more.
-
-    Args:
-        drafter ([`TreeDrafter`]): Held by its lock while it drafts.
-        state ([`DraftState`]): Of the call.
-        pairs ([`Pairs`]): What the last round taught, of all rows of the batch.
-        limits ([`Limits`]): Of all rows of the batch.
-    """
-    rows = [row for row, nodes in enumerate(limits.nodes) if nodes]
-    if rows and len(rows) == len(limits.nodes):
-        return propose(drafter, state, pairs, limits)
-    roots = pairs.last_tokens()
-    if not rows:
-        return DraftTree.root(roots)
-    if len(rows) < state.batch_size:
-        state.keep_rows([state.drafting.index(row) for row in rows])
-    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).scatter_rows(rows, roots)
 
 
 def decode(
@@ -64,7 +40,7 @@ def decode(
     choice: TokenChoice,
     plan: DraftingPlan,
     verify: Verifier = sample_and_walk,
-    compiled: CompiledRounds | None = None,
+    lent: Lent | None = None,
 ) -> GenerationStatistics:
     """
     Draft, verify, commit, until every row has stopped (Algorithm 1 of https://huggingface.co/papers/2605.07243).
@@ -75,31 +51,23 @@ def decode(
         choice ([`TokenChoice`]): Chooses, stops and keeps the tokens.
         plan ([`DraftingPlan`]): How much a round drafts.
         verify ([`Verifier`], *optional*, defaults to [`sample_and_walk`]): The rule that accepts drafted tokens.
-        compiled ([`CompiledRounds`], *optional*): Lent to this call; the target has its part already.
+        lent ([`Lent`], *optional*): Buffers of this call; the target has its part already.
 
     Returns:
         [`GenerationStatistics`]: Of this call.
     """
-    clock, statistics = Clock(target.device), GenerationStatistics()
+    lent = lent or Lent()
+    clock, statistics = Clock(target.device), GenerationStatistics(eager_because=lent.reason)
     batch_size = target.base.shape[0]
     listeners = Listeners(drafter.callbacks)
     call = DraftingCall(drafter, target.table, batch_size, statistics, target.version() if drafter.callbacks else 0)
     listeners.on_generate_begin(call)
-    state = drafter.begin(
-        target.table,
-        batch_size,
-        int(target.base.max()) + max(choice.remaining),
-        first_position=target.first_position(),
-    )
-    state.warp = choice.warp
-    if compiled is not None:
-        compiled.attach(state)
+    drafts = _drafts(target, drafter, choice, lent, bool(drafter.callbacks))
     chunks = target.prefill()
     scored, pairs = next(chunks)
     for chunk in chunks:
         if pairs.tokens.shape[1]:  # a mask may hide all of a chunk
-            with drafter.lock, without_cudnn_attention:
-                drafter.extend(state, pairs)
+            drafts.extend(pairs)
             listeners.on_prompt(call, pairs)
         scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
@@ -117,18 +85,19 @@ def decode(
     while any(active):
         limits = round_limits(plan, choice.remaining, target.room(), target.depth())
         if target.pauses():
-            with drafter.lock, without_cudnn_attention:
-                drafter.extend(state, pairs if state.batch_size == batch_size else pairs.of_rows(state.drafting))
-        tree = target.scorable(draft(drafter, state, pairs, limits).keep_likely(plan.min_probability))
+            drafts.extend(pairs)
+        tree = drafts.propose(pairs, limits).keep_likely(plan.min_probability, trim=not target.fixed)
+        tree = target.scorable(tree)
         listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")
         listeners.on_verify(call, tree, scored)
-        read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
-        walk = verify(read, active, choice.select, choice.stop)
-        pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
-        target.commit(walk)
+        walk = target.greedy_walk(active, choice.stop) if choice.is_greedy and verify is sample_and_walk else None
+        if walk is None:
+            read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
+            walk = verify(read, active, choice.select, choice.stop)
+        pairs = target.settle(tree, scored, walk)
         statistics.add_round(tree, walk, len(scored.rows))
         listeners.on_commit(call, tree, scored, walk, pairs)
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
@@ -136,10 +105,25 @@ def decode(
 
     target.finish()
     statistics.target_calls, statistics.compiled_rounds = target.calls, target.compiled_calls
-    statistics.drafter_calls, statistics.drafter_rows = state.calls, state.forward_rows
+    statistics.captured_rounds, statistics.captured_drafts = target.captured_calls, drafts.captured
+    statistics.drafter_calls, statistics.drafter_rows = drafts.calls, drafts.rows
     clock.write_to(statistics)
     listeners.on_generate_end(call)
     return statistics
+
+
+def _drafts(target: TargetModel, drafter: TreeDrafter, choice: TokenChoice, lent: Lent, keeps: bool) -> Drafts:
+    """Where the trees of a call come from."""
+    if lent.drafts is not None:
+        return lent.drafts.begin(keeps)
+    state = drafter.begin(
+        target.table,
+        target.base.shape[0],
+        int(target.base.max()) + max(choice.remaining),
+        first_position=target.first_position(),
+    )
+    state.warp = choice.warp
+    return EagerDrafts(drafter, state)
 
 
 def generate_with_drafter(
@@ -168,28 +152,16 @@ def generate_with_drafter(
         with refusing(drafter):
             choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
-            # Their cache is not the call's to give away.
-            rounds, compiled = None if returns_cache else drafter.compiled_rounds, None
-            if rounds is not None:
-                compiled = call.enter_context(rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)))
             plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
-            scorer = call.enter_context(
-                TargetModel(
-                    target,
-                    drafter.feature_layers_for(target),
-                    input_ids,
-                    model_kwargs,
-                    mask_length,
-                    generation_config.prefill_chunk_size,
-                    returns_cache,
-                    compiled and compiled.target,
-                    plan.tree_budget,
-                )
-            )
-            scorer.check_length(max(choice.remaining))
             # A chain is cut out by likelihood, by which a drawn tree must not be cut.
-            if not generation_config.do_sample or scorer.chains_only:
+            if not generation_config.do_sample or TreeMasks(target).chains_only:
                 plan = replace(plan, draft_sampling="topk", verification=None)
             verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
-        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
+            most, chunk_size = max(choice.remaining), generation_config.prefill_chunk_size
+            request = Request.of_call(target, drafter, plan, input_ids, model_kwargs, most, returns_cache)
+            lent = call.enter_context(lend(request))
+            inputs = (input_ids, model_kwargs, mask_length, chunk_size, returns_cache, plan.tree_budget)
+            scorer = call.enter_context(lent.target_model(target, drafter, *inputs))
+            scorer.check_length(most)
+        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, lent)
     return choice.output(scorer.cache, scorer.token_outputs())

@@ -132,6 +132,11 @@ class TokenChoice:
         self._argmax: dict[int, list[int]] = {}
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the likeliest by the target's bare logits, and nothing of these is recorded."""
+        return self._argmax_only
+
+    @property
     def remaining(self) -> list[int]:
         """Tokens that `max_new_tokens` still allows each row; 0 for one that has stopped."""
         return [row.remaining for row in self._rows]

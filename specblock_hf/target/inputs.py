@@ -35,7 +35,7 @@ _OF_PROMPT = {
     "video_grid_thw",
 }
 # One number for each token: the prompt's last one goes on, but what is written is never a picture.
-_OF_TOKENS = {"mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"}
+OF_TOKENS = {"mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"}
 # What training leaves in a configuration and no forward here wants: some cannot have it together with a tree's mask.
 _OF_TRAINING = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -140,7 +140,7 @@ class TargetInputs:
         cut = {
             name: values[..., : values.shape[-1] - left]
             for name, values in self._kwargs.items()
-            if values is not None and name in {"attention_mask", "position_ids", *_OF_TOKENS}
+            if values is not None and name in {"attention_mask", "position_ids", *OF_TOKENS}
         }
         inputs = self._target.prepare_inputs_for_generation(
             ids, is_first_iteration=True, **self._kwargs | cut | {"inputs_embeds": embeds}
@@ -153,7 +153,7 @@ class TargetInputs:
     def of_tree(self, nodes: int, rows: list[int]) -> dict[str, Any]:
         """For a tree of so many nodes in these rows of the batch, beside its ids, positions, mask and cache."""
         kept = {}
-        for name in _OF_TOKENS:
+        for name in OF_TOKENS:
             if self._kwargs.get(name) is not None:
                 last = self._kwargs[name][rows, -1:].expand(-1, nodes)
                 kept[name] = torch.zeros_like(last) if name == "mm_token_type_ids" else last
@@ -181,7 +181,7 @@ class TargetInputs:
         return Rereading(length, self.ids, first, {CACHE: self.cache} | self._off | more)
 
     def _check(self) -> None:
-        known = _HANDLED | _OF_PROMPT | _OF_TOKENS
+        known = _HANDLED | _OF_PROMPT | OF_TOKENS
         unknown = sorted(name for name, value in self._kwargs.items() if value is not None and name not in known)
         if unknown:
             raise ValueError(

@@ -79,7 +79,7 @@ class TreeMasks:
         return self._form is None or self._is_recurrent
 
     def mask(
-        self, tree: DraftTree, depths: torch.LongTensor, committed: TargetCache, always: bool = False
+        self, tree: DraftTree, depths: torch.LongTensor, committed: TargetCache
     ) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """
         The mask of a tree, one for each kind of layer; for a lone root or a chain, plain decoding's own.
@@ -88,10 +88,9 @@ class TreeMasks:
             tree ([`DraftTree`]): N nodes wide.
             depths (`torch.LongTensor` of shape `[B, N]`): Its depths, where the target is.
             committed ([`TargetCache`]): What the tree grows on.
-            always (`bool`, *optional*, defaults to `False`): Make the mask of a lone root too.
         """
         count = depths.shape[1]
-        if (count == 1 and not always) or self.chains_only:
+        if count == 1 or self.chains_only:
             return committed.chain_mask(count)
         seen = tree.ancestors().to(depths.device)
         masks = {
@@ -133,7 +132,10 @@ class TreeMasks:
             prefix = prefix & ((committed.width + depths)[:, :, None] - columns < window)
             seen = seen & (depths[:, :, None] - depths[:, None, :] < window)
         unused = seen.new_zeros(batch_size, count, committed.unused(layer, count))
-        mask = torch.cat((prefix, seen, unused), dim=2).unsqueeze(1)
+        return self.in_form(torch.cat((prefix, seen, unused), dim=2).unsqueeze(1))
+
+    def in_form(self, mask: torch.BoolTensor) -> torch.Tensor:
+        """A Boolean mask as the attention backend reads it."""
         if self._form == "boolean":
             return mask
         dtype = self._dtype

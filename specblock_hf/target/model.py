@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,26 +29,11 @@ from .token_outputs import TokenOutputs
 
 
 if TYPE_CHECKING:
-    from ..trees.verification import Walk
+    from ..trees.verification import Stop, Walk
 
 
 # What plain decoding hands back of every token, if `output_...` asks for it.
 _TOKEN_OUTPUTS = ("hidden_states", "attentions")
-
-
-class TreeScorer(Protocol):
-    """Scores trees of a few sizes in memory of its own, faster than the model itself."""
-
-    def size_for(self, nodes: int) -> int | None:
-        """The size that so many nodes are padded to; `None` if none is large enough."""
-
-    def __call__(
-        self, ids: torch.LongTensor, positions: torch.LongTensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """
-        Logits `[B, N, V]` and a feature `[B, N, d]` for each layer that the drafter reads, of ids `[B, N]` at
-        positions `[B, N]` with a mask `[B, 1, N, columns]`.
-        """
 
 
 class TargetModel:
@@ -66,15 +51,13 @@ class TargetModel:
         returns_cache (`bool`, *optional*, defaults to `True`):
             Somebody goes on with the cache, so that a row that has stopped stays in it. Otherwise it is retired and
             costs nothing any more.
-        compiled ([`TreeScorer`], *optional*):
-            Scores the trees that fit it; the call's cache is its own, and rows stay when they have stopped, because
-            they are part of its shapes.
         budget (`int`, *optional*, defaults to 0):
             Most drafted tokens of a round, by which a target with recurrent layers is read again; see [`Lag`].
 
     Attributes:
         calls (`int`): Forwards so far.
-        compiled_calls (`int`): How many of them were compiled.
+        compiled_calls (`int`): How many of them had fixed shapes, see [`FixedTarget`].
+        captured_calls (`int`): How many of these were replayed.
 
     Raises:
         ValueError: An unsupported cache or input, padding on the right, or nothing left to prefill.
@@ -89,11 +72,9 @@ class TargetModel:
         mask_length: int | None = None,
         chunk_size: int | None = None,
         returns_cache: bool = True,
-        compiled: TreeScorer | None = None,
         budget: int = 0,
     ):
         self.target = target
-        self._compiled = compiled
         self.table = TokenTable.of(target)
         self._rows = list(range(input_ids.shape[0]))
         self._index: torch.LongTensor | None = None  # `_rows` on the device, once some have been retired
@@ -112,7 +93,7 @@ class TargetModel:
         self._scored = 1
         self._last = torch.zeros(input_ids.shape[0], 1, dtype=torch.long, device=self.device)
         self.base = torch.full((input_ids.shape[0],), width, device=self.device) if visible is None else visible.sum(1)
-        self.calls = self.compiled_calls = 0
+        self.calls = self.compiled_calls = self.captured_calls = 0
         self._masks = TreeMasks(target)
         wanted = [name for name in _TOKEN_OUTPUTS if returns_cache and model_kwargs.get(f"output_{name}")]
         self._outputs = TokenOutputs(wanted, len(self._rows), layer_windows(target) if wanted else [])
@@ -138,6 +119,11 @@ class TargetModel:
     def chains_only(self) -> bool:
         """Whether the target's attention takes no mask that could show it a draft tree."""
         return self._masks.chains_only
+
+    @property
+    def fixed(self) -> bool:
+        """Whether trees are padded to a few sizes."""
+        return False
 
     def first_position(self) -> int:
         """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
@@ -240,10 +226,8 @@ class TargetModel:
             tree = replace(tree, tokens=tree.tokens[self._index], parents=tree.parents[self._index])
         if self._rereads():
             return self._read_again()
-        size = self._compiled and self._compiled.size_for(tree.tokens.shape[1])
-        if size:
-            return self._score_compiled(tree, size)
-        ids, depths = self._node_ids(tree), tree.depths().to(self.device)
+        ids = torch.cat((self._last, tree.tokens[:, 1:].to(self.device)), dim=1)
+        depths = tree.depths().to(self.device)
         if self._lag is None:
             return self._read(ids, self._next_position + depths, self._masks.mask(tree, depths, self._committed))
         lengths = self._lag.lengths()
@@ -301,20 +285,32 @@ class TargetModel:
             scored, logits=scored.logits[:, -1:], features=tuple(feature[:, -1:] for feature in scored.features)
         )
 
-    def _node_ids(self, tree: DraftTree) -> torch.LongTensor:
-        return torch.cat((self._last, tree.tokens[:, 1:].to(self.device)), dim=1)
+    def greedy_walk(self, active: Sequence[bool], stop: Stop) -> Walk | None:
+        """
+        The walk that takes the likeliest token after every node of the last scored tree, where that is known without
+        the host; `None` where it is not.
 
-    def _score_compiled(self, tree: DraftTree, size: int) -> Scored:
-        """`score`, with padding behind the nodes; nobody sees what is scored there."""
-        count, tree = tree.tokens.shape[1], tree.pad(size)
-        depths = tree.depths().to(self.device)
-        self._scored = size
-        self.calls += 1
-        self.compiled_calls += 1
-        mask = self._masks.mask(tree, depths, self._committed, always=True)
-        with without_cudnn_attention:
-            logits, features = self._compiled(self._node_ids(tree), self._next_position + depths, mask)
-        return Scored(logits[:, :count], tuple(feature[:, :count] for feature in features), self._rows)
+        Args:
+            active (sequence of `bool`): One for each row; a row that is not active emits nothing.
+            stop (`Stop`): Tells whether an emitted token ends the row.
+        """
+        return None
+
+    def settle(self, tree: DraftTree, scored: Scored, walk: Walk) -> Pairs:
+        """
+        [`~TargetModel.commit`] what a round emitted.
+
+        Args:
+            tree ([`DraftTree`]): The verified tree.
+            scored ([`Scored`]): What was said of it.
+            walk ([`Walk`]): What it emitted.
+
+        Returns:
+            [`Pairs`]: What the target has learned by it.
+        """
+        pairs = Pairs.of(tree, scored.features, walk, self.base, self.table)
+        self.commit(walk)
+        return pairs
 
     def commit(self, walk: Walk) -> None:
         """
@@ -339,7 +335,7 @@ class TargetModel:
         else:
             self._outputs.keep(nodes, self._committed, self._lag.lengths())
             nodes = self._lag.commit(walk, self._rows, self._scored)
-        if len(self._rows) > 1 and not self._returns_cache and self._compiled is None:
+        if len(self._rows) > 1 and not self._returns_cache:
             nodes = self._retire(nodes, walk.stopped.tolist())
         self._committed.commit(nodes, self._scored)
 

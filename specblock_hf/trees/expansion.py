@@ -341,7 +341,9 @@ def best_first(
     )
 
 
-def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_probability: float = 0.0) -> Starts:
+def limit_starts(
+    starts: Starts, tree: DraftTree, max_starts: int | None, min_probability: float = 0.0, trim: bool = True
+) -> Starts:
     """
     Keep the likeliest starts by cumulative log-prob, best first.
 
@@ -350,7 +352,9 @@ def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_pr
         tree (`DraftTree`): The tree that they are nodes of.
         max_starts (`int`, *optional*): Most starts of each row; `None` keeps all.
         min_probability (`float`, *optional*, defaults to 0.0):
-            Less likely starts are left out. Unless it is 0, how many are left is read from the device.
+            Less likely starts are left out.
+        trim (`bool`, *optional*, defaults to `True`):
+            Cut off what then is padding in all rows, whose number is read from the device.
 
     Returns:
         `Starts`: `min(S, max_starts)` wide, or as wide as the row that has most likely ones.
@@ -362,7 +366,7 @@ def limit_starts(starts: Starts, tree: DraftTree, max_starts: int | None, min_pr
     node = starts.node.gather(1, order)
     if min_probability:
         likely = scores[:, :max_starts] >= math.log(min_probability)
-        width = int(likely.sum(1).max())
+        width = int(likely.sum(1).max()) if trim else None
         node, order = torch.where(likely, node, -2)[:, :width], order[:, :width]
     return Starts(
         node=node,

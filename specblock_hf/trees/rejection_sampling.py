@@ -37,7 +37,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from .tree import DraftDistributions, DraftTree
+from .distributions import DraftDistributions
+from .tree import DraftTree
 from .verification import Select, Stop, Walk
 
 

@@ -22,8 +22,9 @@ from typing import Literal
 
 import torch
 
+from .distributions import DraftDistributions
 from .expansion import Starts
-from .tree import DraftDistributions, DraftTree
+from .tree import DraftTree
 
 
 DraftSampling = Literal["topk", "sampled"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..devices import on_device
+from .distributions import DraftDistributions
 
 
 # An odd multiplier with well-mixed bits (2^64 divided by the golden ratio, as a signed number).
@@ -32,27 +33,6 @@ class Decoder(Protocol):
     """The part of a tokenizer that a picture of a tree needs."""
 
     def decode(self, token_ids: list[int]) -> str: ...
-
-
-@dataclass
-class DraftDistributions:
-    """
-    What the tokens of a sampled tree were drawn from. Siblings are drawn in the order of their nodes: the first from
-    its distribution, each later one from the distribution without the siblings before it, or from the whole
-    distribution again.
-
-    Args:
-        log_probs (`torch.Tensor` of shape `[B, R, D]`):
-            R distributions over the D tokens that the drafter can draw, normalised or not; -inf where it never draws.
-        token_ids (`torch.LongTensor` of shape `[D]`): The target's ids of those tokens.
-        rows (`torch.LongTensor` of shape `[B, N]`):
-            Which of the R distributions each node's token was drawn from, the same for all drawn siblings; -1 for a
-            node that was not drawn but follows from the text before, and for the root.
-    """
-
-    log_probs: torch.Tensor
-    token_ids: torch.LongTensor
-    rows: torch.LongTensor
 
 
 @dataclass
@@ -121,13 +101,13 @@ class DraftTree:
     def ancestors(self) -> torch.BoolTensor:
         """Which nodes lie on each node's path, `[B, N, N]`: row sees column and itself. Padding sees only itself."""
         itself = self._positions().expand_as(self.parents)
-        parent = torch.where(self.parents < 0, itself, self.parents)
-        path = [itself]
-        for _ in range(self.max_depth):
-            path.append(parent.gather(1, path[-1]))
-        size = self.tokens.shape[1]
-        seen = torch.zeros(*self.tokens.shape, size, dtype=torch.bool, device=self.tokens.device)
-        return seen.scatter_(2, torch.stack(path, dim=2), True)
+        above = torch.where(self.parents < 0, itself, self.parents)
+        seen = itself.unsqueeze(2) == self._positions()
+        # `above` is as many steps away as `seen` reaches, and both double.
+        for _ in range(self.max_depth.bit_length()):
+            seen = seen | seen.gather(1, above.unsqueeze(2).expand_as(seen))
+            above = above.gather(1, above)
+        return seen
 
     def merge_duplicates(self, recompute: bool = True) -> DraftTree:
         """
@@ -177,24 +157,46 @@ class DraftTree:
         self._check_fixed()
         budgets = self._per_row(budget, "budget")
         most = min(max(budgets), self.tokens.shape[1] - 1)
-        # No node scores above its parent and a stable sort leaves the parent first in ties, so every prefix is a tree.
-        order = self.cumulative_log_probs().sort(dim=1, descending=True, stable=True).indices[:, : most + 1]
-        tree = replace(self._take(order), height=min(self.max_depth, most))
+        tree = self._likeliest(most)
         if min(budgets) < most:
             tree = tree._drop(tree._positions() > self._column(budgets))
-        return tree._take(tree._off_likeliest_path().sort(dim=1, stable=True).indices)
+        return tree._likeliest_path_first()
 
-    def keep_likely(self, min_probability: float) -> DraftTree:
+    def cut(self, budgets: torch.LongTensor, depths: torch.LongTensor, most: int) -> DraftTree:
         """
-        The tree without the nodes that the drafter gives less than this path probability, and as narrow as the widest
-        row then is. A drawn tree stays whole, because its shape must not depend on what was drawn.
+        `limit_depth` and `prune` by numbers that are on the device.
+
+        Args:
+            budgets (`torch.LongTensor` of shape `[B]`): Most drafted nodes of each row.
+            depths (`torch.LongTensor` of shape `[B]`): Depth of the deepest node to keep of each row.
+            most (`int`): No budget is larger; it decides how wide the tree gets.
+        """
+        self._check_fixed()
+        tree = self._drop(self.depths() > depths.unsqueeze(1))._likeliest(min(most, self.tokens.shape[1] - 1))
+        return tree._drop(tree._positions() > budgets.unsqueeze(1))._likeliest_path_first()
+
+    def first(self, count: int) -> DraftTree:
+        """The trees of the first nodes, padding counted. A node without its parent becomes padding."""
+        if count >= self.tokens.shape[1]:
+            return self
+        drawn = self.distributions and replace(self.distributions, rows=self.distributions.rows[:, :count])
+        cut = self._each(lambda part: part[:, :count])
+        tree = replace(cut, height=min(self.max_depth, count - 1), distributions=drawn)
+        return replace(tree, parents=tree.parents.masked_fill(tree.parents >= count, -2))
+
+    def keep_likely(self, min_probability: float, trim: bool = True) -> DraftTree:
+        """
+        The tree without the nodes that the drafter gives less than this path probability. A drawn tree stays whole,
+        because its shape must not depend on what was drawn.
 
         Args:
             min_probability (`float`): 0 leaves the tree alone, and reads nothing from the device.
+            trim (`bool`, *optional*, defaults to `True`): Cut off what then is padding in all rows.
         """
         if min_probability == 0 or self.distributions is not None:
             return self
-        return self._drop(self.cumulative_log_probs() < math.log(min_probability)).pack()
+        tree = self._drop(self.cumulative_log_probs() < math.log(min_probability))
+        return tree.pack() if trim else tree._take(tree._packed())
 
     def limit_depth(self, depths: int | Sequence[int]) -> DraftTree:
         """
@@ -249,15 +251,13 @@ class DraftTree:
             distributions=distributions,
         )
 
+    def clone(self) -> DraftTree:
+        """The trees in memory of their own, but for distributions."""
+        return self._each(torch.clone)
+
     def to(self, device: torch.device) -> DraftTree:
         """The trees on another device; distributions, which are large, stay where they were made."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device),
-            parents=self.parents.to(device),
-            log_probs=self.log_probs.to(device),
-            origin=self.origin.to(device),
-        )
+        return self._each(lambda part: part.to(device))
 
     def scatter_rows(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
         """
@@ -314,8 +314,7 @@ class DraftTree:
         Move padding behind the nodes, which keep their order, and cut off the columns that are padding in every row.
         Reads the number of nodes from the device.
         """
-        order = (self.parents < -1).long().sort(dim=1, stable=True).indices
-        return self._take(order[:, : int(self.num_nodes.max())])
+        return self._take(self._packed()[:, : int(self.num_nodes.max())])
 
     def to_text(self, tokenizer: Decoder, row: int = 0, accepted: Sequence[int] = ()) -> str:
         """
@@ -349,6 +348,10 @@ class DraftTree:
             stack += [(child, inner, "├─ " if i else "└─ ") for i, child in enumerate(likeliest_last)]
         return "\n".join(lines)
 
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> DraftTree:
+        names = ("tokens", "parents", "log_probs", "origin")
+        return replace(self, **{name: change(vars(self)[name]) for name in names})
+
     def _positions(self) -> torch.LongTensor:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
@@ -379,6 +382,19 @@ class DraftTree:
             log_probs=self.log_probs.gather(1, order),
             origin=self.origin.gather(1, order.unsqueeze(-1).expand(-1, -1, 2)),
         )
+
+    def _packed(self) -> torch.LongTensor:
+        """The nodes' order `[B, N]` with padding behind them."""
+        return (self.parents < -1).long().sort(dim=1, stable=True).indices
+
+    def _likeliest(self, most: int) -> DraftTree:
+        """So many nodes beside the root, the likeliest first."""
+        # No node scores above its parent and a stable sort leaves the parent first in ties, so every prefix is a tree.
+        order = self.cumulative_log_probs().sort(dim=1, descending=True, stable=True).indices[:, : most + 1]
+        return replace(self._take(order), height=min(self.max_depth, most))
+
+    def _likeliest_path_first(self) -> DraftTree:
+        return self._take(self._off_likeliest_path().sort(dim=1, stable=True).indices)
 
     def _check_fixed(self) -> None:
         if self.distributions is not None:

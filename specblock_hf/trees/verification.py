@@ -53,6 +53,10 @@ class Walk:
             stopped=torch.tensor([stopped for _, _, stopped in rows]),
         )
 
+    def emitted(self) -> list[list[int]]:
+        """The emitted tokens of each row, without padding."""
+        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
     def to(self, device: torch.device) -> Walk:
         """The walk on a device, moved in one piece, for which the host does not wait."""
         columns = (self.nodes, self.tokens, self.lengths.unsqueeze(1), self.stopped.long().unsqueeze(1))

@@ -141,9 +141,39 @@ def test_a_run_goes_on(draft_cost, tmp_path, monkeypatch, capsys):
     assert ratio == proposals["Medusa"]["operators"] / proposals["EAGLE-3"]["operators"] < 1
     assert "EAGLE-3" in capsys.readouterr().out
     measured = []
-    monkeypatch.setattr(draft_cost, "measure_all", lambda bench, _: measured.append(bench.context) or unit)
+
+    def measure_all(bench, candidates, begun, keep):
+        measured.append(bench.context)
+        begun |= unit
+
+    monkeypatch.setattr(draft_cost, "measure_all", measure_all)
     assert draft_cost.main([*options, "--context", "8", "10"]) == 0
     assert measured == [10]
     unit["drafters"]["Medusa"]["loops"][0]["same_text"] = False
     path.write_text(json.dumps({"units": [unit]}))
     assert draft_cost.main([*options, "--context", "8"]) == 1
+
+
+def test_a_drafter_that_fails_costs_its_own_line(draft_cost, tmp_path, monkeypatch):
+    path, kept = tmp_path / "cost.json", []
+    options = ["--tiny", "--target", "qwen3-8b", "--context", "8", "--device", "cpu", "--dtype", "float32"]
+    options += ["--repeats", "1", "--rounds", "1", "--drafter", "eagle3", "medusa", "--output", str(path)]
+    propose = draft_cost.Bench.proposal
+
+    def proposal(bench, drafter, plan):
+        kept.append(path.exists() and json.loads(path.read_text())["units"][0])
+        if len(kept) == 1:
+            raise RuntimeError("out of memory")
+        return propose(bench, drafter, plan)
+
+    monkeypatch.setattr(draft_cost.Bench, "proposal", proposal)
+    monkeypatch.setattr(draft_cost, "VERIFIED", (1,))
+    monkeypatch.setattr(draft_cost, "CANDIDATES", [replace(c, taus=()) for c in draft_cost.CANDIDATES])
+    assert draft_cost.main(options) == 1
+    (unit,) = json.loads(path.read_text())["units"]
+    assert unit["failed"] == {"EAGLE-3": "RuntimeError('out of memory')"} and set(unit["drafters"]) == {"Medusa"}
+    # What was found is written at once, and measured again if nothing followed.
+    assert kept[1]["failed"] == unit["failed"] and kept[1]["unfinished"] and "unfinished" not in unit
+    path.write_text(json.dumps({"units": [kept[1]]}))
+    assert draft_cost.main(options) == 0
+    assert set(json.loads(path.read_text())["units"][0]["drafters"]) == {"EAGLE-3", "Medusa"}

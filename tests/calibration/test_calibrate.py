@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import warnings
 from collections.abc import Callable
@@ -16,12 +17,15 @@ import pytest
 import torch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import OracleDrafter, Rounds
+from graphs_for_tests import PretendedGraphs
+from training_for_tests import tiny_drafter
 from transformers import GenerationConfig
 
-from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate, devices
+from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate, compile_rounds, devices
 from specblock_hf.calibration import calibrate as calibration
 from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
 from specblock_hf.calibration.costs import NODES, CostCurves, choose_plan, interpolate, shortlist, slowest_tau
+from specblock_hf.generation import compilation
 
 
 CURVES = CostCurves(
@@ -322,6 +326,24 @@ def test_a_batch_is_calibrated_as_a_batch(monkeypatch):
     assert {rows for rows, _ in shapes} == {3} and {tree.tokens.shape[0] for tree in forwards} == {3}
     assert {columns for _, columns in shapes} == {1, 4, 8, 12, 16, 24, 32, 48, 64}
     assert found.curves.setting == "cpu, torch.float32, batch 3, context 16" and found.curves.batch_size == 3
+
+
+def test_rounds_are_measured_as_calls_will_run_them(monkeypatch, llama):
+    made = []
+
+    def recorder(device):
+        made.append(PretendedGraphs())
+        return made[-1]
+
+    monkeypatch.setattr(compilation, "recorder_for", recorder)
+    monkeypatch.setattr(calibration, "NOISY", math.inf)
+    drafter = tiny_drafter()
+    compile_rounds(llama, drafter, max_length=64)
+    prepared = drafter.compiled_rounds
+    calibrate(llama, drafter, context=CONTEXT, repeats=1)
+    assert drafter.compiled_rounds is prepared and made[0].captured == 0
+    # With the first the target's and a plan's drafts, with others those of further plans.
+    assert all(graphs.replays for graphs in made[1:]) and made[1].captured > 1 == made[2].captured
 
 
 def test_calibrating_without_applying_changes_nothing():

@@ -184,6 +184,7 @@ class Part(TreeDrafter):
 ATTRIBUTES = {
     "can_sample",
     "predicts_at_once",
+    "captures_rounds",
     "compiled_rounds",
     "config",
     "drafting_plan",
@@ -199,6 +200,7 @@ METHODS = {
     "parameters_of": (("head",), {}),
 }
 OF_ALL_PARTS = {"add_callback", "begin", "callbacks", "check_target", "extend", "label", "propose", "remove_callback"}
+OF_ALL_PARTS |= {"begin_fixed", "deepest", "find", "has_fixed_rounds"}
 
 
 def test_nobody_forgets_what_a_joined_drafter_says():

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, GPT2Config, set_seed
 
-from specblock_hf import DraftingCallback, DraftingPlan, JoinedDrafter
+from specblock_hf import DraftingCallback, DraftingPlan, JoinedDrafter, compile_rounds
 from specblock_hf.drafting.drafter import DraftState
 from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.plan import Limits
 from specblock_hf.drafting.proposal import scored_nodes, within
-from specblock_hf.trees.tree import DraftDistributions, DraftTree
+from specblock_hf.trees.distributions import DraftDistributions
+from specblock_hf.trees.tree import DraftTree
 
 
 GREEDY = {"do_sample": False}
@@ -220,6 +221,19 @@ def test_a_broken_tree_costs_nothing_but_time(fault, name):
         drafter.add_callback(sizes)
         assert target.generate(prompt, assistant_model=drafter, **options)[0].tolist() == text
         assert all(tree.tokens.shape[1] <= 13 for tree in sizes.trees)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_tree_in_fixed_shapes(fault):
+    """Where the device itself walks."""
+    target, prompt, text = TARGETS["llama"](), prompt_of(LENGTH), plain_text("llama")
+    for plan in (DraftingPlan(12, 1), DraftingPlan(12, 1, min_probability=0.01)):
+        drafter = Proposer(text, FAULTS[fault])
+        drafter.drafting_plan = plan
+        compile_rounds(target, drafter, max_length=LIMIT, tree_sizes=(4, 8))
+        output = target.generate(prompt, max_new_tokens=LIMIT - LENGTH, assistant_model=drafter, **GREEDY)
+        assert output[0].tolist() == text
+        assert drafter.last_statistics.compiled_rounds == drafter.last_statistics.rounds
 
 
 KEPT = ("too many nodes", "too deep", "several roots", "height 3", "int32", "NaN", "the same siblings", "another root")

@@ -64,7 +64,7 @@ def rounds_of(drafter: TreeDrafter, plan: DraftingPlan, lengths: tuple[int, ...]
     """Generate the target's own text, noting what is moved."""
     target, batch, rounds = tiny_target("llama"), padded_batch(lengths), Rounds(TwoDevices())
     plain = target.generate(**batch, **OPTIONS, **options)
-    drafter.drafting_plan = plan
+    drafter.drafting_plan, drafter.captures_rounds = plan, False
     drafter.add_callback(rounds)
     with pytest.MonkeyPatch.context() as patch, rounds.devices:
         # Events on a stream need the real device.

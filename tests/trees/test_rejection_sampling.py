@@ -13,9 +13,10 @@ from outcomes_for_tests import outcomes
 from test_verification import tree_of
 from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct
 
+from specblock_hf.trees.distributions import DraftDistributions
 from specblock_hf.trees.rejection_sampling import GlobalCoins, SampledVerifier
 from specblock_hf.trees.sampling import Shape, gumbel_draw, tree_shape
-from specblock_hf.trees.tree import DraftDistributions, DraftTree
+from specblock_hf.trees.tree import DraftTree
 
 
 MODELS = 40

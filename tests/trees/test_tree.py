@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.trees.tree import DraftDistributions, DraftTree
+from specblock_hf.trees.distributions import DraftDistributions
+from specblock_hf.trees.tree import DraftTree
 
 
 QUICK = settings(max_examples=60, deadline=None)

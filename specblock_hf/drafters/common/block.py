@@ -16,7 +16,7 @@ from ...drafting.drafter import DraftState
 from ...drafting.pairs import Pairs, TokenTable
 from ...trees.expansion import Starts
 from ...trees.tree import DraftTree
-from .cache import BlockCache, BlockPath, committed_mask
+from .cache import BlockCache, BlockPath, FixedBlockCache, committed_mask
 from .network import NetworkDrafter
 
 
@@ -28,7 +28,7 @@ class BlockState(DraftState):
     """
     Adds to [`DraftState`] the drafter's keys and values, and how many columns of them each row has committed: one
     number for a batch of one, for more a tensor `[B]` on the host, which thus knows the longest row without asking the
-    device; and, once compiled, what runs instead of the network's forward.
+    device; and, where the shapes are fixed, what runs as the network's forward.
     """
 
     cache: BlockCache | None = None
@@ -53,6 +53,10 @@ class BlockState(DraftState):
         """Columns that the longest row has committed."""
         return self.committed if isinstance(self.committed, int) else int(self.committed.max())
 
+    def width_with(self, columns: int) -> int:
+        """Columns that a forward attends to which adds so many to the committed ones."""
+        return self.longest + columns
+
     def advance(self, pairs: Pairs, columns: int = 1, first: int = 0, count: int | None = None) -> None:
         """
         Count pairs as committed.
@@ -75,6 +79,55 @@ class BlockState(DraftState):
         assert isinstance(self.committed, torch.Tensor)  # a batch of one has no row to lose
         left = self.committed[places]
         self.committed = left if len(places) > 1 else int(left)
+
+
+@dataclass
+class FixedBlockState(BlockState):
+    """
+    Of fixed shapes: `lengths` counts the committed columns of every row where the cache is, and every forward attends
+    to all `columns` that could be committed.
+    """
+
+    cache: FixedBlockCache | None = None
+    lengths: torch.Tensor | None = None
+    columns: int = 0
+
+    @classmethod
+    def empty(
+        cls, drafter: NetworkDrafter, columns_per_pair: int, table: TokenTable, batch_size: int, pairs: int, width: int
+    ) -> FixedBlockState:
+        """
+        Args:
+            drafter ([`NetworkDrafter`]): Whose state it is.
+            columns_per_pair (`int`): Columns of the cache that a committed pair takes.
+            table ([`TokenTable`]): The target's embedding and head, or the drafter's own.
+            batch_size (`int`): Rows of the batch.
+            pairs (`int`): Most pairs that a row may commit.
+            width (`int`): Pairs that a round takes in, padding counted, which may be written behind all others.
+        """
+        columns = (pairs + 2 * width) * columns_per_pair
+        cache = FixedBlockCache(drafter.config, batch_size, columns, drafter.dtype, drafter.device)
+        lengths = torch.zeros(batch_size, dtype=torch.long, device=drafter.device)
+        return cls(table, batch_size, pairs, cache=cache, network=drafter, lengths=lengths, columns=columns)
+
+    @property
+    def offsets(self) -> torch.LongTensor:
+        return self.lengths.clone()
+
+    def width_with(self, columns: int) -> int:
+        return self.columns
+
+    def advance(self, pairs: Pairs, columns: int = 1, first: int = 0, count: int | None = None) -> None:
+        count = pairs.tokens.shape[1] if count is None else count
+        self.lengths.add_((pairs.lengths - first).clamp(0, count) * columns)
+
+    def reset(self) -> None:
+        super().reset()
+        self.lengths.zero_()
+        self.cache.clear()
+
+    def fuse(self, wrap: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> None:
+        self.network = wrap(self.network)
 
 
 class BlockDrafter(NetworkDrafter):
@@ -101,16 +154,22 @@ class BlockDrafter(NetworkDrafter):
             table, batch_size, max_length, first_position=first_position, cache=cache, committed=committed
         )
 
+    def _begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
+        """What [`~TreeDrafter.begin_fixed`] returns where forwards have shapes that follow from shapes."""
+        return FixedBlockState.empty(self, self.columns_per_pair, table, batch_size, max_length, width)
+
     def extend(self, state: BlockState, pairs: Pairs) -> None:
         for _ in self._commit(state, pairs):
             pass
 
     def _first_block(self, state: BlockState, pairs: Pairs) -> tuple[DraftTree, torch.Tensor, torch.LongTensor]:
         """Take `pairs` in; a tree of roots, and the states `[B, 1, K, d]` and positions `[B, 1]` of the last pairs."""
-        hidden, positions = self._last_rows(self._commit(state, pairs), pairs)
+        hidden, positions = self._last_rows(self._commit(state, pairs, state.network), pairs)
         return self.root_of(pairs), hidden, positions
 
-    def _commit(self, state: BlockState, pairs: Pairs) -> Iterator[torch.Tensor]:
+    def _commit(
+        self, state: BlockState, pairs: Pairs, forward: Callable[..., torch.Tensor] | None = None
+    ) -> Iterator[torch.Tensor]:
         """
         Forwards over new pairs, which leave their keys behind; yields the states `[B, T', K, d]` chunk by chunk.
         """
@@ -120,15 +179,14 @@ class BlockDrafter(NetworkDrafter):
             rows = slice(first, min(first + PREFILL_PAIRS, total))
             count = rows.stop - rows.start
             features = torch.cat([f[:, rows].to(self.device, self.dtype) for f in pairs.features], dim=-1)
-            offsets, width = state.offsets, state.longest + count * size
+            offsets, width = state.offsets, state.width_with(count * size)
             state.advance(pairs, size, first, count)
             state.cache.seek(offsets, width)
             mask = committed_mask(count, size, offsets, width, self.device)
             positions = pairs.positions[:, rows].to(self.device)
             state.calls += 1
             state.forward_rows += len(embeds) * count
-            forward = state.network or self
-            yield forward(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
+            yield (forward or self)(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
 
     def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
         """The states `[B, 1, K, d]` and the position `[B, 1]` of every row's last pair."""

@@ -98,9 +98,38 @@ class BlockCache:
             if isinstance(self.offsets, int):
                 store[:, :, self.offsets : self.offsets + new.shape[2]] = new
             else:
-                columns = self.offsets[:, None] + torch.arange(new.shape[2], device=new.device)
-                store.scatter_(2, columns[:, None, :, None].expand_as(new), new)
+                store.scatter_(2, self.columns_of(new.shape[2])[:, None, :, None].expand_as(new), new)
         return self.keys[layer_idx][:, :, : self.width], self.values[layer_idx][:, :, : self.width]
+
+    def columns_of(self, count: int) -> torch.LongTensor:
+        """Where rows write so many columns, `[B or 1, count]`."""
+        first = self.offsets if isinstance(self.offsets, int) else self.offsets[:, None]
+        return first + torch.arange(count, device=self.keys[0].device).unsqueeze(0)
+
+
+class FixedBlockCache(BlockCache):
+    """
+    The same in memory that stays where it is: it grows at most once for the scratch of a kind of round, and exactly.
+    What a row would write behind the columns that it was made with, which is padding, ends up in the last of them.
+    """
+
+    def __init__(self, config: LlamaConfig, batch_size: int, columns: int, dtype: torch.dtype, device: torch.device):
+        super().__init__(config, batch_size, columns, dtype, device)
+        self._own = columns
+
+    def seek(self, offsets: int | torch.LongTensor, width: int) -> None:
+        if width > self.keys[0].shape[2]:
+            self.keys = [_grown(k, width) for k in self.keys]
+            self.values = [_grown(v, width) for v in self.values]
+        super().seek(offsets, width)
+
+    def clear(self) -> None:
+        for store in (*self.keys, *self.values):
+            store.zero_()
+
+    def columns_of(self, count: int) -> torch.LongTensor:
+        columns = super().columns_of(count)
+        return columns if isinstance(self.offsets, int) else columns.clamp_max(self._own - 1)
 
 
 def _grown(store: torch.Tensor, columns: int) -> torch.Tensor:

@@ -167,4 +167,4 @@ class NetworkDrafter(TreeDrafter):
         width = min(self.config.tree_width, budget, self.config.draft_vocab_size)
         children = BlockOutputs(*self.best_tokens(hidden, width)).children(width)
         tree, _ = best_first(tree, Starts.root(tree), children, depth, budget, 0, most=budget)
-        return tree.limit_depth(limits.depth).prune(limits.nodes)
+        return limits.cut(tree)

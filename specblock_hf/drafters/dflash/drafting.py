@@ -17,7 +17,7 @@ from ...drafting.target_batch import TargetBatch
 from ...trees.expansion import BlockOutputs, Children, Starts, best_first, children_by_parent
 from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
-from ..common.block import BlockState
+from ..common.block import BlockState, FixedBlockState
 from ..common.cache import BlockCache
 from ..common.network import NetworkDrafter
 from .loss import BlockDiffusionObjective, block_diffusion_loss
@@ -116,8 +116,20 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             committed=0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long),
         )
 
+    @property
+    def has_fixed_rounds(self) -> bool:
+        return True
+
+    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
+        # The block is written behind the pairs.
+        pairs = max_length + self.config.block_size
+        return FixedBlockState.empty(self, 1, self.own_table(table), batch_size, pairs, width)
+
+    def deepest(self, plan: DraftingPlan) -> int:
+        return min(plan.tree_budget, self.config.num_predictions)
+
     def extend(self, state: BlockState, pairs: Pairs) -> None:
-        state.cache.seek(state.offsets, state.longest + pairs.tokens.shape[1])
+        state.cache.seek(state.offsets, state.width_with(pairs.tokens.shape[1]))
         state.advance(pairs)
         features = torch.cat([f.to(self.device, self.dtype) for f in pairs.features], dim=-1)
         self.append_context(features, pairs.positions.to(self.device), state.cache)
@@ -136,7 +148,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         children = self.children_of(block, min(self.config.tree_width or budget, budget))
         beam = min(limits.max_starts or budget, budget)
         tree, _ = best_first(tree, Starts.root(tree), children, depth, beam, 0, most=budget)
-        return tree.limit_depth(limits.depth).prune(limits.nodes)
+        return limits.cut(tree)
 
     def draft_block(
         self, state: BlockState, anchors: torch.LongTensor, positions: torch.LongTensor, depth: int
@@ -154,7 +166,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             `Block`: Of `depth` tokens.
         """
         rows, skipped = self._num_rows(depth), int(not self.config.predicts_from_anchor)
-        first, width = state.committed_column, state.longest + rows
+        first, width = state.committed_column, state.width_with(rows)
         steps = torch.arange(rows, device=self.device)
         places = first + steps.unsqueeze(0)
         columns = torch.arange(width, device=self.device).unsqueeze(0)

@@ -17,9 +17,9 @@ import torch
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
-from ...trees.expansion import BlockOutputs, Branching, Starts, limit_starts, rank_guided
+from ...trees.expansion import BlockOutputs, Branching, Starts, rank_guided
 from ...trees.tree import DraftTree
-from ..common.block import BlockDrafter, BlockState
+from ..common.block import BlockDrafter, BlockState, FixedBlockState
 from ..common.cache import BlockPath
 from .loss import Eagle3Objective, eagle3_loss
 from .modeling import Eagle3Model
@@ -60,9 +60,22 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
         return DraftingPlan(config.tree_budget, config.num_blocks, config.beam_width)
 
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
-        if self.config.own_embedding:
-            table = TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
-        return super().begin(table, batch_size, max_length, first_position=first_position)
+        return super().begin(self._own_table(table), batch_size, max_length, first_position=first_position)
+
+    @property
+    def has_fixed_rounds(self) -> bool:
+        return True
+
+    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
+        return self._begin_fixed(self._own_table(table), batch_size, max_length, width)
+
+    def _own_table(self, table: TokenTable) -> TokenTable:
+        if not self.config.own_embedding:
+            return table
+        return TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
+
+    def deepest(self, plan: DraftingPlan) -> int:
+        return min(plan.tree_budget, plan.num_forwards)
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         tree, hidden, positions = self._first_block(state, pairs)
@@ -80,11 +93,11 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
                     path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
                 hidden = self._later_block(state, hidden, starts, path, positions + level, first_width)
             tree, candidates = rank_guided(tree, starts, self._block_outputs(hidden, width), branching, level)
-            most = min(beam, limits.most_starts(level + 1))
-            starts = limit_starts(candidates, tree, most, limits.min_start_probability)
-            if not starts.node.shape[1]:
+            following = limits.next_starts(candidates, tree, level, level + 2, beam)
+            if following is None:
                 break
-        return tree.limit_depth(limits.depth).prune(limits.nodes)
+            starts = following
+        return limits.cut(tree)
 
     def _block_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
         """The best tokens of every row `[B, S, 1, d]`; there is one rank bucket."""

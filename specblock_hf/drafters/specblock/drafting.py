@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ...drafting.pairs import Pairs
+from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.expansion import (
@@ -19,12 +19,11 @@ from ...trees.expansion import (
     Starts,
     best_first,
     children_by_parent,
-    limit_starts,
     rank_guided,
 )
 from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
-from ..common.block import BlockDrafter, BlockState
+from ..common.block import BlockDrafter, BlockState, FixedBlockState
 from ..common.cache import BlockPath
 from .loss import SpecBlockObjective, specblock_loss
 from .modeling import SpecBlockModel
@@ -91,6 +90,16 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
         return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
 
+    @property
+    def has_fixed_rounds(self) -> bool:
+        return True
+
+    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
+        return self._begin_fixed(table, batch_size, max_length, width)
+
+    def deepest(self, plan: DraftingPlan) -> int:
+        return min(plan.tree_budget, plan.num_forwards * self.config.block_size)
+
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         tree, hidden, positions = self._first_block(state, pairs)
         if max(limits.nodes) == 0 or max(limits.depth) == 0:
@@ -101,16 +110,13 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         path, starts = None, Starts.root(tree)
         for forward in range(limits.num_forwards):
             tree, candidates = self._grow(tree, starts, hidden, forward, max(limits.nodes))
-            if forward + 1 == limits.num_forwards or (forward + 1) * size > max(limits.depth):
+            following = limits.next_starts(candidates, tree, forward, (forward + 1) * size)
+            if following is None:
                 break
-            most = limits.most_starts(forward + 1)
-            starts = limit_starts(candidates, tree, most, limits.min_start_probability)
-            if not starts.node.shape[1]:
-                break
+            starts = following
             path = self._path_to(starts, path, state, hidden.shape[1])
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
-        tree = tree.merge_duplicates().limit_depth(limits.depth)
-        return tree.prune(limits.nodes)
+        return limits.cut(tree.merge_duplicates())
 
     def _drawn_tree(
         self, state: BlockState, roots: DraftTree, hidden: torch.Tensor, positions: torch.LongTensor, limits: Limits

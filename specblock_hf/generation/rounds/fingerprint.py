@@ -1,0 +1,76 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a captured forward depends on beside its inputs and the values of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...drafting.drafter import TreeDrafter
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Hooks that read states for one call at a time, and those of transformers' own `output_hidden_states`.
+_OUR_HOOKS = ("specblock_hf.", "transformers.")
+
+
+def fingerprint(*modules: nn.Module) -> Hashable:
+    """
+    Something that differs once a graph that was captured of these modules may give another result than they do, or
+    reads memory that is theirs no more: where weights and buffers are and of which kind, switches and numbers on
+    modules (`training`, adapters that are active, disabled or merged, and their scaling), replaced forwards, hooks,
+    attention backends, autocast. Values of weights may change in place.
+    """
+    parts: list[Hashable] = [torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")]
+    parts += [torch.get_autocast_dtype(kind) for kind in ("cuda", "cpu")]
+    for root in modules:
+        for module in root.modules():
+            # Of a drafter what its copy would have, without those who listen to it.
+            own = module.__getstate__() if isinstance(module, TreeDrafter) else vars(module)
+            parts.append((id(module), type(module), id(own.get("forward"))))
+            # On models generate() makes notes of its own, which are private.
+            notes = "_" if isinstance(module, PreTrainedModel) else "__"
+            parts += [
+                (name, _plain(value))
+                for name, value in own.items()
+                if "hooks" not in name and not name.startswith(notes) and _is_plain(value)
+            ]
+            parts += [_place(tensor) for tensor in own["_parameters"].values()]
+            parts += [_place(tensor) for tensor in own["_buffers"].values()]
+            parts += [id(hook) for hook in foreign_hooks(module)]
+            if isinstance(own.get("config"), PreTrainedConfig):
+                parts.append(own["config"]._attn_implementation)
+    return tuple(parts)
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """Forward hooks of a module that somebody else has put there; a replay would not call them."""
+    hooks = [hook for name in _HOOKS for hook in vars(module)[name].values()]
+    return [hook for hook in hooks if not hook.__module__.startswith(_OUR_HOOKS)]
+
+
+def _place(tensor: torch.Tensor | None) -> Hashable:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, type(tensor)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple | set):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _plain(value: Any) -> Hashable:
+    if isinstance(value, Mapping):
+        return tuple((key, _plain(entry)) for key, entry in value.items())
+    if isinstance(value, list | tuple | set):
+        return tuple(map(_plain, value))
+    return value

@@ -1,0 +1,117 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of fixed buffers, captured as CUDA graphs once they have been used often enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+PATIENCE = 8
+"""Rounds that a step runs uncaptured first: capturing takes about a second, which a short answer would never earn."""
+
+
+class Recorder(Protocol):
+    """Captures functions that read and write tensors which stay where they are."""
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        """Run the function for its result, in such a way that it can be captured next."""
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """
+        Capture the function without running it: what replays it, and the tensors that every replay writes its result
+        to.
+        """
+
+
+class CudaGraphs:
+    """
+    Captures CUDA graphs that share one pool of memory, so that only one of them may run at a time.
+
+    Args:
+        device (`torch.device`): Where all tensors are.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        current.wait_stream(self._stream)
+        return result
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with what they do on the device.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = function()
+        return graph.replay, result
+
+
+class Step:
+    """
+    A part of a round: a function without arguments. All it works on is in buffers, or was returned by a step before
+    it. Where there is a recorder, it is captured in a later use, whose own result is that of an uncaptured run.
+
+    Args:
+        function (`Callable`): Computes a tensor, or tuples or dataclasses of them; must not mind being called twice
+            where the second time only records.
+        recorder ([`Recorder`], *optional*): `None` never captures.
+        failed (`Callable`): Told the error if it could not be captured, after which it runs uncaptured for ever.
+        patience (`int`, *optional*, defaults to 0): Uses before the one that captures.
+
+    Attributes:
+        captured (`bool`): The last use was a replay.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        recorder: Recorder | None,
+        failed: Callable[[Exception], None],
+        patience: int = 0,
+    ):
+        self._function, self._recorder, self._failed, self._patience = function, recorder, failed, patience
+        self._replay: Callable[[], None] | None = None
+        self._result: Any = None
+        self.captured = False
+
+    def __call__(self) -> Any:
+        if self._replay is not None:
+            self.captured = True
+            self._replay()
+            return self._result
+        # What is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._recorder is None or self._patience > 0:
+                self._patience -= 1
+                return self._function()
+            result = self._recorder.warm(self._function)
+            try:
+                self._replay, self._result = self._recorder.record(self._function)
+            except RuntimeError as error:
+                self._recorder = None
+                self._failed(error)
+                return result
+            # What is captured next shall read what replays of this write.
+            for place, value in zip(_tensors_of(self._result), _tensors_of(result), strict=True):
+                place.copy_(value)
+        return self._result
+
+
+def _tensors_of(result: Any) -> list[torch.Tensor]:
+    """The tensors in what a step returns."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if is_dataclass(result):
+        result = list(vars(result).values())
+    return [tensor for part in result for tensor in _tensors_of(part)] if isinstance(result, list | tuple) else []

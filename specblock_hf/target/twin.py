@@ -1,0 +1,87 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A second model of the same weights, which may have hooks that nobody else sees."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .features import decoder_layers, tap
+from .inputs import without_training_flags
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def twin_of(target: PreTrainedModel, layers: Sequence[int]) -> Callable[..., tuple[torch.Tensor, tuple]]:
+    """
+    The target's forward that also returns states of its decoder. It may be compiled: its hooks are there from the
+    beginning, and the target has none of them.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model; all weights are shared.
+        layers (sequence of `int`): Which states; see [`FeatureTaps`].
+
+    Returns:
+        `Callable`: The inputs of the target by name to logits and a tuple with a state `[B, N, d]` for each layer.
+
+    Raises:
+        `ValueError`: The forward of a part was replaced.
+    """
+    twin, layers, flags = _copied(target), tuple(layers), without_training_flags(target)
+    states: dict[int, torch.Tensor] = {}
+
+    for index in set(layers):
+        tap(twin.get_decoder(), index, _kept(states, index))
+
+    def forward(**inputs: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        outputs = twin(**inputs, use_cache=True, return_dict=True, **flags)
+        features = tuple(states[index] for index in layers)
+        states.clear()
+        return outputs.logits, features
+
+    return forward
+
+
+def _kept(states: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tensor], None]:
+    """What writes a state down; a plain function, because torch 2.11 cannot trace a partial of a method of `dict`."""
+
+    def keep(state: torch.Tensor) -> None:
+        states[index] = state
+
+    return keep
+
+
+def _copied(target: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same modules, of which those that are tapped are copies with hooks of their own."""
+    decoder = target.get_decoder()
+    tapped = {decoder, *decoder_layers(decoder)}
+
+    def copied(part: nn.Module) -> nn.Module:
+        if tapped.isdisjoint(part.modules()):
+            return part
+        if "forward" in vars(part):
+            raise ValueError(
+                f"the forward of this {type(part).__name__} was replaced by another, as accelerate does to spread a "
+                "model over devices, which cannot be compiled; load the target onto one device."
+            )
+        twin = copy(part)
+        twin._modules = {name: child if child is None else copied(child) for name, child in part._modules.items()}
+        for hooks in _HOOKS:
+            setattr(twin, hooks, OrderedDict(vars(part)[hooks]))
+        return twin
+
+    return copied(target)
