@@ -27,6 +27,7 @@ from .cache_layer import RowMemory
 from .inputs import without_training_flags
 from .masks import TreeMasks, layer_windows
 from .model import TargetModel
+from .recurrent import is_recurrent
 from .support import rope_limits
 from .twin import twin_of
 
@@ -330,7 +331,7 @@ def check_fixed(target: PreTrainedModel) -> None:
             f"{name} has layers that slide, whose keys have no fixed place that trees could be compiled for; use the "
             "drafter uncompiled."
         )
-    if has_recurrent_layers(target):
+    if is_recurrent(target):
         raise ValueError(
             f"{name} has layers that keep a state, which no tree can be scored with; use the drafter uncompiled."
         )
