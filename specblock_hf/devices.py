@@ -5,12 +5,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.backends import cuda
+
+
+Result = TypeVar("Result")
 
 
 def upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -31,6 +35,15 @@ def synchronize(device: torch.device) -> None:
     """Wait until a device has done all that it was told."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def timed(device: torch.device, call: Callable[[], Result]) -> tuple[Result, float]:
+    """What a call returns, and the seconds until a device has done all that it was told by it."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - start
 
 
 def best_device() -> torch.device:

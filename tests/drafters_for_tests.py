@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from specblock_hf import DraftingPlan
-from specblock_hf.drafting.drafter import DrafterLock, DraftState, TreeDrafter
+from specblock_hf.drafting.drafter import DrafterLock, DraftingCallback, DraftState, TreeDrafter
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import Limits
 from specblock_hf.trees.tree import DraftTree
+from specblock_hf.trees.verification import Walk
 
 
 def make_tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:
@@ -28,6 +29,18 @@ def make_tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:
         log_probs=torch.zeros(1, len(tokens)),
         origin=torch.full((1, len(tokens), 2), -1),
     )
+
+
+class Rounds(DraftingCallback):
+    """The verified trees of a drafter's next calls, each with what was kept of it."""
+
+    def __init__(self, drafter: TreeDrafter):
+        self.seen: list[tuple[DraftTree, Walk]] = []
+        drafter.add_callback(self)
+
+    def on_commit(self, call, tree, scored, walk, pairs) -> None:
+        if call.statistics.rounds:  # the prompt commits a token before the first one
+            self.seen.append((tree, walk))
 
 
 @dataclass

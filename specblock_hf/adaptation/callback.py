@@ -74,7 +74,7 @@ class OnlineAdaptationCallback(DraftingCallback):
             Tokens of the target that must have come in since the last update, for the bandit to make another.
         buffer_bytes (`int`, *optional*, defaults to 64 MiB): Bound of what is kept to train on.
         window_tokens (`int`, *optional*, defaults to 512): Most tokens that are kept of a text, its last ones.
-        top_k (`int`, *optional*, defaults to 32): Tokens that are kept of each of the target's laws.
+        top_k (`int`, *optional*, defaults to 32): Tokens that are kept of each of the target's distributions.
         background (`bool`, *optional*, defaults to `True`):
             Train in a thread of its own (on CUDA, on a stream of its own), while calls go on. Otherwise the call that
             triggers an update returns after it, which makes a run repeatable.
@@ -149,6 +149,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         self._good: list[torch.Tensor] = []
         self._candidate: list[torch.Tensor] | None = None
         self._unpaid = 0.0
+        self._target_version = 0
         self._pending: Future | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._lock = DrafterLock()
@@ -184,6 +185,11 @@ class OnlineAdaptationCallback(DraftingCallback):
             top_k = min(self.top_k, call.table.vocab_size)
             recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, top_k)
             call.notes[self] = (recorder, self.clock(), self._busy())
+            if call.target_version != self._target_version:
+                # What the target said before it changed is not what it would say now.
+                with self._lock:
+                    self.buffer.clear()
+                self._target_version = call.target_version
 
     def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
         if self in call.notes:

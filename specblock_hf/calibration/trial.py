@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
@@ -12,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..devices import timed
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
@@ -118,7 +118,6 @@ def _answer(
     config, helper = deepcopy(settings), None
     if plan is not None:
         config.drafting_plan, helper = plan, drafter
-    start = time.perf_counter()
-    output = target.generate(**batch, generation_config=config, assistant_model=helper).cpu()  # waits for the device
-    took = time.perf_counter() - start
-    return took, sum(map(len, answers(output[:, batch["input_ids"].shape[1] :], config.eos_token_id)))
+    options = {**batch, "generation_config": config, "assistant_model": helper}
+    output, took = timed(batch["input_ids"].device, lambda: target.generate(**options))
+    return took, sum(map(len, answers(output.cpu()[:, batch["input_ids"].shape[1] :], config.eos_token_id)))

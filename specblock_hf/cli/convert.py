@@ -9,8 +9,8 @@ import argparse
 from transformers import AutoConfig
 
 from ..drafters.auto import AutoDrafter
-from ..drafters.dflash.layouts import write_block_checkpoint
-from ..drafters.layouts import Layout, write_checkpoint
+from ..drafters.common.registry import published_layouts
+from ..drafters.layouts import OURS, write_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="folder to write")
     parser.add_argument(
         "--to",
-        choices=[layout.value for layout in Layout],
-        default=Layout.OURS.value,
+        choices=[OURS, *(name for name, (_, layout) in published_layouts().items() if layout.is_writable)],
+        default=OURS,
         help="layout: ours, or one that the drafter's kind is published in (default: %(default)s)",
     )
     parser.add_argument("--target", help="folder or Hub id; fills in what the layout read from does not record")
@@ -31,10 +31,5 @@ def run(args: argparse.Namespace) -> None:
     """Convert, and say what was written."""
     target = AutoConfig.from_pretrained(args.target) if args.target else None
     drafter = AutoDrafter.from_pretrained(args.drafter, target=target, revision=args.revision)
-    if args.to == Layout.OURS:
-        drafter.save_pretrained(args.output)
-    elif args.to in (Layout.DFLASH, Layout.DSPARK):
-        write_block_checkpoint(drafter, args.output, Layout(args.to))
-    else:
-        write_checkpoint(drafter, args.output, Layout(args.to))
+    write_checkpoint(drafter, args.output, args.to)
     print(f"{type(drafter).__name__} written to {args.output} in the layout {args.to}")

@@ -18,8 +18,12 @@ from ..calibration.calibrate import Calibration, calibrate
 from ..drafting.drafter import TreeDrafter
 from ..drafting.statistics import GenerationStatistics
 from ..evaluation.divergence import Divergence, divergence_between
+from ..evaluation.trace import trace_round
 from .models import Answer, add_model_arguments, ask, encode, load_models
 
+
+FIRST_TOKENS = 16
+"""Of an answer of which the first tree is shown."""
 
 PROMPTS = (
     (
@@ -112,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     for number, (category, text) in enumerate(prompts):
         print(f"\n=== {number + 1}/{len(prompts)} {category}: {text}\n")
         comparisons.append(compare(target, tokenizer, drafter, category, text, number % 2 == 1, settings))
-    print(f"\n=== first draft tree of prompt 1\n{first_tree(comparisons[0].drafted.statistics, tokenizer)}")
+    tree = first_tree(target, tokenizer, drafter, encode(tokenizer, prompts[0][1], target.device))
+    print(f"\n=== first draft tree of prompt 1\n{tree}")
     print("\n=== result\n" + "\n".join(report(comparisons)))
     print(f"wall time of the command: {time.perf_counter() - start:.0f} s")
     identical = all(comparison.divergence is None for comparison in comparisons)
@@ -187,14 +192,17 @@ def describe_calibration(calibration: Calibration) -> str:
     )
 
 
-def first_tree(statistics: GenerationStatistics, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tree of a call's first round as text, the accepted path marked; one line if there was no round."""
-    if statistics.first_round is None:
-        return "(the answer ended before a tree was drafted)"
-    tree, walk = statistics.first_round
-    accepted = [node for node in walk.nodes[0].tolist() if node >= 0]
-    kept = f"(probability by the drafter; origin as drafter forward and slot; * = kept, {len(accepted) - 1} drafted)"
-    return f"{kept}\n{tree.to_text(tokenizer, accepted=accepted)}"
+def first_tree(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, drafter: TreeDrafter, prompt_ids: torch.LongTensor
+) -> str:
+    """The first tree of an answer as text, the accepted path marked; one line if there is none."""
+    try:
+        traced = trace_round(target, drafter, prompt_ids, do_sample=False, max_new_tokens=FIRST_TOKENS)
+    except ValueError as error:
+        return f"({error})"
+    number = len(traced.accepted) - 1
+    kept = f"(probability by the drafter; origin as drafter forward and slot; * = kept, {number} drafted)"
+    return f"{kept}\n{traced.tree.to_text(tokenizer, accepted=traced.accepted)}"
 
 
 def report(comparisons: list[Comparison]) -> list[str]:

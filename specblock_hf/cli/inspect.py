@@ -13,7 +13,7 @@ from ..checkpoints.files import DrafterFiles
 from ..checkpoints.loading import StrictPreTrainedModel
 from ..drafters.auto import AutoDrafter
 from ..drafters.common.configuration import UNRECORDED_LAYER
-from ..drafters.layouts import layout_of
+from ..drafters.layouts import OURS, layout_of
 from . import inspect_trace as trace
 
 
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
         return trace.run(args)
     drafter = AutoDrafter.from_pretrained(args.drafter, revision=args.revision)
     files = DrafterFiles.of(args.drafter, {"revision": args.revision})
-    print("\n".join(describe(drafter, layout_of(files.config, args.drafter))))
+    layout = layout_of(files.config, args.drafter)
+    print("\n".join(describe(drafter, OURS if layout is None else layout.name)))
     if args.target is None:
         return 0
     with torch.device("meta"):

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ..devices import best_device, synchronize
+from ..data.examples import render_prompt
+from ..devices import best_device, timed
 from ..drafters.auto import AutoDrafter
 from ..drafters.joined import JoinedDrafter
 from ..drafters.lookup import LookupDrafter
@@ -133,11 +133,7 @@ class Answer:
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device) -> torch.LongTensor:
     """The prompt's ids `[1, T]`: one user turn of the chat template, or the bare text for a tokenizer without one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-    turns = [{"role": "user", "content": prompt}]
-    encoding = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return encoding["input_ids"].to(device)
+    return torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": prompt}])], device=device)
 
 
 def ask(
@@ -160,17 +156,8 @@ def ask(
         **generate_kwargs: For `generate()`.
     """
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    synchronize(target.device)
-    start = time.perf_counter()
-    ids = target.generate(
-        prompt_ids,
-        attention_mask=torch.ones_like(prompt_ids),
-        assistant_model=drafter,
-        streamer=streamer,
-        **generate_kwargs,
-    )
-    synchronize(target.device)
-    seconds = time.perf_counter() - start
+    settings = {"attention_mask": torch.ones_like(prompt_ids), "assistant_model": drafter, "streamer": streamer}
+    ids, seconds = timed(target.device, lambda: target.generate(prompt_ids, **settings, **generate_kwargs))
     statistics = GenerationStatistics()
     if drafter is not None and drafter.last_statistics is not None:
         statistics = drafter.last_statistics

@@ -16,7 +16,7 @@ from ..checkpoints.files import DrafterFiles
 from ..checkpoints.hub import publish
 from ..checkpoints.provenance import published
 from ..drafters.auto import AutoDrafter
-from ..drafters.layouts import Layout, layout_of
+from ..drafters.layouts import layout_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check that the folder holds a whole drafter, upload it, and say where it is."""
     layout = layout_of(DrafterFiles(args.folder).config, args.folder)
-    if layout != Layout.OURS:
-        raise ValueError(f"{args.folder} is in the layout {layout.value}; run `specblock convert` first.")
+    if layout is not None:
+        raise ValueError(f"{args.folder} is in the layout {layout.name}; run `specblock convert` first.")
     drafter = AutoDrafter.from_pretrained(args.folder)
     if args.card:
         card = ModelCard(Path(args.card).read_text(encoding="utf-8"))

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.configuration_checks import refusing_misfits
-from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles, read_tensors
+from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles
+from .common.layout import Layout
 from .common.registry import drafter_kind
-from .dflash.layouts import read_block_config
-from .layouts import Layout, layout_of, read_config, read_tensors_of
+from .layouts import layout_of
 
 
 class AutoDrafter:
@@ -61,7 +61,7 @@ class AutoDrafter:
         """
         files = DrafterFiles.of(name, kwargs)
         layout = layout_of(files.config, name)
-        if layout == Layout.OURS:
+        if layout is None:
             drafter = drafter_kind(files.config["model_type"]).from_pretrained(name, **kwargs)
         else:
             config = target.config if isinstance(target, PreTrainedModel) else target
@@ -74,12 +74,7 @@ class AutoDrafter:
 def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> Any:
     found = files.tensors()
     with refusing_misfits(files.name):
-        if layout in (Layout.DFLASH, Layout.DSPARK):
-            config, tensors = read_block_config(files.config, files.name, found, target), found
-        else:
-            config = read_config(files.config, files.name, found, target)
-            mapping = files.optional("vocab_mapping.pt") if layout == Layout.SPECBLOCK else None
-            vocabulary = read_tensors(mapping, files.name) if mapping is not None else None
-            tensors = read_tensors_of(config, layout, files.name, found, vocabulary)
+        config = layout.read_config(files.config, files.name, found, target)
+        tensors = layout.read_tensors(config, files, found)
     options = {key: value for key, value in kwargs.items() if key not in LOCATION_OPTIONS}
     return drafter_kind(config.model_type).from_tensors(files.name, config, tensors, **options)

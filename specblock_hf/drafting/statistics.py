@@ -40,7 +40,6 @@ class GenerationStatistics:
         draft_seconds (`float`): Spent in `propose`.
         verify_seconds (`float`): Masks and forwards of the target over trees.
         host_seconds (`float`): Everything else of a round: choosing tokens, processors, stopping, the cache.
-        first_round (`tuple` of [`DraftTree`] and [`Walk`], *optional*): To look at; see [`DraftTree.to_text`].
         row (`list[int]`): Along with `accepted`: which row of the batch it was.
         drafter_rows (`int`): Rows of the drafter's forwards: committed pairs, the prompt's included, and starts.
         compiled_rounds (`int`): Rounds that were verified by a compiled forward; see [`compile_rounds`].
@@ -57,15 +56,12 @@ class GenerationStatistics:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     host_seconds: float = 0.0
-    first_round: tuple[DraftTree, Walk] | None = None
     row: list[int] = field(default_factory=list)
     drafter_rows: int = 0
     compiled_rounds: int = 0
 
     def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:
         """Count one verified tree, of which the target scored so many rows, and what was kept of it."""
-        if self.first_round is None:
-            self.first_round = (tree, walk)
         self.rounds += 1
         self.nodes_verified += rows * tree.tokens.shape[1]
         for row, (length, stopped) in enumerate(zip(walk.lengths.tolist(), walk.stopped.tolist(), strict=True)):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoints.saving import save_text_whole
 from ..data.examples import render_prompt
 from ..data.suites import EvaluationPrompt
-from ..devices import synchronize
+from ..devices import timed
 from ..drafting.drafter import DraftingCall, DraftingCallback, TreeDrafter
 from ..drafting.statistics import GenerationStatistics
 from ..trees.tree import DraftTree
@@ -125,7 +124,10 @@ def forwards_of(module: nn.Module) -> Iterator[Counter]:
 
 
 def decoding_settings(temperature: float, max_new_tokens: int) -> dict[str, Any]:
-    """Greedy at 0, otherwise the whole law at that temperature, whatever the target's own configuration cuts off."""
+    """
+    Greedy at 0, otherwise the whole distribution at that temperature, whatever the target's own configuration cuts
+    off.
+    """
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     return settings | ({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {})
 
@@ -139,12 +141,9 @@ def answer(
     def generate() -> Run:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            synchronize(target.device)
-            start = time.perf_counter()
-            mask = torch.ones_like(prompt_ids)
-            ids = target.generate(prompt_ids, attention_mask=mask, **settings, **method.options)
-            synchronize(target.device)
-            return Run(ids[0, prompt_ids.shape[1] :].tolist(), time.perf_counter() - start)
+            options = {"attention_mask": torch.ones_like(prompt_ids), **settings, **method.options}
+            ids, seconds = timed(target.device, lambda: target.generate(prompt_ids, **options))
+            return Run(ids[0, prompt_ids.shape[1] :].tolist(), seconds)
 
     if method.drafter is not None:
         with DraftRows(method.drafter) as rows:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
+from ..drafting.attachment import refusing
 from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter
 from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, Limits, round_limits
@@ -54,7 +55,7 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
+    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).scatter_rows(rows, roots)
 
 
 def decode(
@@ -82,7 +83,7 @@ def decode(
     clock, statistics = Clock(target.device), GenerationStatistics()
     batch_size = target.base.shape[0]
     listeners = Listeners(drafter.callbacks)
-    call = DraftingCall(drafter, target.table, batch_size, statistics)
+    call = DraftingCall(drafter, target.table, batch_size, statistics, target.version() if drafter.callbacks else 0)
     listeners.on_generate_begin(call)
     state = drafter.begin(
         target.table,
@@ -103,7 +104,7 @@ def decode(
         scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
-    read = choice.see(tree, scored.logits, scored.rows)
+    read = choice.observe(tree, scored.logits, scored.rows)
     walk = verify(read, [True] * batch_size, choice.select, choice.stop)
     pairs = target.close_prompt(pairs, walk)
     target.commit(walk)
@@ -117,14 +118,14 @@ def decode(
         limits = round_limits(plan, choice.remaining, target.room(), target.depth())
         if target.pauses():
             with drafter.lock, without_cudnn_attention:
-                drafter.extend(state, pairs if state.batch_size == batch_size else pairs.of_rows(state.drafting))
-        tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
+                drafter.extend(state, pairs.of_rows(state.drafting))
+        tree = target.scorable(draft(drafter, state, pairs, limits).keep_likely(plan.min_probability))
         listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")
         listeners.on_verify(call, tree, scored)
-        read = scored_nodes(choice.see(tree, scored.logits, scored.rows))
+        read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
         walk = verify(read, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
@@ -163,29 +164,32 @@ def generate_with_drafter(
     input_ids = input_ids.long()
     # All ones: `generate()` dropped the mask and noted its length, unless it knows of no mask.
     mask_length = vars(generation_config).get("_mask_length") if model_kwargs.get("attention_mask") is None else None
-    choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
-    # Their cache is not the call's to give away.
-    rounds = None if returns_cache else drafter.compiled_rounds
-    plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
-    with (
-        rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)) if rounds else nullcontext() as compiled,
-        TargetModel(
-            target,
-            drafter.feature_layers_for(target),
-            input_ids,
-            model_kwargs,
-            mask_length,
-            generation_config.prefill_chunk_size,
-            returns_cache,
-            compiled and compiled.target,
-            plan.tree_budget,
-        ) as scorer,
-    ):
-        scorer.check_length(max(choice.remaining))
-        # A chain is cut out by likelihood, by which a drawn tree must not be cut.
-        if not generation_config.do_sample or scorer.chains_only:
-            plan = replace(plan, draft_sampling="topk", verification=None)
-        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
+    with ExitStack() as call:
+        with refusing(drafter):
+            choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
+            # Their cache is not the call's to give away.
+            rounds, compiled = None if returns_cache else drafter.compiled_rounds, None
+            if rounds is not None:
+                compiled = call.enter_context(rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)))
+            plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
+            scorer = call.enter_context(
+                TargetModel(
+                    target,
+                    drafter.feature_layers_for(target),
+                    input_ids,
+                    model_kwargs,
+                    mask_length,
+                    generation_config.prefill_chunk_size,
+                    returns_cache,
+                    compiled and compiled.target,
+                    plan.tree_budget,
+                )
+            )
+            scorer.check_length(max(choice.remaining))
+            # A chain is cut out by likelihood, by which a drawn tree must not be cut.
+            if not generation_config.do_sample or scorer.chains_only:
+                plan = replace(plan, draft_sampling="topk", verification=None)
+            verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
     return choice.output(scorer.cache, scorer.token_outputs())

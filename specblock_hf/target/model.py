@@ -122,6 +122,11 @@ class TargetModel:
     def device(self) -> torch.device:
         return self.table.device
 
+    def version(self) -> int:
+        """Grows with every change of the weights in place, as optimisers make them."""
+        # What was made in inference mode counts nothing.
+        return sum(weight._version for weight in self.target.parameters() if not weight.is_inference())
+
     def __enter__(self) -> TargetModel:
         return self
 
@@ -376,7 +381,7 @@ class TargetModel:
         with self._taps.armed(), without_cudnn_attention:
             outputs = self.target(**inputs, return_dict=True)
         logits, features = outputs.logits, self._taps.take()
-        self._outputs.see(outputs)
+        self._outputs.observe(outputs)
         if nodes is not None:
             skipped = self._scored - logits.shape[1]
             logits, features = _at(logits, nodes - skipped), tuple(_at(feature, nodes) for feature in features)

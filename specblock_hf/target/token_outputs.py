@@ -42,7 +42,7 @@ class TokenOutputs:
         """What makes the target's forward return them."""
         return {f"output_{name}": True for name in self._wanted}
 
-    def see(self, outputs: Any) -> None:
+    def observe(self, outputs: Any) -> None:
         """Take in what a forward of the target returned."""
         # None where the attention backend has none to show, for which plain decoding hands back empty tuples.
         self._seen = {name: outputs.get(name) or () for name in self._wanted}
@@ -66,7 +66,8 @@ class TokenOutputs:
             for name, layers in self._seen.items():
                 for depth in range(first, len(path)):
                     if name == "hidden_states":
-                        entry = tuple(layer[row, path[depth]][None, None] for layer in layers)
+                        # Gemma 3n has several states at every token, `[N, B, S, d]`.
+                        entry = tuple(layer[..., row, path[depth], :][..., None, None, :] for layer in layers)
                     else:
                         entry = self._attended(layers, row, path[: depth + 1], committed)
                     self._rows[name][row].append(entry)
@@ -78,7 +79,10 @@ class TokenOutputs:
             longest = max(rows, key=len)
             steps = [
                 tuple(
-                    torch.cat([row[step][layer] if step < len(row) else torch.zeros_like(full) for row in rows])
+                    torch.cat(
+                        [row[step][layer] if step < len(row) else torch.zeros_like(full) for row in rows],
+                        dim=-3 if name == "hidden_states" else 0,
+                    )
                     for layer, full in enumerate(layers)
                 )
                 for step, layers in enumerate(longest)

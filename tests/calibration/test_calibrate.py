@@ -15,12 +15,11 @@ import accelerate
 import pytest
 import torch
 from conftest import VOCAB, prompt_of, tiny_target
-from drafters_for_tests import OracleDrafter
+from drafters_for_tests import OracleDrafter, Rounds
 from transformers import GenerationConfig
 
-from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate
+from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate, devices
 from specblock_hf.calibration import calibrate as calibration
-from specblock_hf.calibration import trial
 from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
 from specblock_hf.calibration.costs import NODES, CostCurves, choose_plan, interpolate, shortlist, slowest_tau
 
@@ -55,7 +54,7 @@ class Machine:
         self.handle = target.register_forward_pre_hook(forward, with_kwargs=True)
         clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(calibration, "time", clock)
-        monkeypatch.setattr(trial, "time", clock)
+        monkeypatch.setattr(devices, "time", clock)
 
 
 class PricedDrafter(OracleDrafter):
@@ -345,10 +344,10 @@ def test_a_calls_own_plan_goes_first(plan, nodes, forwards):
     plain = target.generate(prompt, **settings)
     generation_config = GenerationConfig.from_model_config(target.config)
     generation_config.drafting_plan = plan
+    rounds = Rounds(drafter)
     drafted = target.generate(prompt, assistant_model=drafter, generation_config=generation_config, **settings)
     assert torch.equal(plain, drafted)
-    tree, _ = drafter.last_statistics.first_round
-    assert tree.tokens.shape[1] == nodes
+    assert rounds.seen[0][0].tokens.shape[1] == nodes
     assert drafter.last_statistics.drafter_rows >= drafter.last_statistics.drafter_calls
     if not forwards:
         assert drafter.last_statistics.drafter_calls == 0

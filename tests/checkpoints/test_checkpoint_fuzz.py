@@ -26,8 +26,7 @@ from test_loading import LITTLE, peak_of, small_drafter
 from training_for_tests import tiny_drafter
 
 from specblock_hf import AutoDrafter
-from specblock_hf.drafters.dflash.layouts import write_block_checkpoint
-from specblock_hf.drafters.layouts import Layout, write_checkpoint
+from specblock_hf.drafters.layouts import write_checkpoint
 
 
 EXAMPLES = 25
@@ -37,11 +36,11 @@ BASES = {
     **{name: lambda folder, name=name: baseline(name).save_pretrained(folder) for name in BASELINES},
     "block_diffusion": lambda folder: block_drafter("dflash2").save_pretrained(folder),
     "shards": lambda folder: tiny_drafter().save_pretrained(folder, max_shard_size="20KB"),
-    "authors": lambda folder: write_checkpoint(small_drafter(), folder, Layout.SPECBLOCK),
-    "safeailab": lambda folder: write_checkpoint(small_drafter("eagle3"), folder, Layout.SAFEAILAB),
-    "speculators": lambda folder: write_checkpoint(small_drafter("eagle3"), folder, Layout.SPECULATORS),
-    "dflash": lambda folder: write_block_checkpoint(block_drafter("jetspec"), folder, Layout.DFLASH),
-    "dspark": lambda folder: write_block_checkpoint(block_drafter("dspark"), folder, Layout.DSPARK),
+    "authors": lambda folder: write_checkpoint(small_drafter(), folder, "specblock"),
+    "safeailab": lambda folder: write_checkpoint(small_drafter("eagle3"), folder, "safeailab"),
+    "speculators": lambda folder: write_checkpoint(small_drafter("eagle3"), folder, "speculators"),
+    "dflash": lambda folder: write_checkpoint(block_drafter("jetspec"), folder, "dflash"),
+    "dspark": lambda folder: write_checkpoint(block_drafter("dspark"), folder, "dspark"),
 }
 DANGEROUS = (
     *("attn_implementation", "_attn_implementation", "auto_map", "quantization_config", "transformers_weights"),

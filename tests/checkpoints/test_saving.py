@@ -17,8 +17,7 @@ from test_loading import assert_same, small_drafter
 
 from specblock_hf import AutoDrafter
 from specblock_hf.checkpoints.saving import save_file_whole, save_folder_whole, save_text_whole
-from specblock_hf.drafters.dflash.layouts import write_block_checkpoint
-from specblock_hf.drafters.layouts import Layout, write_checkpoint
+from specblock_hf.drafters.layouts import write_checkpoint
 
 
 FULL = (OSError, RuntimeError, SafetensorError)
@@ -51,12 +50,12 @@ def halved(drafter: torch.nn.Module) -> torch.nn.Module:
 WRITERS = {
     "ours": (small_drafter, lambda drafter, folder: drafter.save_pretrained(folder)),
     "ours in shards": (small_drafter, lambda drafter, folder: drafter.save_pretrained(folder, max_shard_size="10KB")),
-    "specblock": (small_drafter, lambda drafter, folder: write_checkpoint(drafter, folder, Layout.SPECBLOCK)),
+    "specblock": (small_drafter, lambda drafter, folder: write_checkpoint(drafter, folder, "specblock")),
     "speculators": (
         lambda: small_drafter("eagle3"),
-        lambda drafter, folder: write_checkpoint(drafter, folder, Layout.SPECULATORS),
+        lambda drafter, folder: write_checkpoint(drafter, folder, "speculators"),
     ),
-    "dflash": (block_drafter, lambda drafter, folder: write_block_checkpoint(drafter, folder, Layout.DFLASH)),
+    "dflash": (block_drafter, lambda drafter, folder: write_checkpoint(drafter, folder, "dflash")),
 }
 
 

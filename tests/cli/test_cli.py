@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
+from training_for_tests import char_tokenizer, tiny_drafter
 from transformers import PreTrainedTokenizerFast
 
 import specblock_command
@@ -265,8 +266,11 @@ def test_a_slowdown_is_reported_as_one():
     )
 
 
-def test_an_answer_without_a_round_has_no_tree():
-    assert demo.first_tree(GenerationStatistics(), tokenizer=None) == "(the answer ended before a tree was drafted)"
+def test_an_answer_without_a_round_has_no_tree(monkeypatch):
+    target = tiny_target("llama")
+    monkeypatch.setattr(demo, "FIRST_TOKENS", 1)
+    drawn = demo.first_tree(target, char_tokenizer(), tiny_drafter(), torch.tensor([[2, 3]]))
+    assert drawn.startswith("(the answer ended after 0 round(s), so that there is no round 1;")
 
 
 def test_generate_streams_one_answer(models_on_disk, capsys):

@@ -16,7 +16,7 @@ from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, ti
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
-from specblock_hf.drafters.layouts import Layout, write_checkpoint
+from specblock_hf.drafters.layouts import OURS, write_checkpoint
 from specblock_hf.training.target_views import view_target
 
 
@@ -101,10 +101,10 @@ def test_without_the_broadcast_later_slots_have_their_query_alone(broadcast):
     assert not torch.equal(one[:, :, 1], one[:, :, 2])
 
 
-@pytest.mark.parametrize("layout", [Layout.OURS, Layout.SPECBLOCK])
+@pytest.mark.parametrize("layout", [OURS, "specblock"])
 def test_a_run_may_start_from_a_drafter_of_another_layout(train, tmp_path, capsys, layout):
     start = tiny_drafter(rank_top_k=20, rank_hidden_size=256, feature_layers=[2, 2, 1])
-    if layout == Layout.OURS:
+    if layout == OURS:
         start.save_pretrained(tmp_path / "start")
     else:
         write_checkpoint(start, tmp_path / "start", layout)

@@ -11,13 +11,16 @@ import peft
 import pytest
 import torch
 from batches_for_tests import garbage, oracles, padded_batch
+from block_drafters_for_tests import block_drafter
 from conftest import SIZES, prompt_of, tiny_target
 from options_for_tests import BASE, refusal, same_text
 from targets_for_tests import LIMIT, ROPES, TargetKind, forget_the_past, make_target
 from torch import nn
+from training_for_tests import tiny_drafter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Phi3Config, PreTrainedModel
 from transformers.utils import logging
 
+from specblock_hf import LookupDrafter
 from specblock_hf.compat import CACHE, RELEASE
 from specblock_hf.target.support import RopeLimit, rope_limits
 
@@ -109,6 +112,16 @@ def test_batches_within_the_length(rope, lengths, new):
     plain = run(kind, batch, max_new_tokens=new)
     for drafter in (oracles(plain, batch["attention_mask"]), garbage(2)):
         assert torch.equal(run(kind, batch, drafter, max_new_tokens=new), plain)
+
+
+def test_a_row_that_has_stopped_does_not_come_to_the_length():
+    kind, batch = TargetKind("llama", layers=4, rope="longrope"), padded_batch((4, 8))
+    plain = run(kind, batch, max_new_tokens=LIMIT + 1 - 8)
+    options = {"max_new_tokens": LIMIT + 1 - 8, "eos_token_id": plain[0, 10].item()}
+    plain = run(kind, batch, **options)
+    assert (plain[0, 11:] == 0).all() and plain.shape[1] == LIMIT + 1
+    for drafter in (block_drafter(), tiny_drafter(), LookupDrafter(make_target(kind).config)):
+        assert torch.equal(run(kind, batch, drafter, **options), plain)
 
 
 def test_batches_beyond_the_length():
@@ -358,3 +371,17 @@ def test_scales_of_a_whole_forward(settings, warns, caplog, monkeypatch):
     for _ in range(2):
         target.generate(prompt_of(5), **GREEDY, assistant_model=garbage(1))
     assert caplog.text.count("may scale the activations of a whole forward together") == int(warns)
+
+
+@pytest.mark.parametrize("lengths", [(4,), (4, 2)])
+def test_hidden_states_of_a_target_with_several_at_every_token(lengths):
+    kind, batch = TargetKind("gemma3n"), padded_batch(lengths)
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True}
+    plain = run(kind, batch, **wanted)
+    for drafter in (oracles(plain.sequences, batch["attention_mask"]), garbage(len(lengths))):
+        output = run(kind, batch, drafter, **wanted)
+        assert torch.equal(output.sequences, plain.sequences)
+        for ours, theirs in zip(output.hidden_states, plain.hidden_states, strict=True):
+            for mine, layer in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, layer, rtol=0, atol=1e-5)
+    assert plain.hidden_states[1][1].ndim == 4

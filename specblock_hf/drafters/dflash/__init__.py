@@ -5,8 +5,14 @@
 from ..common.registry import register_drafter
 from .configuration import BlockDiffusionConfig
 from .drafting import BlockDiffusionDrafter
+from .layouts import DFlashLayout, DSparkLayout, OtherDFlashLayout
 
 
-register_drafter(BlockDiffusionConfig, BlockDiffusionDrafter, trainable={"dflash": {}, "jetspec": {"causal": True}})
+register_drafter(
+    BlockDiffusionConfig,
+    BlockDiffusionDrafter,
+    trainable={"dflash": {}, "jetspec": {"causal": True}},
+    layouts=[DFlashLayout(), DSparkLayout(), OtherDFlashLayout()],
+)
 
 __all__ = ["BlockDiffusionConfig", "BlockDiffusionDrafter"]

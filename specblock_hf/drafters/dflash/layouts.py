@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.configuration import UNRECORDED_LAYER
-from ..common.layout import Layout, Tensors, rope_parameters_of, target_fields, write_folder
+from ..common.layout import Layout, require, rope_parameters_of, target_fields, write_folder
 from .configuration import BlockDiffusionConfig, spread_feature_layers
 
 
@@ -57,58 +57,149 @@ _FOREIGN_TENSORS = {
 """Parts of the names of tensors that variants have and this library does not."""
 
 
-def read_block_config(
-    config: Mapping[str, Any], name: object, tensors: Tensors, target: PreTrainedConfig | None = None
-) -> BlockDiffusionConfig:
-    """
-    Our configuration of a published block-diffusion drafter.
+class DFlashLayout(Layout):
+    """`DFlashDraftModel`, `DFlash2DraftModel` and JetSpec's, which is a DFlash of another mask."""
 
-    Args:
-        config (`dict`): What `config.json` says.
-        name (`str` or `os.PathLike`): The checkpoint, for messages.
-        tensors (`dict[str, torch.Tensor]`): Its weights, for the width of the target that no configuration states.
-        target ([`~transformers.PreTrainedConfig`], *optional*):
-            Of the target, which fills in what the layout does not record: its special tokens.
+    name = "dflash"
+    architectures: tuple[str, ...] = ("DFlashDraftModel", "DFlash2DraftModel")
+    has_vocabulary = False
+    """Whether the drafter has an embedding and a head of its own."""
 
-    Raises:
-        ValueError: A field is missing, or asks for something that this library does not do.
-    """
-    dflash = config.get("dflash_config") or {}
-    _refuse_unknown(dflash, name, tensors)
-    is_dspark = "Qwen3DSparkModel" in config["architectures"]
-    given = {**config, **{key: value for key, value in dflash.items() if value is not None}}
-    lacking = [key for key in (*_REQUIRED, "mask_token_id") if given.get(key) is None]
-    if lacking:
-        raise ValueError(f"config.json of {name} lacks {', '.join(lacking)}; take it from the original repository.")
-    rope = rope_parameters_of(config)
-    if "rope_theta" not in rope:
-        raise ValueError(f"config.json of {name} states no rope_theta for all layers alike; load another drafter.")
-    fields = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL) if config.get(key) is not None}
-    slides = "sliding_attention" in (config.get("layer_types") or ())
-    fields |= {key: given.get(key, default) for key, default in _NUMBERS.items()}
-    fields |= {
-        "use_sliding_window": config.get("use_sliding_window", slides),
-        "rope_parameters": rope,
-        "block_size": given.get("block_size", 16),
-        "mask_token_id": given["mask_token_id"],
-        "feature_layers": _feature_layers(given, name),
-        "target_num_layers": given.get("num_target_layers"),
-        "causal": _causal(config, dflash),
-        "predicts_from_anchor": is_dspark,
-        "own_embedding": is_dspark,
-    }
-    if is_dspark:
-        fields |= _dspark_fields(config, name)
-    if "fc.weight" in tensors:
-        fields["target_hidden_size"] = tensors["fc.weight"].shape[1] // len(fields["feature_layers"])
-    if target is not None:
-        fields |= target_fields(target)
-        if not is_dspark:  # the vocabulary is the target's, whatever the file says about it
-            fields["vocab_size"] = target.get_text_config().vocab_size
-    return BlockDiffusionConfig(**fields)
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        return any(name in self.architectures for name in config.get("architectures") or ())
+
+    def read_config(
+        self,
+        config: Mapping[str, Any],
+        name: object,
+        tensors: Mapping[str, torch.Tensor],
+        target: PreTrainedConfig | None = None,
+    ) -> BlockDiffusionConfig:
+        dflash = config.get("dflash_config") or {}
+        _refuse_unknown(dflash, name, tensors)
+        given = {**config, **{key: value for key, value in dflash.items() if value is not None}}
+        require(given, (*_REQUIRED, "mask_token_id"), name)
+        rope = rope_parameters_of(config)
+        if "rope_theta" not in rope:
+            raise ValueError(f"config.json of {name} states no rope_theta for all layers alike; load another drafter.")
+        fields = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL) if config.get(key) is not None}
+        slides = "sliding_attention" in (config.get("layer_types") or ())
+        fields |= {key: given.get(key, default) for key, default in _NUMBERS.items()}
+        fields |= {
+            "use_sliding_window": config.get("use_sliding_window", slides),
+            "rope_parameters": rope,
+            "block_size": given.get("block_size", 16),
+            "mask_token_id": given["mask_token_id"],
+            "feature_layers": _feature_layers(given, name),
+            "target_num_layers": given.get("num_target_layers"),
+            "causal": _causal(config, dflash),
+        } | self.own_fields(config, name)
+        if "fc.weight" in tensors:
+            fields["target_hidden_size"] = tensors["fc.weight"].shape[1] // len(fields["feature_layers"])
+        if target is not None:
+            fields |= target_fields(target)
+            if not self.has_vocabulary:  # then it is the target's, whatever the file says about it
+                fields["vocab_size"] = target.get_text_config().vocab_size
+        return BlockDiffusionConfig(**fields)
+
+    def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
+        """Fields of our configuration that only this layout has."""
+        return {}
+
+    def write(self, drafter: Any, folder: str | Path) -> None:
+        config = drafter.config
+        if config.own_embedding != self.has_vocabulary:
+            raise self.unwritable(drafter)
+        if UNRECORDED_LAYER in config.feature_layers:
+            raise ValueError(f"The layout {self.name} lists the states that a drafter reads; record feature_layers.")
+        written = {key: getattr(config, key) for key in (*_REQUIRED, *_OPTIONAL)} | {
+            "model_type": "qwen3",
+            "use_sliding_window": config.use_sliding_window,
+            "rope_parameters": dict(config.rope_parameters),
+            "num_target_layers": config.target_num_layers,
+            "tie_word_embeddings": False,
+            "dtype": str(drafter.dtype).removeprefix("torch."),
+        }
+        block = {
+            "block_size": config.block_size,
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": [layer - 1 for layer in config.feature_layers],
+        }
+        write_folder(folder, written | self.written_block(config, block), drafter.state_dict())
+
+    def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
+        """What `config.json` says of the block, and where."""
+        numbers = {key: getattr(config, key) for key, default in _NUMBERS.items() if getattr(config, key) != default}
+        causal = {} if config.causal is None else {"causal": config.causal}
+        architecture = "DFlash2DraftModel" if config.selector_rank else "DFlashDraftModel"
+        # Older readers look for the block's size at the top, and for JetSpec's word for causal blocks.
+        older = {"block_size": config.block_size} | ({} if config.causal is None else {"is_causal": config.causal})
+        head = {"causal_head": True} if config.causal else {}
+        return {"architectures": [architecture]} | older | {"dflash_config": block | numbers | causal | head}
 
 
-def _refuse_unknown(dflash: Mapping[str, Any], name: object, tensors: Tensors) -> None:
+class DSparkLayout(DFlashLayout):
+    """DeepSpec's, which predicts from the anchor on, with a Markov head, a confidence head, or without."""
+
+    name = "dspark"
+    architectures = ("Qwen3DSparkModel",)
+    has_vocabulary = True
+
+    def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
+        rank = config.get("markov_rank", 0)
+        kind = str(config.get("markov_head_type", "vanilla")).lower()
+        if rank and kind != "vanilla":
+            raise ValueError(
+                f'{name} has a Markov head of the type {kind!r}; only "vanilla" ones can be run, so load another '
+                "drafter."
+            )
+        confidence = bool(config.get("enable_confidence_head", False))
+        return {
+            "causal": False,
+            "predicts_from_anchor": True,
+            "own_embedding": True,
+            "markov_rank": rank,
+            "confidence_head": confidence,
+            "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
+        }
+
+    def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
+        return block | {
+            "architectures": list(self.architectures),
+            "num_anchors": 512,  # of its training; readers ask for it
+            "markov_rank": config.markov_rank,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": config.confidence_head,
+            "confidence_head_with_markov": config.confidence_head_with_markov,
+        }
+
+
+class OtherDFlashLayout(Layout):
+    """Variants that cannot be read."""
+
+    name = "dflash-variant"
+    is_known_by_little = True
+    is_writable = False
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        names = config.get("architectures") or ()
+        return "dflash_config" in config or any("DFlash" in name or "DSpark" in name for name in names)
+
+    def read_config(
+        self,
+        config: Mapping[str, Any],
+        name: object,
+        tensors: Mapping[str, torch.Tensor],
+        target: PreTrainedConfig | None = None,
+    ) -> BlockDiffusionConfig:
+        known = ", ".join((*DFlashLayout.architectures, *DSparkLayout.architectures))
+        raise ValueError(
+            f"{name} is a variant of DFlash that is not known (architectures {config.get('architectures')}); load one "
+            f"of {known}."
+        )
+
+
+def _refuse_unknown(dflash: Mapping[str, Any], name: object, tensors: Mapping[str, torch.Tensor]) -> None:
     unknown = sorted(key for key, value in dflash.items() if key not in _KNOWN and value not in (None, False))
     if unknown:
         raise ValueError(
@@ -147,78 +238,3 @@ def _causal(config: Mapping[str, Any], dflash: Mapping[str, Any]) -> bool | None
         if words is not None:
             return bool(words)
     return None
-
-
-def _dspark_fields(config: Mapping[str, Any], name: object) -> dict[str, Any]:
-    rank = config.get("markov_rank", 0)
-    kind = str(config.get("markov_head_type", "vanilla")).lower()
-    if rank and kind != "vanilla":
-        raise ValueError(
-            f'{name} has a Markov head of the type {kind!r}; only "vanilla" ones can be run, so load another drafter.'
-        )
-    confidence = bool(config.get("enable_confidence_head", False))
-    return {
-        "causal": False,
-        "markov_rank": rank,
-        "confidence_head": confidence,
-        "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
-    }
-
-
-def write_block_checkpoint(drafter: torch.nn.Module, folder: str | Path, layout: Layout) -> None:
-    """
-    Save a drafter as published ones are, for whatever else reads those.
-
-    Args:
-        drafter ([`BlockDiffusionDrafter`]): What to save.
-        folder (`str` or `Path`): Where; made if it is not there.
-        layout (`Layout`): `DSPARK` for one with an embedding and head of its own, otherwise `DFLASH`.
-
-    Raises:
-        ValueError: The drafter is of another kind, or reads states that it does not record.
-    """
-    config = drafter.config
-    if not isinstance(config, BlockDiffusionConfig) or (layout == Layout.DSPARK) != config.own_embedding:
-        raise ValueError(
-            f"This {config.model_type} drafter cannot be written in the layout {layout.value}; choose another."
-        )
-    if UNRECORDED_LAYER in config.feature_layers:
-        raise ValueError(f"The layout {layout.value} lists the states that a drafter reads; record feature_layers.")
-    tensors = {key: value.contiguous() for key, value in drafter.state_dict().items()}
-    written = _written_config(config, layout) | {"dtype": str(drafter.dtype).removeprefix("torch.")}
-    write_folder(folder, written, tensors)
-
-
-def _written_config(config: BlockDiffusionConfig, layout: Layout) -> dict[str, Any]:
-    block = {
-        "block_size": config.block_size,
-        "mask_token_id": config.mask_token_id,
-        "target_layer_ids": [layer - 1 for layer in config.feature_layers],
-    }
-    written = {key: getattr(config, key) for key in (*_REQUIRED, *_OPTIONAL)} | {
-        "model_type": "qwen3",
-        "use_sliding_window": config.use_sliding_window,
-        "rope_parameters": dict(config.rope_parameters),
-        "num_target_layers": config.target_num_layers,
-        "tie_word_embeddings": False,
-    }
-    if layout == Layout.DSPARK:
-        return (
-            {"architectures": ["Qwen3DSparkModel"]}
-            | written
-            | block
-            | {
-                "num_anchors": 512,  # of its training; readers ask for it
-                "markov_rank": config.markov_rank,
-                "markov_head_type": "vanilla",
-                "enable_confidence_head": config.confidence_head,
-                "confidence_head_with_markov": config.confidence_head_with_markov,
-            }
-        )
-    numbers = {key: getattr(config, key) for key, default in _NUMBERS.items() if getattr(config, key) != default}
-    causal = {} if config.causal is None else {"causal": config.causal}
-    architecture = "DFlash2DraftModel" if config.selector_rank else "DFlashDraftModel"
-    # Older readers look for the block's size at the top, and for JetSpec's word for causal blocks.
-    older = {"block_size": config.block_size} | ({} if config.causal is None else {"is_causal": config.causal})
-    head = {"causal_head": True} if config.causal else {}
-    return {"architectures": [architecture]} | written | older | {"dflash_config": block | numbers | causal | head}

@@ -34,7 +34,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...drafting.pairs import TokenTable
-from ..common.cache import BlockCache, GraphCache
+from ..common.cache import BlockCache, GraphCache, backend_mask
 from ..common.head import MarkovHead
 from .configuration import BlockDiffusionConfig
 
@@ -250,11 +250,7 @@ class BlockDiffusionModel(StrictPreTrainedModel):
                 continue
             mask = everything & (ahead <= 0) if causal else everything
             mask = (mask & (ahead.abs() < window) if window is not None else mask).unsqueeze(1)
-            if backend == "eager":
-                # The eager backend adds its mask to the scores.
-                lowest = torch.finfo(self.dtype).min
-                mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, lowest)
-            masks[causal, window] = mask
+            masks[causal, window] = backend_mask(mask, backend, self.dtype)
         return masks
 
     def forward(

@@ -5,8 +5,9 @@
 from ..common.registry import register_drafter
 from .configuration import Eagle3Config
 from .drafting import Eagle3Drafter
+from .layouts import SafeAILabLayout, SGLangLayout, SpeculatorsLayout
 
 
-register_drafter(Eagle3Config, Eagle3Drafter)
+register_drafter(Eagle3Config, Eagle3Drafter, layouts=[SpeculatorsLayout(), SGLangLayout(), SafeAILabLayout()])
 
 __all__ = ["Eagle3Config", "Eagle3Drafter"]

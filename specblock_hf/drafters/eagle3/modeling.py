@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import (
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
-from ..common.cache import BlockCache
+from ..common.cache import BlockCache, backend_mask
 from ..common.head import DraftHead
 from ..common.path_attention import PathCache
 from .configuration import Eagle3Config
@@ -153,9 +153,6 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
             if attention_mask is None:
                 rows = token_embeds.shape[1]
                 attention_mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=position_ids.device).tril()
-            lowest = torch.finfo(token_embeds.dtype).min
-            attention_mask = torch.zeros_like(attention_mask, dtype=token_embeds.dtype).masked_fill(
-                ~attention_mask, lowest
-            )
+            attention_mask = backend_mask(attention_mask, "eager", token_embeds.dtype)
         position_embeddings = self.rotary_emb(token_embeds, position_ids)
         return self.layers[0](token_embeds, conditions, position_embeddings, attention_mask, cache).unsqueeze(2)

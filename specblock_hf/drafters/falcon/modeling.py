@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
 from ...devices import upload
-from ..common.cache import BlockCache
+from ..common.cache import BlockCache, backend_mask
 from ..common.head import DraftHead
 from .configuration import FalconDrafterConfig
 
@@ -136,10 +136,7 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `[B, R, d]`.
         """
-        if self.config._attn_implementation == "eager":
-            # The eager backend adds its mask to the scores.
-            lowest = torch.finfo(states.dtype).min
-            attention_mask = torch.zeros_like(attention_mask, dtype=states.dtype).masked_fill(~attention_mask, lowest)
+        attention_mask = backend_mask(attention_mask, self.config._attn_implementation, states.dtype)
         return self.layers[0](
             states,
             attention_mask=attention_mask,

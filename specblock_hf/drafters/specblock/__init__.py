@@ -5,8 +5,9 @@
 from ..common.registry import register_drafter
 from .configuration import SpecBlockConfig
 from .drafting import SpecBlockDrafter
+from .layout import ReleaseLayout
 
 
-register_drafter(SpecBlockConfig, SpecBlockDrafter)
+register_drafter(SpecBlockConfig, SpecBlockDrafter, layouts=[ReleaseLayout()])
 
 __all__ = ["SpecBlockConfig", "SpecBlockDrafter"]
