@@ -206,8 +206,8 @@ OF_ALL_PARTS |= {"begin_fixed", "deepest", "find", "has_fixed_rounds"}
 def test_nobody_forgets_what_a_joined_drafter_says():
     """A new name of the protocol has to be delegated, and to be named here."""
     public = {name for name in {*vars(TreeDrafter), *TreeDrafter.__annotations__} if not name.startswith("_")}
-    assert public == {*ATTRIBUTES, *METHODS, *OF_ALL_PARTS, "network", "last_statistics"}
-    assert public - vars(JoinedDrafter).keys() == {"last_statistics", "add_callback"}
+    assert public == {*ATTRIBUTES, *METHODS, *OF_ALL_PARTS, "network", "last_statistics", "attach"}
+    assert public - vars(JoinedDrafter).keys() == {"last_statistics", "add_callback", "attach"}
 
 
 @pytest.mark.parametrize("name", sorted(ATTRIBUTES))
