@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from .statistics import GenerationStatistics
 
 import logging
-import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Self
@@ -31,6 +29,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..locks import DrafterLock
 from .pairs import Pairs, TokenTable
 
 # At run time, because transformers resolves the annotations of models.
@@ -175,31 +174,6 @@ class DraftState:
         """
         self.drafting = [self.drafting[place] for place in places]
         self.batch_size = len(self.drafting)
-
-
-class DrafterLock:
-    """
-    A re-entrant lock that copies as a fresh one, so that what has it stays deep-copyable and picklable. A forked
-    process has one of its own: a thread that held it at that moment is not there to let it go.
-    """
-
-    def __init__(self) -> None:
-        self._by_process: dict[int, threading.RLock] = {}
-
-    def __enter__(self) -> None:
-        process = os.getpid()
-        # `setdefault` is atomic: threads that come first together get the same lock.
-        lock = self._by_process.get(process) or self._by_process.setdefault(process, threading.RLock())
-        lock.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._by_process[os.getpid()].release()
-
-    def __deepcopy__(self, memo: dict) -> DrafterLock:
-        return DrafterLock()
-
-    def __reduce__(self) -> tuple:
-        return (DrafterLock, ())
 
 
 class TreeDrafter(ABC):

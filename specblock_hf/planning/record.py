@@ -1,0 +1,323 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What was learned of one setting, and what to draft next by it: the tree that emits most tokens a second, or none.
+
+Let a round cost s seconds and emit t tokens, and let r be the best rate that is known. Then every way to draft is
+worth t - r s, and the best way is the one that is worth most; its own rate is the next r (Dinkelbach's method for a
+ratio).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from statistics import NormalDist
+from typing import Any
+
+from .estimates import BANDS, WINDOW, Claims, Gains, Times, VerifyTimes
+from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
+
+
+FIRST_SHARE, SHARE = 6.0, 0.015
+"""What may be spent on rounds that only teach: in plain steps, and as a share of the time."""
+
+PATIENCE = 6
+"""Fewest rounds between two of those."""
+
+FEW, OLD = 5, 400
+"""Samples that a time needs, and rounds after which it is taken anew."""
+
+MOST_SELECTIVE = 0.2
+"""Chance to be accepted from which a node is verified however dear it seems."""
+
+FIRST_NODES = 4
+"""Of the first trees. Later ones are at most twice as large as any before."""
+
+TEXTS_DIFFER = 0.35
+"""
+Standard deviation of tau - 1 between texts, as a share of its mean. With SmolLM2-135M-Instruct and 48 prompts of three
+suites it was 0.34 for the shipped drafter and 0.63 with look-ups (0.30 within HumanEval), 0.2 to 0.4 for others.
+"""
+
+
+@cache
+def share_of_slowest(batch_size: int) -> float:
+    """
+    Of the tokens that drafts add on average, what they add to the slowest of so many texts, which the others wait for,
+    if they differ as `TEXTS_DIFFER` says: the smallest of so many normal draws, by Blom's approximation.
+    """
+    behind = NormalDist().inv_cdf((batch_size - 0.375) / (batch_size + 0.25))
+    return max(1 - TEXTS_DIFFER * behind, 0)
+
+
+Parts = tuple[tuple[float, float, float], ...]
+"""For all that look-ups may promise: the share of rounds, tokens, seconds."""
+
+UNTRIED = Gains()
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """
+    One way with so many nodes, and what is to be expected of it.
+
+    Args:
+        nodes (`int`): 0 for a plain step.
+        way (`Way`): How they are drafted.
+        parts (`Parts`): Of rounds that draft this way.
+        alone (`Parts`): Of rounds that leave the drafter's forwards out; empty where there are no look-ups.
+    """
+
+    nodes: int
+    way: Way
+    parts: Parts
+    alone: Parts
+
+    def totals(self, rate: float) -> tuple[float, float, float]:
+        """
+        Tokens and seconds of a round at the best rate, and how much look-ups must promise for it to do without the
+        drafter.
+        """
+        enough = 0.0 if self.way == LOOKUPS else math.inf
+        tokens = seconds = total = 0.0
+        for found in reversed(range(len(self.parts))):
+            share, here, took = self.parts[found]
+            if found and self.alone and enough == (FOUND[found] if found < len(FOUND) else math.inf):
+                _, other, other_took = self.alone[found]
+                if other - rate * other_took > here - rate * took:
+                    enough, here, took = FOUND[found - 1], other, other_took
+            tokens, seconds, total = tokens + share * here, seconds + share * took, total + share
+        return tokens / total, seconds / total, enough
+
+    def worth(self, rate: float) -> float:
+        tokens, seconds, _ = self.totals(rate)
+        return tokens - rate * seconds
+
+    def rate(self, rate: float) -> float:
+        tokens, seconds, _ = self.totals(rate)
+        return tokens / seconds
+
+
+@dataclass
+class Record:
+    """
+    What was learned of one setting. Everything in it is plain, so that it can be written down.
+
+    Args:
+        slope (`float`): As in [`Offer`].
+        batch_size (`int`): Rows of a batch.
+        now (`int`): Rounds so far.
+        seconds (`float`): Of all of them.
+        spent (`float`): Seconds by which rounds that only teach were slower than the best way.
+        learned (`int`): The last such round.
+        grown (`int`): Nodes of the largest tree so far.
+        verify (`VerifyTimes`): What nodes cost.
+        draft (`dict[str, Times]`): What drafting costs, by the way.
+        gains (`dict[str, Gains]`): What is accepted, by the way and what look-ups promise.
+        share (`list[float]`): Of rounds in which look-ups promise so much.
+        claims (`Claims`): What the drafter's probabilities are worth.
+        hits (`float`): Accepted nodes of all ways that the drafter ran in, fading.
+        prior (`float`): How many the prior expected.
+        rate (`float`): Tokens a second of the way that pays most.
+    """
+
+    slope: float = 0.06
+    batch_size: int = 1
+    now: int = 0
+    seconds: float = 0.0
+    spent: float = 0.0
+    learned: int = -PATIENCE
+    grown: int = FIRST_NODES // 2
+    verify: VerifyTimes | None = None
+    draft: dict[str, Times] = field(default_factory=dict)
+    gains: dict[str, Gains] = field(default_factory=dict)
+    share: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0, 0.0])
+    claims: Claims = field(default_factory=Claims)
+    hits: float = 0.0
+    prior: float = 0.0
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.verify = self.verify or VerifyTimes(self.slope)
+
+    def observe(self, offer: Offer, seen: Round) -> None:
+        """Learn from a round."""
+        self.now += 1
+        self.seconds += seen.draft + seen.rest
+        self.verify.add(seen.nodes, seen.rest, self.now)
+        if seen.choice.learns and self.rate:
+            tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
+            self.spent = max(self.spent + seen.draft + seen.rest - tokens / self.rate, 0.0)
+            self.learned = self.now
+        if not seen.choice.nodes:
+            return
+        way, found = seen.choice.way if seen.drafted else LOOKUPS, bisect_right(FOUND, seen.found)
+        if seen.usual:
+            self.draft.setdefault(way.name, Times()).add(seen.draft, self.now)
+        self.share = [share + ((place == found) - share) / 32 for place, share in enumerate(self.share)]
+        self.grown = max(self.grown, seen.nodes - 1)
+        if seen.rows:
+            self._accept(offer, seen, way, found)
+
+    def _accept(self, offer: Offer, seen: Round, way: Way, found: int) -> None:
+        prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
+        for row in seen.rows:
+            order = sorted(range(len(row)), key=lambda node: -row[node][0])
+            ranks = [rank for rank, node in enumerate(order) if row[node][1]]
+            drafted = max(seen.offered, len(row))
+            expected = gains.add(ranks, (seen.choice.nodes, drafted, len(row)), prior, self.now)
+            self.claims.add(row, self.now)
+            if way.forwards:
+                fade = 0.5 ** (1 / 256)
+                self.hits, self.prior = self.hits * fade + len(ranks), self.prior * fade + expected
+
+    def next(self, offer: Offer, best: Choice, learn: bool = True) -> Choice:
+        """
+        What to draft in the next round.
+
+        Args:
+            offer (`Offer`): What the drafter can do.
+            best (`Choice`): What pays most, see [`~Record.best`].
+            learn (`bool`, *optional*, defaults to `True`): Now and then something else, to know it better.
+        """
+        if 1 not in self.verify.sizes or len(self.verify.sizes[1].samples) < 2:
+            return Choice(0, why="a plain step is measured first") if learn else best
+        return (learn and self._lesson(offer, best)) or best
+
+    def best(self, offer: Offer) -> Choice:
+        """The way to draft that pays most by what is known."""
+        if 1 not in self.verify.sizes:
+            return Choice(0)
+        prospects = self._prospects(offer)
+        rate = self.rate or 1 / self.verify.plain
+        for _ in range(2):
+            best = max(prospects, key=lambda prospect: prospect.worth(rate))
+            rate = best.rate(rate)
+        self.rate = rate
+        return self._choice(offer, best)
+
+    def _prospects(self, offer: Offer) -> list[Prospect]:
+        """Every way with every number of nodes, a plain step first."""
+        plain = self.verify.plain
+        prospects = [Prospect(0, LOOKUPS, ((1.0, 1.0, plain),), ((1.0, 1.0, plain),))]
+        sizes = offer.allowed(2 * self.grown)
+        shares = self.share if offer.finds else [1.0]
+        alone = self._parts(offer, LOOKUPS, shares, sizes) if offer.finds else None
+        if alone:
+            prospects += [Prospect(nodes, LOOKUPS, part, part) for nodes, part in zip(sizes, alone, strict=True)]
+        for way in offer.ways:
+            parts = self._parts(offer, way, shares, sizes)
+            prospects += [
+                Prospect(nodes, way, part, other)
+                for nodes, part, other in zip(sizes, parts, alone or [()] * len(sizes), strict=True)
+            ]
+        return prospects
+
+    def _parts(self, offer: Offer, way: Way, shares: Sequence[float], sizes: Sequence[int]) -> list[Parts]:
+        """For each number of nodes, and for all that look-ups may promise: its share, tokens and seconds."""
+        columns, draft, slowest = [], self.draft_seconds(way), share_of_slowest(self.batch_size)
+        scale = (self.hits + 1) / (self.prior + 1) if way.forwards else 1.0
+        for found, share in enumerate(shares):
+            gains = self.gains.get(f"{way.name} {found}", UNTRIED)
+            added = gains.expected(offer.prior(way, found), scale, self.now)
+            fill = gains.fill if gains.rounds or way.forwards or found else 0.0
+            seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
+            tokens = [1 + slowest * added[max(bisect_right(BANDS, nodes), 1) - 1] for nodes in sizes]
+            columns.append([(share, here, draft + rest) for here, rest in zip(tokens, seconds, strict=True)])
+        return list(zip(*columns, strict=True))
+
+    def _choice(self, offer: Offer, best: Prospect) -> Choice:
+        plain = _ms(self.verify.plain)
+        if not best.nodes:
+            return Choice(0, why=f"nothing pays: a plain step takes {plain}")
+        tokens, seconds, enough = best.totals(self.rate)
+        why = f"{tokens:.2f} tokens in {_ms(seconds)}, a plain step takes {plain}"
+        return Choice(best.nodes, best.way, self._least(offer, best.nodes), enough, why)
+
+    def draft_seconds(self, way: Way) -> float:
+        """What drafting costs this way, or a guess from another way or from a plain step."""
+        if way.name in self.draft:
+            return self.draft[way.name].quiet
+        if not way.forwards:
+            return 0.0
+        once = self.draft.get("1/0")
+        return way.forwards * (once.quiet if once else 0.25 * self.verify.plain)
+
+    def _least(self, offer: Offer, nodes: int) -> float:
+        """The probability from which a node pays for what it adds to the target's forward."""
+        if not offer.cuts:
+            return 0.0
+        none, less, more = self.verify.at([1, 1 + nodes / 2, 1 + nodes])
+        each = min((more - less) / (nodes / 2), (more - none) / nodes)
+        return self.claims.least(min(self.rate * each, MOST_SELECTIVE))
+
+    def _lesson(self, offer: Offer, best: Choice) -> Choice | None:
+        """
+        Something that is not known well enough, if there is time for it: what costs least for how long ago it was.
+        """
+        plain, rate, times = self.verify.plain, self.rate, self.verify.sizes[1]
+        allowed = FIRST_SHARE * plain + SHARE * self.seconds - self.spent
+        if not rate or allowed <= 0 or self.now - self.learned < PATIENCE:
+            return None
+        if best.nodes and (len(times.samples) < FEW or self.now - times.seen > OLD):
+            return Choice(0, why="a plain step is measured again", learns=True)
+        lessons = []
+        for prospect in self._prospects(offer)[1:]:
+            loss = -prospect.worth(rate) / rate
+            if loss <= allowed and not self._knows(prospect.way, best):
+                last = self.draft[prospect.way.name].seen if prospect.way.name in self.draft else -OLD
+                lessons.append((max(loss, plain / 5) / (self.now - last + 1), loss, prospect))
+        if not lessons:
+            return None
+        prospect = min(lessons, key=lambda lesson: lesson[:2])[2]
+        enough = prospect.totals(rate)[2]
+        choice = Choice(prospect.nodes, prospect.way, 0.0, enough, learns=True)
+        return replace(choice, why=f"seeing whether {choice} pay")
+
+    def _knows(self, way: Way, best: Choice) -> bool:
+        """Whether a way has been tried often and lately; where its like does not pay, one may always look again."""
+        if not best.nodes or (best.way == LOOKUPS and way != LOOKUPS):
+            return False
+        times = self.draft.get(way.name)
+        tried = times is not None and len(times.samples) >= FEW and self.now - times.seen < OLD
+        return way == best.way or tried
+
+    def take(self, verify: Sequence[tuple[int, float]], draft: Sequence[tuple[Way, float]]) -> None:
+        """Measured seconds, each of which counts as much as all that is ever kept."""
+        self.verify = VerifyTimes(self.slope)
+        for nodes, seconds in verify:
+            for _ in range(WINDOW):
+                self.verify.add(nodes, seconds, self.now)
+        self.draft |= {way.name: Times([seconds] * WINDOW, self.now) for way, seconds in draft}
+        self.grown = max(self.grown, max(nodes for nodes, _ in verify) - 1)
+
+    def sureness(self) -> str:
+        """How much the estimates rest on."""
+        plain, drafted = self.verify.sizes.get(1), sum(gains.rounds for gains in self.gains.values())
+        if plain is None:
+            return "nothing was measured yet"
+        return f"{self.now} rounds, {drafted} drafted rows, plain steps spread by {plain.spread:.0%}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Record:
+        """From what [`~Record.to_dict`] gave, read as JSON or not."""
+        verify = values["verify"]
+        sizes = {int(size): Times(**times) for size, times in verify["sizes"].items()}
+        parts = {
+            "verify": VerifyTimes(verify["slope"], sizes),
+            "draft": {name: Times(**times) for name, times in values["draft"].items()},
+            "gains": {name: Gains(**gains) for name, gains in values["gains"].items()},
+            "claims": Claims(**values["claims"]),
+        }
+        return cls(**(values | parts))
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
