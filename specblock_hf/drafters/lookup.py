@@ -71,6 +71,11 @@ class FoundText:
         """How likely the next token of a continuation after a match of this length is right."""
         return self.right[match] / self.tried[match]
 
+    def promise(self) -> float:
+        """How many tokens the best of the last drafted continuations is expected to add."""
+        chances = [(self.chance(match), len(chain)) for match, chain in self.chains]
+        return max((sum(chance**step for step in range(1, 1 + length)) for chance, length in chances), default=0.0)
+
     def draft(self, depth: int, branches: int) -> list[tuple[int, list[int]]]:
         """The continuations after the longest matches, at most `branches` that begin differently."""
         if len(self.tokens) < SHORTEST_MATCH or depth < 1:
@@ -122,6 +127,8 @@ class LookupDrafter(TreeDrafter):
     ```
     """
 
+    look_ups = "alone"
+
     def __init__(self, config: PreTrainedConfig, branches: int = 2, depth: int = 8):
         if branches < 1 or depth < 1:
             raise ValueError(f"branches is {branches} and depth {depth}; a look-up needs at least one of each.")
@@ -157,8 +164,11 @@ class LookupDrafter(TreeDrafter):
             self._row(text, min(self.depth, depth) if nodes else 0)
             for text, nodes, depth in zip(state.rows, limits.nodes, limits.depth, strict=True)
         ]
+        state.found = sum(text.promise() for text in state.rows) / len(state.rows)
         width = max(len(tokens) for tokens, _, _ in rows)
         device = pairs.tokens.device
+        if width == 1:
+            return DraftTree.root(pairs.last_tokens())
 
         def padded(part: int, value: float) -> list[list[float]]:
             return [row[part] + [value] * (width - len(row[part])) for row in rows]

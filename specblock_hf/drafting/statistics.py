@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ class GenerationStatistics:
         first_round (`tuple` of [`DraftTree`] and [`Walk`], *optional*): To look at; see [`DraftTree.to_text`].
         row (`list[int]`): Along with `accepted`: which row of the batch it was.
         drafter_rows (`int`): Rows of the drafter's forwards: committed pairs, the prompt's included, and starts.
+        plan (`str`): What the last rounds drafted by, and why.
         compiled_rounds (`int`): Rounds that were verified by a compiled forward; see [`compile_rounds`].
     """
 
@@ -61,6 +63,7 @@ class GenerationStatistics:
     row: list[int] = field(default_factory=list)
     drafter_rows: int = 0
     compiled_rounds: int = 0
+    plan: str = ""
 
     def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:
         """Count one verified tree, of which the target scored so many rows, and what was kept of it."""
@@ -145,6 +148,20 @@ class Clock:
     def lap(self, phase: Phase) -> None:
         """Book the time since the last lap under `phase`."""
         self._laps.append((phase, self._now()))
+
+    def __len__(self) -> int:
+        return len(self._laps)
+
+    def seconds(self, first: int, end: int) -> list[float] | None:
+        """Those of some laps, counted from 0; `None` as long as the device has not come to their end."""
+        if len(self._laps) < end:
+            return None
+        marks = [self._laps[first - 1][1] if first else self._start, *(now for _, now in self._laps[first:end])]
+        if self.device.type != "cuda":
+            return [now - before for before, now in pairwise(marks)]
+        if not marks[-1].query():
+            return None
+        return [before.elapsed_time(now) / 1000 for before, now in pairwise(marks)]
 
     def write_to(self, statistics: GenerationStatistics) -> None:
         """Add every phase's seconds up in `statistics`."""

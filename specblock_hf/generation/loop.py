@@ -15,9 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
-from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter
+from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter, wait
 from ..drafting.pairs import Pairs
-from ..drafting.plan import DraftingPlan, Limits, round_limits
+from ..drafting.pilot import Pilot, pilot_for
+from ..drafting.plan import DraftingPlan, Limits
 from ..drafting.proposal import propose, scored_nodes
 from ..drafting.statistics import Clock, GenerationStatistics
 from ..target.cache import is_users
@@ -48,13 +49,16 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
     """
     rows = [row for row, nodes in enumerate(limits.nodes) if nodes]
     if rows and len(rows) == len(limits.nodes):
-        return propose(drafter, state, pairs, limits)
+        return propose(drafter, state, state.caught_up(pairs), limits)
     roots = pairs.last_tokens()
+    if limits.waits:
+        drafting = state.drafting
+        wait(drafter, state, pairs if len(drafting) == len(limits.nodes) else pairs.of_rows(drafting))
     if not rows:
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).spread(rows, roots)
+    return propose(drafter, state, state.caught_up(pairs.of_rows(rows)), limits.of_rows(rows)).spread(rows, roots)
 
 
 def decode(
@@ -64,6 +68,7 @@ def decode(
     plan: DraftingPlan,
     verify: Verifier = sample_and_walk,
     compiled: CompiledRounds | None = None,
+    pilot: Pilot | None = None,
 ) -> GenerationStatistics:
     """
     Draft, verify, commit, until every row has stopped (Algorithm 1 of https://huggingface.co/papers/2605.07243).
@@ -75,12 +80,13 @@ def decode(
         plan ([`DraftingPlan`]): How much a round drafts.
         verify ([`Verifier`], *optional*, defaults to [`sample_and_walk`]): The rule that accepts drafted tokens.
         compiled ([`CompiledRounds`], *optional*): Lent to this call; the target has its part already.
+        pilot ([`Pilot`], *optional*): Chooses how much each round drafts, instead of the plan.
 
     Returns:
         [`GenerationStatistics`]: Of this call.
     """
     clock, statistics = Clock(target.device), GenerationStatistics()
-    batch_size = target.base.shape[0]
+    batch_size, pilot = target.base.shape[0], pilot or Pilot(plan)
     listeners = Listeners(drafter.callbacks)
     call = DraftingCall(drafter, target.table, batch_size, statistics)
     listeners.on_generate_begin(call)
@@ -114,11 +120,11 @@ def decode(
 
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
-        limits = round_limits(plan, choice.remaining, target.room(), target.depth())
+        limits = pilot.limits(choice.remaining, target.room(), target.depth())
         if target.pauses():
             with drafter.lock, without_cudnn_attention:
-                drafter.extend(state, pairs)
-        tree = target.scorable(draft(drafter, state, pairs, limits).worth(plan.min_probability))
+                drafter.extend(state, state.caught_up(pairs))
+        tree = target.scorable(pilot.cut(draft(drafter, state, pairs, limits)))
         listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)
@@ -129,6 +135,7 @@ def decode(
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
         statistics.add_round(tree, walk, len(scored.rows))
+        pilot.record(read, walk, active, state, clock)
         listeners.on_commit(call, tree, scored, walk, pairs)
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
         clock.lap("host")
@@ -137,6 +144,7 @@ def decode(
     statistics.target_calls, statistics.compiled_rounds = target.calls, target.compiled_calls
     statistics.drafter_calls, statistics.drafter_rows = state.calls, state.forward_rows
     clock.write_to(statistics)
+    statistics.plan = pilot.describe()
     listeners.on_generate_end(call)
     return statistics
 
@@ -181,10 +189,13 @@ def generate_with_drafter(
         ) as scorer,
     ):
         scorer.check_length(max(choice.remaining))
-        plan = drafting_plan(drafter, generation_config, scorer.device)
+        chosen, batch_size = drafting_plan(drafter, generation_config, scorer.device), len(input_ids)
+        sizes = compiled.target.sizes if compiled else ()
+        pilot = pilot_for(chosen, drafter, target, scorer.device, batch_size, generation_config.do_sample, sizes)
         # A chain is cut out by likelihood, by which a drawn tree must not be cut.
         if not generation_config.do_sample or scorer.chains_only:
-            plan = replace(plan, draft_sampling="topk", verification=None)
+            pilot.plan = replace(pilot.plan, draft_sampling="topk", verification=None)
+        plan = pilot.plan
         verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
-        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
+        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled, pilot)
     return choice.output(scorer.cache, scorer.token_outputs())

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 WINDOW = 15
 """Samples of a time that are kept; their lower quartile counts, because a busy machine only ever adds time."""
 
+FEW, OLD = 5, 400
+"""Samples that a time needs to be known, and rounds after which it has to be taken anew."""
+
 BANDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Drafted nodes of a row, by likelihood: what the nodes between two of these add is estimated together."""
 
@@ -45,6 +48,10 @@ class Times:
         self.samples = [*self.samples[1 - WINDOW :], seconds]
         self.seen = now
 
+    def age(self, now: int) -> int:
+        """Rounds since the last sample; many if there are too few."""
+        return now - self.seen if len(self.samples) >= FEW else OLD
+
     @property
     def quiet(self) -> float:
         """The lower quartile; of one to three samples the least."""
@@ -71,8 +78,15 @@ class VerifyTimes:
     sizes: dict[int, Times] = field(default_factory=dict)
 
     def add(self, nodes: int, seconds: float, now: int) -> None:
-        size = next((band + 1 for band in (0, *BANDS) if band + 1 >= nodes), nodes)
-        self.sizes.setdefault(size, Times()).add(seconds, now)
+        self.sizes.setdefault(self.size_of(nodes), Times()).add(seconds, now)
+
+    def of(self, nodes: int) -> Times:
+        """What is known of such a tree."""
+        return self.sizes.get(self.size_of(nodes)) or Times()
+
+    @staticmethod
+    def size_of(nodes: int) -> int:
+        return next((band + 1 for band in (0, *BANDS) if band + 1 >= nodes), nodes)
 
     @property
     def plain(self) -> float:
@@ -97,7 +111,7 @@ class VerifyTimes:
         if len(points) > 1:
             before, lower = points[-2]
             steep = min((highest - lower) / (last - before), (highest - points[0][1]) / (last - points[0][0]))
-            steep = max(steep, least / 4)
+            steep = min(max(steep, least / 4), least)
         points.append((10 * last, highest + 9 * last * steep))
         seconds = []
         for size in sizes:
@@ -163,7 +177,7 @@ class Gains:
     def fade(self, now: int) -> float:
         return 0.5 ** ((now - self.seen) / RECENT)
 
-    def expected(self, prior: Sequence[float], scale: float, now: int, weight: float = 4.0) -> list[float]:
+    def expected(self, prior: Sequence[float], scale: float, now: int, weight: float = 8.0) -> list[float]:
         """
         Tokens that trees of up to each band's nodes add.
 
@@ -171,7 +185,7 @@ class Gains:
             prior (sequence of `float`): Expected tokens of each band.
             scale (`float`): How what is drafted this way or another compares with the prior.
             now (`int`): The round.
-            weight (`float`, *optional*, defaults to 4.0): Rounds that the long run counts for.
+            weight (`float`, *optional*, defaults to 8.0): Rounds that the long run counts for.
         """
         # The long run of this way, in which all ways' scale counts as much as two accepted tokens.
         own = (self.steady_hits + 2 * scale) / (self.steady_prior + 2)

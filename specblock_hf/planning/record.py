@@ -18,7 +18,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
-from .estimates import BANDS, WINDOW, Claims, Gains, Times, VerifyTimes
+from .estimates import BANDS, OLD, WINDOW, Claims, Gains, Times, VerifyTimes
 from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 
 
@@ -28,8 +28,8 @@ FIRST_SHARE, SHARE = 6.0, 0.015
 PATIENCE = 6
 """Fewest rounds between two of those."""
 
-FEW, OLD = 5, 400
-"""Samples that a time needs, and rounds after which it is taken anew."""
+TRUST = 6.0
+"""Accepted tokens that figures count for which were measured with the drafter; others count for one."""
 
 MOST_SELECTIVE = 0.2
 """Chance to be accepted from which a node is verified however dear it seems."""
@@ -220,7 +220,8 @@ class Record:
     def _parts(self, offer: Offer, way: Way, shares: Sequence[float], sizes: Sequence[int]) -> list[Parts]:
         """For each number of nodes, and for all that look-ups may promise: its share, tokens and seconds."""
         columns, draft, slowest = [], self.draft_seconds(way), share_of_slowest(self.batch_size)
-        scale = (self.hits + 1) / (self.prior + 1) if way.forwards else 1.0
+        doubt = TRUST if offer.trusted else 1.0
+        scale = (self.hits + doubt) / (self.prior + doubt) if way.forwards else 1.0
         for found, share in enumerate(shares):
             gains = self.gains.get(f"{way.name} {found}", UNTRIED)
             added = gains.expected(offer.prior(way, found), scale, self.now)
@@ -259,32 +260,33 @@ class Record:
         """
         Something that is not known well enough, if there is time for it: what costs least for how long ago it was.
         """
-        plain, rate, times = self.verify.plain, self.rate, self.verify.sizes[1]
+        plain, rate = self.verify.plain, self.rate
         allowed = FIRST_SHARE * plain + SHARE * self.seconds - self.spent
         if not rate or allowed <= 0 or self.now - self.learned < PATIENCE:
             return None
-        if best.nodes and (len(times.samples) < FEW or self.now - times.seen > OLD):
+        if best.nodes and self.verify.of(1).age(self.now) >= OLD:
             return Choice(0, why="a plain step is measured again", learns=True)
         lessons = []
         for prospect in self._prospects(offer)[1:]:
-            loss = -prospect.worth(rate) / rate
-            if loss <= allowed and not self._knows(prospect.way, best):
-                last = self.draft[prospect.way.name].seen if prospect.way.name in self.draft else -OLD
-                lessons.append((max(loss, plain / 5) / (self.now - last + 1), loss, prospect))
+            loss, age = -prospect.worth(rate) / rate, self._age(prospect, best)
+            if age and loss <= allowed and prospect.nodes <= 2 * max(best.nodes, FIRST_NODES):
+                lessons.append((max(loss, plain / 5) / age, loss, prospect))
         if not lessons:
             return None
         prospect = min(lessons, key=lambda lesson: lesson[:2])[2]
-        enough = prospect.totals(rate)[2]
-        choice = Choice(prospect.nodes, prospect.way, 0.0, enough, learns=True)
+        choice = Choice(prospect.nodes, prospect.way, 0.0, prospect.totals(rate)[2], learns=True)
         return replace(choice, why=f"seeing whether {choice} pay")
 
-    def _knows(self, way: Way, best: Choice) -> bool:
-        """Whether a way has been tried often and lately; where its like does not pay, one may always look again."""
-        if not best.nodes or (best.way == LOOKUPS and way != LOOKUPS):
-            return False
-        times = self.draft.get(way.name)
-        tried = times is not None and len(times.samples) >= FEW and self.now - times.seen < OLD
-        return way == best.way or tried
+    def _age(self, prospect: Prospect, best: Choice) -> int:
+        """
+        Rounds for which nothing was heard of a way or size, 0 if it is known well enough. Where its like does not pay,
+        one may always look again.
+        """
+        of_way = self.draft.get(prospect.way.name, Times()).age(self.now)
+        # What look-ups find has a size of its own.
+        age = max(of_way, self.verify.of(prospect.nodes + 1).age(self.now) * bool(prospect.way.forwards))
+        resting = not best.nodes or (best.way == LOOKUPS and prospect.way != LOOKUPS)
+        return max(age * (age >= OLD), (of_way + 1) * resting)
 
     def take(self, verify: Sequence[tuple[int, float]], draft: Sequence[tuple[Way, float]]) -> None:
         """Measured seconds, each of which counts as much as all that is ever kept."""
