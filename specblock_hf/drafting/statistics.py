@@ -128,6 +128,7 @@ class GenerationStatistics:
                 f"{self.nodes_verified / self.rounds:.1f} nodes verified a round",
                 f"accepted by depth: {shares or 'none'}",
             ]
+            lines += [f"plan: {self.plan}"] * bool(self.plan)
         return "\n".join(lines)
 
 

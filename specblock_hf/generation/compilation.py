@@ -29,6 +29,7 @@ from ..drafters.eagle3.drafting import Eagle3Drafter
 from ..drafters.joined import JoinedState
 from ..drafters.specblock.drafting import SpecBlockDrafter
 from ..drafting.drafter import DraftState, TreeDrafter
+from ..drafting.plan import DraftingPlan
 from ..target.features import decoder_layers, tap
 from ..target.inputs import without_training_flags
 from ..target.masks import TreeMasks
@@ -292,7 +293,8 @@ def compile_rounds(
             every forward attends over all of it.
         tree_sizes (sequence of `int`, *optional*):
             Numbers of nodes, the root counted, that trees are padded to; a larger tree is verified uncompiled.
-            Defaults to the drafting plan's budget with the root, and half of that.
+            Defaults to the drafting plan's budget with the root, and half of that; a plan that finds itself chooses
+            from these and plain steps.
         options (*optional*):
             Of `torch.compile`. `mode` defaults to `"reduce-overhead"` (CUDA graphs) on CUDA.
 
@@ -305,8 +307,11 @@ def compile_rounds(
     """
     check_target(target)
     drafter.check_target(target)
-    whole = (drafter.drafting_plan or drafter.default_plan(target.device)).tree_budget + 1
-    sizes = tree_sizes or ((whole + 1) // 2, whole)
+    plan = drafter.drafting_plan
+    fixed = plan if isinstance(plan, DraftingPlan) else drafter.default_plan(target.device)
+    whole = fixed.tree_budget + 1
+    # A plan that finds itself takes plain steps too.
+    sizes = tree_sizes or ((1,) if plan == "auto" else ()) + ((whole + 1) // 2, whole)
     if target.device.type == "cuda":
         options = {"mode": "reduce-overhead"} | options
     network = None
