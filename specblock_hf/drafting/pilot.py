@@ -85,7 +85,6 @@ class AutoPilot(Pilot):
         self._controller, self._setting, self._offer = controller, setting, offer
         self._choice = Choice(0)
         self._behind = True  # the drafter has not taken in the prompt
-        self._offered = 0
         self._unread: deque[tuple[Round, Sequence[Any], Clock, int]] = deque()
 
     def limits(self, remaining: Sequence[int], room: int | None, depth: int | None) -> Limits:
@@ -95,10 +94,6 @@ class AutoPilot(Pilot):
         limits = super().limits(remaining, room, depth)
         waits = not choice.nodes and max(limits.depth) > 0
         return replace(limits, enough_found=choice.enough_found, waits=waits)
-
-    def cut(self, tree: DraftTree) -> DraftTree:
-        self._offered = tree.tokens.shape[1] - 1
-        return super().cut(tree)
 
     def record(self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock) -> None:
         nodes, parents = walk.nodes.tolist(), tree.parents.tolist()
@@ -111,7 +106,6 @@ class AutoPilot(Pilot):
             self._choice,
             rows=(),
             nodes=tree.tokens.shape[1],
-            offered=self._offered,
             emitted=sum(map(int, walk.lengths[going])) / len(going),
             drafted=drafted,
             found=state.found,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..calibration.costs import CostCurves, interpolate
@@ -95,8 +95,7 @@ class SimulatedService:
         self.choices.append(choice)
         found = self._random.choices(range(len(nature.found)), nature.found)[0] if self.offer.finds else 0
         way = LOOKUPS if FOUND_MIDDLES[found] >= choice.enough_found else choice.way
-        offered = self.chances(way, found, nature, replace(choice, min_probability=0.0))
-        chances = [chance for chance in offered if chance >= choice.min_probability]
+        chances = self.chances(way, found, nature, choice)
         # Sure rounds and doubtful ones, as texts have them.
         sure = self._random.choice((0.5, 1.5))
         row = [(math.log2(max(p, 1e-6)), self._random.random() < min(sure * p, 1.0)) for p in chances]
@@ -106,7 +105,6 @@ class SimulatedService:
             choice,
             [row] if choice.nodes else [],
             1 + len(row),
-            len(offered),
             1 + sum(kept for _, kept in row),
             drafted=way.forwards > 0,
             found=FOUND_MIDDLES[found],

@@ -88,7 +88,9 @@ class PlanController:
 
     def freeze(self) -> PlanController:
         """Learn nothing any more; this controller."""
-        self.frozen = True
+        with self._lock:
+            self.frozen = True
+            self._choices.clear()
         return self
 
     def next(self, setting: Setting, offer: Offer) -> Choice:
@@ -102,7 +104,7 @@ class PlanController:
         with self._lock:
             record = self._record(setting, offer)
             at, best = self._choices.get(setting, (-EVERY, Choice(0)))
-            due = record.now - at >= EVERY or record.now < 4 * EVERY
+            due = record.now - at >= EVERY or (record.now < 4 * EVERY and not self.frozen)
             if due:
                 best = record.best(offer)
                 self._choices[setting] = record.now, best
@@ -183,8 +185,9 @@ class PlanController:
             raise KeyError("version")
         records = {}
         for values in saved["records"]:
-            values = dict(values)
-            records[Setting(**values.pop("setting"))] = Record.from_dict(values)
+            learned = dict(values)
+            setting = Setting(**learned.pop("setting"))
+            records[setting] = Record.from_dict(learned)
         return records
 
     def _record(self, setting: Setting, offer: Offer) -> Record:

@@ -7,7 +7,7 @@ rounds, which is all that time means here.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,7 +45,8 @@ class Times:
     seen: int = 0
 
     def add(self, seconds: float, now: int) -> None:
-        self.samples = [*self.samples[1 - WINDOW :], seconds]
+        # What was measured long ago may have been on a busier machine, or a quieter one.
+        self.samples = [*self.samples[1 - WINDOW :], seconds] if now - self.seen <= OLD else [seconds]
         self.seen = now
 
     def age(self, now: int) -> int:
@@ -90,12 +91,16 @@ class VerifyTimes:
 
     @property
     def plain(self) -> float:
-        return self.sizes[1].quiet
+        """A plain step's, which is no longer than any other round's."""
+        return self.curve()[0][1]
 
     def curve(self) -> list[tuple[int, float]]:
-        """The measured points, without dips: less work costs no more than more work was measured to cost."""
+        """
+        The measured points, without dips: less work costs no more than more work was measured to cost. A size that was
+        measured once is none yet: that may have been at a bad moment.
+        """
         points, most = [], float("inf")
-        for size in sorted(self.sizes, reverse=True):
+        for size in sorted((s for s, times in self.sizes.items() if len(times.samples) > 1 or s == 1), reverse=True):
             most = min(most, self.sizes[size].quiet)
             points.append((size, most))
         return points[::-1]
@@ -135,7 +140,7 @@ class Gains:
         seen (`int`): The last round.
         steady_hits (`float`): Accepted nodes, fading by `STEADY`.
         steady_prior (`float`): How many the prior would have had accepted.
-        fill (`float`): Drafted nodes as a share of those that were allowed.
+        fill (`float`): Verified nodes as a share of those that were allowed.
         rounds (`int`): All of them.
     """
 
@@ -147,21 +152,19 @@ class Gains:
     fill: float = 1.0
     rounds: int = 0
 
-    def add(self, ranks: Sequence[int], nodes: tuple[int, int, int], prior: Sequence[float], now: int) -> float:
+    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], now: int) -> float:
         """
         Args:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
-            nodes (`tuple[int, int, int]`): How many were allowed, drafted, and verified. If fewer were drafted than
-                were allowed, there were no more; if fewer were verified, what the others add is not known.
+            asked (`int`): Nodes that were allowed.
+            verified (`int`): How many of them there were that seemed worth it; others add nothing and cost nothing.
             prior (sequence of `float`): Expected tokens of each band.
             now (`int`): The round.
 
         Returns:
             `float`: What the prior expected of the round.
         """
-        asked, drafted, verified = nodes
-        fade = self.fade(now)
-        bands = bisect_left(BANDS, asked) + 1 if verified == drafted else bisect_right(BANDS, verified)
+        fade, bands = self.fade(now), bisect_left(BANDS, asked) + 1
         kept = [0] * len(BANDS)
         for rank in ranks:
             kept[min(bisect_left(BANDS, rank + 1), len(BANDS) - 1)] += 1
@@ -170,7 +173,7 @@ class Gains:
         steady, expected = 0.5 ** (1 / STEADY), sum(prior[:bands])
         self.steady_hits = self.steady_hits * steady + len(ranks)
         self.steady_prior = self.steady_prior * steady + expected
-        self.fill += (drafted / asked - self.fill) * max(1 / 8, 1 / (self.rounds + 1))
+        self.fill += (verified / asked - self.fill) * max(1 / 8, 1 / (self.rounds + 1))
         self.seen, self.rounds = now, self.rounds + 1
         return expected
 

@@ -133,7 +133,6 @@ class Round:
             Of each row that could accept all that it drafted, its nodes: log2 of the path's probability by the
             drafter, and whether the target kept it.
         nodes (`int`): Verified ones of each row, padding and the root counted.
-        offered (`int`): Nodes of the widest row before unlikely ones were cut off, the root not counted.
         emitted (`float`): Tokens of a row, on average.
         drafted (`bool`): The drafter ran.
         found (`float`): Tokens of a row that look-ups promised.
@@ -145,7 +144,6 @@ class Round:
     choice: Choice
     rows: Sequence[Sequence[tuple[float, bool]]]
     nodes: int
-    offered: int
     emitted: float
     drafted: bool
     found: float

@@ -25,6 +25,9 @@ from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 FIRST_SHARE, SHARE = 6.0, 0.015
 """What may be spent on rounds that only teach: in plain steps, and as a share of the time."""
 
+LONGEST = 8.0
+"""Plain steps that a round counts for at most, in what was spent and in what may be: more is not of its making."""
+
 PATIENCE = 6
 """Fewest rounds between two of those."""
 
@@ -147,11 +150,12 @@ class Record:
     def observe(self, offer: Offer, seen: Round) -> None:
         """Learn from a round."""
         self.now += 1
-        self.seconds += seen.draft + seen.rest
         self.verify.add(seen.nodes, seen.rest, self.now)
+        took = min(seen.draft + seen.rest, LONGEST * self.verify.plain) if 1 in self.verify.sizes else 0.0
+        self.seconds += took
         if seen.choice.learns and self.rate:
             tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
-            self.spent = max(self.spent + seen.draft + seen.rest - tokens / self.rate, 0.0)
+            self.spent = max(self.spent + took - tokens / self.rate, 0.0)
             self.learned = self.now
         if not seen.choice.nodes:
             return
@@ -168,8 +172,7 @@ class Record:
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
-            drafted = max(seen.offered, len(row))
-            expected = gains.add(ranks, (seen.choice.nodes, drafted, len(row)), prior, self.now)
+            expected = gains.add(ranks, seen.choice.nodes, len(row), prior, self.now)
             self.claims.add(row, self.now)
             if way.forwards:
                 fade = 0.5 ** (1 / 256)
@@ -193,8 +196,8 @@ class Record:
         if 1 not in self.verify.sizes:
             return Choice(0)
         prospects = self._prospects(offer)
-        rate = self.rate or 1 / self.verify.plain
-        for _ in range(2):
+        rate = 1 / self.verify.plain
+        for _ in range(3):
             best = max(prospects, key=lambda prospect: prospect.worth(rate))
             rate = best.rate(rate)
         self.rate = rate
@@ -241,12 +244,12 @@ class Record:
 
     def draft_seconds(self, way: Way) -> float:
         """What drafting costs this way, or a guess from another way or from a plain step."""
-        if way.name in self.draft:
-            return self.draft[way.name].quiet
-        if not way.forwards:
-            return 0.0
+        known = self.draft.get(way.name)
+        if known and len(known.samples) > 1:
+            return known.quiet
         once = self.draft.get("1/0")
-        return way.forwards * (once.quiet if once else 0.25 * self.verify.plain)
+        guess = way.forwards * (once.quiet if once and len(once.samples) > 1 else 0.25 * self.verify.plain)
+        return min(guess, known.quiet) if known else guess
 
     def _least(self, offer: Offer, nodes: int) -> float:
         """The probability from which a node pays for what it adds to the target's forward."""
