@@ -195,12 +195,12 @@ def machine_of(device: torch.device) -> str:
 
 def offer_of(drafter: TreeDrafter, device: torch.device, sizes: Sequence[int] = ()) -> Offer:
     """What a drafter can do on a device; the arguments are those of [`pilot_for`]."""
-    ways: dict[Way, list[tuple[int, float]]] = {}
-    plans = drafter.acceptance()
+    figures: dict[Way, dict[int, float]] = {}
+    # Of the network alone: what look-ups find is known before each round.
+    plans = drafter.network.acceptance()
     for plan, tau in plans:
-        ways.setdefault(Way(plan.num_forwards, plan.max_starts), []).append((plan.tree_budget, tau))
-    for points in ways.values():
-        points.sort()
+        figures.setdefault(Way(plan.num_forwards, plan.max_starts), {})[plan.tree_budget] = tau
+    ways = {way: sorted(points.items()) for way, points in figures.items()}
     return Offer(
         ways={} if drafter.look_ups == "alone" else ways,
         most=max([plan.tree_budget for plan, _ in plans] + [drafter.default_plan(device).tree_budget]),
