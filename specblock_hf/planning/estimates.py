@@ -190,8 +190,8 @@ class Gains:
             now (`int`): The round.
             weight (`float`, *optional*, defaults to 8.0): Rounds that the long run counts for.
         """
-        # The long run of this way, in which all ways' scale counts as much as two accepted tokens.
-        own = (self.steady_hits + 2 * scale) / (self.steady_prior + 2)
+        # The long run of this way, in which all ways' scale counts as much as four accepted tokens.
+        own = (self.steady_hits + 4 * scale) / (self.steady_prior + 4)
         fade, total, sums = self.fade(now), 0.0, []
         for hits, trials, expected in zip(self.hits, self.trials, prior, strict=True):
             total += (hits * fade + weight * own * expected) / (trials * fade + weight)

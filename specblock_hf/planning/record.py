@@ -282,13 +282,17 @@ class Record:
 
     def _age(self, prospect: Prospect, best: Choice) -> int:
         """
-        Rounds for which nothing was heard of a way or size, 0 if it is known well enough. Where its like does not pay,
-        one may always look again.
+        Rounds for which nothing was heard of a way or size, 0 if it is known well enough. One may always look again
+        where its like does not pay, and while what is known of a way leaves room for it to be the best.
         """
         of_way = self.draft.get(prospect.way.name, Times()).age(self.now)
         # What look-ups find has a size of its own.
         age = max(of_way, self.verify.of(prospect.nodes + 1).age(self.now) * bool(prospect.way.forwards))
         resting = not best.nodes or (best.way == LOOKUPS and prospect.way != LOOKUPS)
+        if not resting and prospect.way != best.way:
+            tokens, seconds, _ = prospect.totals(self.rate)
+            known = (gains.steady_hits for name, gains in self.gains.items() if name.split()[0] == prospect.way.name)
+            resting = (tokens - 1) * (1 + 2 / math.sqrt(1 + sum(known))) > self.rate * seconds - 1
         return max(age * (age >= OLD), (of_way + 1) * resting)
 
     def take(self, verify: Sequence[tuple[int, float]], draft: Sequence[tuple[Way, float]]) -> None:
