@@ -20,7 +20,7 @@ from .record import Record
 
 logger = logging.getLogger(__name__)
 
-EVERY = 4
+EVERY = 6
 """Rounds after which what pays most is worked out again; in the first ones of a record and after a lesson at once."""
 
 VERSION = 1
@@ -71,6 +71,7 @@ class PlanController:
         self.frozen = False
         self._records: dict[Setting, Record] = {}
         self._choices: dict[Setting, tuple[int, Choice]] = {}
+        self._again: dict[Setting, Choice] = {}
         self._foreign = False
         self._lock = DrafterLock()
 
@@ -103,12 +104,16 @@ class PlanController:
         """
         with self._lock:
             record = self._record(setting, offer)
+            if setting in self._again and not self.frozen:
+                return self._again.pop(setting)
             at, best = self._choices.get(setting, (-EVERY, Choice(0)))
-            due = record.now - at >= EVERY or (record.now < 4 * EVERY and not self.frozen)
-            if due:
-                best = record.best(offer)
-                self._choices[setting] = record.now, best
-            return record.next(offer, best, due and not self.frozen)
+            if record.now - at < (EVERY if record.now > 8 * EVERY else 1) or (
+                self.frozen and setting in self._choices
+            ):
+                return best
+            best, lesson = record.decide(offer)
+            self._choices[setting] = record.now, best
+            return best if lesson is None or self.frozen else lesson
 
     def observe(self, setting: Setting, offer: Offer, seen: Round) -> None:
         """
@@ -125,6 +130,9 @@ class PlanController:
             self._record(setting, offer).observe(offer, seen)
             if seen.choice.learns:
                 self._choices.pop(setting, None)
+                if seen.drafted and not seen.usual:
+                    # What it cost says nothing of rounds in which the drafter has caught up.
+                    self._again[setting] = seen.choice
 
     def fill(
         self, setting: Setting, offer: Offer, verify: list[tuple[int, float]], draft: list[tuple[Way, float]]

@@ -178,30 +178,24 @@ class Record:
                 fade = 0.5 ** (1 / 256)
                 self.hits, self.prior = self.hits * fade + len(ranks), self.prior * fade + expected
 
-    def next(self, offer: Offer, best: Choice, learn: bool = True) -> Choice:
+    def decide(self, offer: Offer) -> tuple[Choice, Choice | None]:
         """
-        What to draft in the next round.
+        The way to draft that pays most by what is known, and what to do once instead, to know more.
 
         Args:
             offer (`Offer`): What the drafter can do.
-            best (`Choice`): What pays most, see [`~Record.best`].
-            learn (`bool`, *optional*, defaults to `True`): Now and then something else, to know it better.
         """
-        if 1 not in self.verify.sizes or len(self.verify.sizes[1].samples) < 2:
-            return Choice(0, why="a plain step is measured first") if learn else best
-        return (learn and self._lesson(offer, best)) or best
-
-    def best(self, offer: Offer) -> Choice:
-        """The way to draft that pays most by what is known."""
-        if 1 not in self.verify.sizes:
-            return Choice(0)
+        plain = self.verify.sizes.get(1)
+        if plain is None or len(plain.samples) < 2:
+            return Choice(0), Choice(0, why="a plain step is measured first")
         prospects = self._prospects(offer)
         rate = 1 / self.verify.plain
         for _ in range(3):
             best = max(prospects, key=lambda prospect: prospect.worth(rate))
             rate = best.rate(rate)
         self.rate = rate
-        return self._choice(offer, best)
+        choice = self._choice(offer, best)
+        return choice, self._lesson(prospects, choice)
 
     def _prospects(self, offer: Offer) -> list[Prospect]:
         """Every way with every number of nodes, a plain step first."""
@@ -259,7 +253,7 @@ class Record:
         each = min((more - less) / (nodes / 2), (more - none) / nodes)
         return self.claims.least(min(self.rate * each, MOST_SELECTIVE))
 
-    def _lesson(self, offer: Offer, best: Choice) -> Choice | None:
+    def _lesson(self, prospects: Sequence[Prospect], best: Choice) -> Choice | None:
         """
         Something that is not known well enough, if there is time for it: what costs least for how long ago it was.
         """
@@ -270,7 +264,7 @@ class Record:
         if best.nodes and self.verify.of(1).age(self.now) >= OLD:
             return Choice(0, why="a plain step is measured again", learns=True)
         lessons = []
-        for prospect in self._prospects(offer)[1:]:
+        for prospect in prospects[1:]:
             loss, age = -prospect.worth(rate) / rate, self._age(prospect, best)
             if age and loss <= allowed and prospect.nodes <= 2 * max(best.nodes, FIRST_NODES):
                 lessons.append((max(loss, plain / 5) / age, loss, prospect))
