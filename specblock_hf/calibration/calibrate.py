@@ -118,9 +118,10 @@ def calibrate(
         plans = shortlist(curves, acceptance)
         tried = tuple(zip(plans, try_plans(target, drafter, plans, prompts, batch_size, progress), strict=True))
         plan, speedup = _fastest(tried)
-    _fill(target, drafter, curves, batch_size)
-    if apply and drafter.drafting_plan != "auto":
-        drafter.drafting_plan = plan
+    if apply:
+        _fill(target, drafter, curves, batch_size)
+        if drafter.drafting_plan != "auto":
+            drafter.drafting_plan = plan
     return Calibration(curves, plan, speedup, probe.spread(), tried)
 
 

@@ -227,6 +227,17 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path, text):
         PlanController.load(tmp_path / "plans.json")
 
 
+def test_a_drafter_that_had_to_catch_up_is_looked_at_again_at_once():
+    controller, lesson = PlanController(), Choice(4, Way(1), learns=True)
+    controller.next(SETTING, OFFER)
+    row = [(-1.0, False)] * 4
+    seen = Round(lesson, [row], 5, 1.0, True, 0.0, 0.1, 0.03, usual=False)
+    controller.observe(SETTING, OFFER, seen)
+    assert controller.next(SETTING, OFFER) == lesson
+    controller.observe(SETTING, OFFER, replace(seen, usual=True))
+    assert controller.next(SETTING, OFFER) != lesson
+
+
 def test_settings_are_kept_apart():
     controller, sampled = PlanController(), replace(SETTING, sampled=True)
     served("bf16", OFFER, CODE, 300, controller)
