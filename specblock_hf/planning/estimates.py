@@ -137,7 +137,7 @@ class Gains:
     Args:
         hits (`list[float]`): Accepted nodes of each band, fading by `RECENT`.
         trials (`list[float]`): Rounds that could have accepted some, fading alike.
-        seen (`int`): The last round.
+        seen (`float`): When it was drafted last.
         steady_hits (`float`): Accepted nodes, fading by `STEADY`.
         steady_prior (`float`): How many the prior would have had accepted.
         fill (`float`): Verified nodes as a share of those that were allowed.
@@ -146,20 +146,29 @@ class Gains:
 
     hits: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
     trials: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
-    seen: int = 0
+    seen: float = 0.0
     steady_hits: float = 0.0
     steady_prior: float = 0.0
     fill: float = 1.0
     rounds: int = 0
 
-    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], now: int) -> float:
+    def add(
+        self,
+        ranks: Sequence[int],
+        asked: int,
+        verified: int,
+        prior: Sequence[float],
+        now: float,
+        weight: float = 1.0,
+    ) -> float:
         """
         Args:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
             asked (`int`): Nodes that were allowed.
             verified (`int`): How many of them there were that seemed worth it; others add nothing and cost nothing.
             prior (sequence of `float`): Expected tokens of each band.
-            now (`int`): The round.
+            now (`float`): The time, in rounds.
+            weight (`float`, *optional*, defaults to 1.0): Rounds that this one stands for.
 
         Returns:
             `float`: What the prior expected of the round.
@@ -168,8 +177,8 @@ class Gains:
         kept = [0] * len(BANDS)
         for rank in ranks:
             kept[min(bisect_left(BANDS, rank + 1), len(BANDS) - 1)] += 1
-        self.hits = [hits * fade + new for hits, new in zip(self.hits, kept, strict=True)]
-        self.trials = [trials * fade + (band < bands) for band, trials in enumerate(self.trials)]
+        self.hits = [hits * fade + weight * new for hits, new in zip(self.hits, kept, strict=True)]
+        self.trials = [trials * fade + weight * (band < bands) for band, trials in enumerate(self.trials)]
         steady, expected = 0.5 ** (1 / STEADY), sum(prior[:bands])
         self.steady_hits = self.steady_hits * steady + len(ranks)
         self.steady_prior = self.steady_prior * steady + expected
@@ -177,17 +186,17 @@ class Gains:
         self.seen, self.rounds = now, self.rounds + 1
         return expected
 
-    def fade(self, now: int) -> float:
+    def fade(self, now: float) -> float:
         return 0.5 ** ((now - self.seen) / RECENT)
 
-    def expected(self, prior: Sequence[float], scale: float, now: int, weight: float = 8.0) -> list[float]:
+    def expected(self, prior: Sequence[float], scale: float, now: float, weight: float = 8.0) -> list[float]:
         """
         Tokens that trees of up to each band's nodes add.
 
         Args:
             prior (sequence of `float`): Expected tokens of each band.
             scale (`float`): How what is drafted this way or another compares with the prior.
-            now (`int`): The round.
+            now (`float`): The time, in rounds.
             weight (`float`, *optional*, defaults to 8.0): Rounds that the long run counts for.
         """
         # The long run of this way, in which all ways' scale counts as much as four accepted tokens.

@@ -37,6 +37,12 @@ TRUST = 6.0
 MOST_SELECTIVE = 0.2
 """Chance to be accepted from which a node is verified however dear it seems."""
 
+SLOWER, LESSON_WEIGHT = 1 / 8, 8.0
+"""
+What was accepted lately fades so much slower in rounds that could not tell, and the next one that can stands for up to
+so many: nothing is drafted again only because nobody looked.
+"""
+
 FIRST_NODES = 4
 """Of the first trees. Later ones are at most twice as large as any before."""
 
@@ -126,6 +132,8 @@ class Record:
         hits (`float`): Accepted nodes of all ways that the drafter ran in, fading.
         prior (`float`): How many the prior expected.
         rate (`float`): Tokens a second of the way that pays most.
+        times (`list[float]`): How long look-ups alone, and drafter, have been in use: in rounds, others counting less.
+        latest (`list[int]`): Their last rounds.
     """
 
     slope: float = 0.06
@@ -143,6 +151,8 @@ class Record:
     hits: float = 0.0
     prior: float = 0.0
     rate: float = 0.0
+    times: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    latest: list[int] = field(default_factory=lambda: [0, 0])
 
     def __post_init__(self) -> None:
         self.verify = self.verify or VerifyTimes(self.slope)
@@ -158,21 +168,25 @@ class Record:
             self.spent = max(self.spent + took - tokens / self.rate, 0.0)
             self.learned = self.now
         if not seen.choice.nodes:
+            self.times = [time + SLOWER for time in self.times]
             return
         way, found = seen.choice.way if seen.drafted else LOOKUPS, bisect_right(FOUND, seen.found)
         if seen.usual:
             self.draft.setdefault(way.name, Times()).add(seen.draft, self.now)
+        self.times = [time + (1 if kind == (way.forwards > 0) else SLOWER) for kind, time in enumerate(self.times)]
         self.share = [share + ((place == found) - share) / 32 for place, share in enumerate(self.share)]
         self.grown = max(self.grown, seen.nodes - 1)
         if seen.rows:
             self._accept(offer, seen, way, found)
 
     def _accept(self, offer: Offer, seen: Round, way: Way, found: int) -> None:
+        weight = min(max(self.now - self.latest[way.forwards > 0], 1), LESSON_WEIGHT)
+        self.latest[way.forwards > 0] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
-            expected = gains.add(ranks, seen.choice.nodes, len(row), prior, self.now)
+            expected = gains.add(ranks, seen.choice.nodes, len(row), prior, self.times[way.forwards > 0], weight)
             self.claims.add(row, self.now)
             if way.forwards:
                 fade = 0.5 ** (1 / 256)
@@ -221,7 +235,7 @@ class Record:
         scale = (self.hits + doubt) / (self.prior + doubt) if way.forwards else 1.0
         for found, share in enumerate(shares):
             gains = self.gains.get(f"{way.name} {found}", UNTRIED)
-            added = gains.expected(offer.prior(way, found), scale, self.now)
+            added = gains.expected(offer.prior(way, found), scale, self.times[way.forwards > 0])
             fill = gains.fill if gains.rounds or way.forwards or found else 0.0
             seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
             tokens = [1 + slowest * added[max(bisect_right(BANDS, nodes), 1) - 1] for nodes in sizes]
