@@ -99,8 +99,8 @@ class AutoPilot(Pilot):
         nodes, parents = walk.nodes.tolist(), tree.parents.tolist()
         going = [row for row, is_active in enumerate(active) if is_active]
         whole = [row for row in going if not walk.stopped[row]] if self._choice.nodes else []
-        # Of an accelerator they come when they come, and are looked at when the times have come too.
-        log_probs = tree.log_probs.to("cpu", non_blocking=True)
+        # From CUDA they come when they come, and are looked at when the times have come too.
+        log_probs = tree.log_probs.to("cpu", non_blocking=tree.log_probs.is_cuda)
         drafted = bool(self._choice.nodes and self._offer.ways and not state.left_out)
         seen = Round(
             self._choice,
