@@ -8,8 +8,8 @@ nodes, verified by walk, token and block.
     python benchmarks/verification.py --drafter FOLDER --output FILE
 
 For every prompt the target samples a text; at every `--every`-th place of it each method drafts a tree, and the tokens
-that its rule keeps of this tree are computed exactly from the target's laws at all nodes, without a coin. All methods
-thus meet the same places. Results are kept prompt by prompt; a run that was interrupted goes on.
+that its rule keeps of this tree are computed exactly from the target's distributions at all nodes, without a coin. All
+methods thus meet the same places. Results are kept prompt by prompt; a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -135,10 +135,11 @@ def kept_along(
         for sampling in dict.fromkeys(sampling for sampling, _ in METHODS):
             plan = DraftingPlan(budget, 2, max(4, budget // 4), draft_sampling=sampling)
             trees = draft_along(drafter, TokenTable.of(target), ids, features, roots, plan, warp)
-            laws = [NodeLaws(logits, warp) for logits in score(target, cache, trees, roots)]
+            distributions = [NodeDistributions(logits, warp) for logits in score(target, cache, trees, roots)]
             for rule in (rule for other, rule in METHODS if other == sampling):
                 kept[f"{budget} {sampling} {rule}"] = [
-                    expected_length(tree, law, rule) for tree, law in zip(trees, laws, strict=True)
+                    expected_length(tree, distribution, rule)
+                    for tree, distribution in zip(trees, distributions, strict=True)
                 ]
     return kept
 
@@ -201,27 +202,27 @@ def score(
     return list(logits.split(sizes))
 
 
-class NodeLaws:
-    """The target's laws at the nodes of one tree, each processed once; see [`TargetLaws`]."""
+class NodeDistributions:
+    """The target's distributions at the nodes of one tree, each processed once; see [`TargetDistributions`]."""
 
     def __init__(self, logits: torch.Tensor, warp: LogitsProcessorList):
         self._logits, self._warp = logits, warp
-        self._laws: dict[int, torch.Tensor] = {}
+        self._distributions: dict[int, torch.Tensor] = {}
 
-    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
-        if node not in self._laws:
+    def distribution(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+        if node not in self._distributions:
             scores = self._warp(None, self._logits[node : node + 1].float())
-            self._laws[node] = scores[0].softmax(-1, dtype=torch.float64)
-        return self._laws[node]
+            self._distributions[node] = scores[0].softmax(-1, dtype=torch.float64)
+        return self._distributions[node]
 
     def keep(self, row: int, node: int) -> None:
         pass
 
 
-def expected_length(tree: DraftTree, laws: NodeLaws, rule: str) -> float:
+def expected_length(tree: DraftTree, distributions: NodeDistributions, rule: str) -> float:
     """Drafted tokens of the tree that the rule keeps on average, over its coins."""
     if rule != "walk":
-        return sum(outcome.probability * (len(outcome.nodes) - 1) for outcome in outcomes(tree, laws, rule))
+        return sum(outcome.probability * (len(outcome.nodes) - 1) for outcome in outcomes(tree, distributions, rule))
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     reached, spelled = {(): 1.0}, {0: ()}
     for node, parent in enumerate(parents):
@@ -229,7 +230,9 @@ def expected_length(tree: DraftTree, laws: NodeLaws, rule: str) -> float:
             continue
         spelled[node] = (*spelled[parent], tokens[node])
         # A path drafted twice is kept once.
-        reached[spelled[node]] = reached[spelled[parent]] * float(laws.law(0, parent, [])[tokens[node]])
+        reached[spelled[node]] = reached[spelled[parent]] * float(
+            distributions.distribution(0, parent, [])[tokens[node]]
+        )
     return sum(reached.values()) - 1
 
 

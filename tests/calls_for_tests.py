@@ -115,8 +115,8 @@ class Conversation:
             self._check_weights()
         if not self._is_reproducible(len(plain.sequences)):
             if error is None:
-                self._check_law(text.sequences, plain.sequences)
-            return Verdict("law")
+                self._check_distribution(text.sequences, plain.sequences)
+            return Verdict("distribution")
         if error is None:
             self._compare(text, plain, listener, random_state)
             self._go_on(plain.sequences, turn)
@@ -252,8 +252,8 @@ class Conversation:
         if statistics.drafter_rows > bound:
             raise Fault("over bound", f"{statistics.drafter_rows} drafter rows, at most {bound} by {made}")
 
-    def _check_law(self, ours: torch.LongTensor, theirs: torch.LongTensor) -> None:
-        """What holds of tokens that follow the target's law whatever they are."""
+    def _check_distribution(self, ours: torch.LongTensor, theirs: torch.LongTensor) -> None:
+        """What holds of tokens that follow the target's distribution whatever they are."""
         prompt = 0 if self.case.source == "embeds" else self._width
         longest = prompt + self.case.options.get("max_new_tokens", LIMIT)
         vocab_size = self.config.get_text_config().vocab_size

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 
-EXACT, LAW = "exact", "exact in law"
+EXACT, DISTRIBUTION = "exact", "exact in distribution"
 ONE, SEVERAL = (7,), (7, 3, 12)
 # This end comes late for one prompt and at different times for several.
 BASE = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": 12}
@@ -64,7 +64,7 @@ class Row:
         option (`str`): As it stands in the table.
         make (`Callable[[], dict]`): The keyword arguments of one call.
         one, several (`str`, *optional*, defaults to `EXACT`):
-            For one prompt and for a padded batch: `EXACT`, `LAW` or how the refusal begins.
+            For one prompt and for a padded batch: `EXACT`, `DISTRIBUTION` or how the refusal begins.
         kinds (`tuple[str, ...]`, *optional*): Targets to try it on.
         changes (`bool`, *optional*, defaults to `True`):
             Plain decoding of one of the targets writes something else with the option.
@@ -169,14 +169,18 @@ ROWS = [
         lambda: {"logits_processor": [Grammar()]},
         several=WHOLE_BATCH.format("Grammar"),
     ),
-    Row("`do_sample`", lambda: SAMPLE, several=LAW),
-    Row("`temperature`", lambda: SAMPLE | {"temperature": 0.6}, several=LAW),
-    Row("`top_k`", lambda: SAMPLE | {"top_k": 5}, several=LAW),
-    Row("`top_p`", lambda: SAMPLE | {"top_p": 0.7}, several=LAW),
-    Row("`min_p`", lambda: SAMPLE | {"min_p": 0.1}, several=LAW),
-    Row("`top_h`", lambda: SAMPLE | {"top_h": 0.6}, several=LAW),
-    Row("`typical_p`", lambda: SAMPLE | {"typical_p": 0.6}, several=LAW),
-    Row("`epsilon_cutoff`, `eta_cutoff`", lambda: SAMPLE | {"epsilon_cutoff": 0.03, "eta_cutoff": 0.03}, several=LAW),
+    Row("`do_sample`", lambda: SAMPLE, several=DISTRIBUTION),
+    Row("`temperature`", lambda: SAMPLE | {"temperature": 0.6}, several=DISTRIBUTION),
+    Row("`top_k`", lambda: SAMPLE | {"top_k": 5}, several=DISTRIBUTION),
+    Row("`top_p`", lambda: SAMPLE | {"top_p": 0.7}, several=DISTRIBUTION),
+    Row("`min_p`", lambda: SAMPLE | {"min_p": 0.1}, several=DISTRIBUTION),
+    Row("`top_h`", lambda: SAMPLE | {"top_h": 0.6}, several=DISTRIBUTION),
+    Row("`typical_p`", lambda: SAMPLE | {"typical_p": 0.6}, several=DISTRIBUTION),
+    Row(
+        "`epsilon_cutoff`, `eta_cutoff`",
+        lambda: SAMPLE | {"epsilon_cutoff": 0.03, "eta_cutoff": 0.03},
+        several=DISTRIBUTION,
+    ),
     Row("`num_return_sequences`", lambda: {"do_sample": True, "top_k": 1, "num_return_sequences": 2}, changes=False),
     Row("`prefill_chunk_size`", lambda: {"prefill_chunk_size": 3}, changes=False),
     Row('`cache_implementation="dynamic"`', lambda: {"cache_implementation": "dynamic"}, changes=False),
@@ -253,8 +257,8 @@ def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
         "Written by `pytest tests/generation/test_generate_matrix.py --write-docs` and checked without it: every",
         "row is compared with plain `generate()` on tiny random targets in fp32, with a drafter that knows the",
         "answer and with one that knows nothing. *exact*: the very tokens of plain decoding (sampling: under the",
-        "same seed). *exact in law*: each token follows the target's law, but a seed gives other tokens than it",
-        "gives plain sampling. Anything else is the sentence of the refusal. (Laws are enumerated in",
+        "same seed). *exact in distribution*: each token follows the target's, but a seed gives other tokens than it",
+        "gives plain sampling. Anything else is the sentence of the refusal. (Distributions are enumerated in",
         "`tests/generation/test_sampled_calls.py` and `tests/generation/test_batches.py`; combinations of options",
         "are drawn in `tests/generation/test_generate_fuzz.py`.)",
     ]
@@ -267,7 +271,7 @@ def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
 
 def table_rows(rows: dict[str, tuple[str, str, str]]) -> list[str]:
     def line(name: str, one: str, several: str, test: str) -> str:
-        same = several == one and one not in (EXACT, LAW)
+        same = several == one and one not in (EXACT, DISTRIBUTION)
         return f"| {name} | {one} | {'the same' if same else several} | `{test}` |"
 
     return [line(name, *row) for name, row in rows.items()]
@@ -313,8 +317,8 @@ def outcome(target, batch: dict, make: Callable[[], dict], expected: str) -> str
     """What the table says."""
     if expected == EXACT:
         same_text(target, batch, make)
-    elif expected == LAW:
-        # Which law is a test of its own; here, that the call works.
+    elif expected == DISTRIBUTION:
+        # Which distribution is a test of its own; here, that the call works.
         output = target.generate(**batch | BASE | make(), assistant_model=garbage(len(batch["attention_mask"])))
         assert output.shape == (len(batch["attention_mask"]), batch["attention_mask"].shape[1] + 24)
     else:

@@ -59,7 +59,7 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
         _static(case) and _rows(case) > 1 and bool(case.cache or case.returns)
     ),
     "drafts the likeliest tokens only": lambda case: _draws(case) and case.drafter.name not in CAN_SAMPLE,
-    "may remember how it was called, and comparing laws": lambda case: (
+    "may remember how it was called, and comparing distributions": lambda case: (
         _draws(case) and DraftingPlan(**case.plan.fields).rule != "walk"
     ),
     # Where no mask is given, transformers takes the padding token for padding wherever it stands.

@@ -12,7 +12,7 @@ import torch
 from drafters_for_tests import Told, ToldDrafter
 
 from specblock_hf.drafting.plan import Limits
-from specblock_hf.trees.tree import DraftLaws, DraftTree
+from specblock_hf.trees.tree import DraftDistributions, DraftTree
 
 
 class ThirdPartyDrafter(ToldDrafter):
@@ -70,13 +70,13 @@ def _below_root(values: torch.Tensor, value: int) -> torch.Tensor:
     return torch.cat((values[:, :1], torch.full_like(values[:, 1:], value)), dim=1)
 
 
-def _with_laws(value: float) -> Callable[[DraftTree], DraftTree]:
+def _with_distributions(value: float) -> Callable[[DraftTree], DraftTree]:
     def drawn(tree: DraftTree) -> DraftTree:
         rows, nodes = tree.tokens.shape
-        laws = torch.full((rows, 1, 8), value)
+        distributions = torch.full((rows, 1, 8), value)
         drawn_from = torch.zeros(rows, nodes, dtype=torch.long)
         drawn_from[:, 0] = -1
-        return replace(tree, laws=DraftLaws(laws, torch.arange(8), drawn_from))
+        return replace(tree, distributions=DraftDistributions(distributions, torch.arange(8), drawn_from))
 
     return drawn
 
@@ -123,10 +123,10 @@ FAULTS: dict[str, Callable[[DraftTree], Any]] = {
     "deep, height too low": lambda tree: replace(tree, height=1),
     "height of 0": lambda tree: replace(tree, height=0),
     "height too high": lambda tree: replace(tree, height=500),
-    "laws of nan": _with_laws(torch.nan),
-    "laws of -inf": _with_laws(-torch.inf),
-    "laws of +inf": _with_laws(torch.inf),
-    "laws of other tokens": _with_laws(0.0),
+    "distributions of nan": _with_distributions(torch.nan),
+    "distributions of -inf": _with_distributions(-torch.inf),
+    "distributions of +inf": _with_distributions(torch.inf),
+    "distributions of other tokens": _with_distributions(0.0),
     "another row": _each(lambda values: torch.cat((values, values[:1]))),
     "no row": _each(lambda values: values[:0]),
     "no axis of rows": _each(lambda values: values[0]),

@@ -21,12 +21,12 @@ Tokens = tuple[int, ...]
 
 class ToyModel:
     """
-    Random laws that depend on the whole text before, with zeros and ties.
+    Random distributions that depend on the whole text before, with zeros and ties.
 
     Args:
         seed (`int`): Another number, another model.
         vocab (`int`): Tokens of the target.
-        noise (`float`): How far the drafter's laws are from the target's.
+        noise (`float`): How far the drafter's distributions are from the target's.
         unknown (`int`, *optional*, defaults to 0): The last tokens of the vocabulary, which the drafter cannot draw.
     """
 
@@ -35,7 +35,7 @@ class ToyModel:
         self.token_ids = torch.arange(vocab - unknown)
 
     @cache  # noqa: B019
-    def target_law(self, text: Tokens) -> torch.Tensor:
+    def target_distribution(self, text: Tokens) -> torch.Tensor:
         """p(.|text), `[V]`."""
         rng = random.Random(f"{self.seed} {text}")
         weights = [rng.choice((0.0, 1.0, 1.0, rng.random() * 4)) for _ in range(self.vocab)]
@@ -43,18 +43,18 @@ class ToyModel:
         return torch.tensor(weights, dtype=torch.float64) / sum(weights)
 
     @cache  # noqa: B019
-    def draft_law(self, start: Tokens, slot: int) -> torch.Tensor:
+    def draft_distribution(self, start: Tokens, slot: int) -> torch.Tensor:
         """q of a slot of the block that starts below a text, `[D]`."""
         rng = random.Random(f"{self.seed} q {start} {slot}")
         size = len(self.token_ids)
-        law = self.target_law((*start, *[0] * slot))[:size].tolist()
-        law = [p * (1 - self.noise) + self.noise * rng.choice((0.0, 0.3, rng.random())) for p in law]
-        law[rng.randrange(size)] += 0.05
-        return torch.tensor(law, dtype=torch.float64) / sum(law)
+        distribution = self.target_distribution((*start, *[0] * slot))[:size].tolist()
+        distribution = [p * (1 - self.noise) + self.noise * rng.choice((0.0, 0.3, rng.random())) for p in distribution]
+        distribution[rng.randrange(size)] += 0.05
+        return torch.tensor(distribution, dtype=torch.float64) / sum(distribution)
 
     # What a verifier asks for.
-    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
-        return self.target_law(tuple(path))
+    def distribution(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+        return self.target_distribution(tuple(path))
 
     def keep(self, row: int, node: int) -> None:
         pass
@@ -63,16 +63,21 @@ class ToyModel:
         """Trees drawn by the real expansion."""
         growth = SampledGrowth(torch.zeros(batch, dtype=torch.long), self.token_ids, shape, draw)
         for forward in range(len(shape.starts)):
-            growth.grow(self._laws_of(growth, shape, forward, batch).log())
+            growth.grow(self._distributions_of(growth, shape, forward, batch).log())
         return growth.tree()
 
-    def _laws_of(self, growth: SampledGrowth, shape: Shape, forward: int, batch: int) -> torch.Tensor:
-        laws = [shape.laws[law] for law in shape.laws_of(forward)]
+    def _distributions_of(self, growth: SampledGrowth, shape: Shape, forward: int, batch: int) -> torch.Tensor:
+        distributions = [shape.distributions[distribution] for distribution in shape.distributions_of(forward)]
         if forward == 0:
-            return torch.stack([self.draft_law((), slot) for _, _, slot in laws]).expand(batch, -1, -1)
+            return torch.stack([self.draft_distribution((), slot) for _, _, slot in distributions]).expand(
+                batch, -1, -1
+            )
         paths = [shape.path(node) for node in shape.starts[forward]]
         rows = [
-            [self.draft_law(tuple(tokens[node] for node in paths[row]), slot) for _, row, slot in laws]
+            [
+                self.draft_distribution(tuple(tokens[node] for node in paths[row]), slot)
+                for _, row, slot in distributions
+            ]
             for tokens in growth.tokens.tolist()
         ]
         return torch.stack([torch.stack(row) for row in rows])
@@ -92,7 +97,7 @@ class EveryDraw:
         for forward in range(len(shape.starts)):
             families: dict[int, int] = {}
             for node in shape.nodes[1:]:
-                if shape.laws[node.law][0] == forward:
+                if shape.distributions[node.distribution][0] == forward:
                     families[node.parent] = families.get(node.parent, 0) + 1
             self._counts.append(list(families.values()))
         self._radices = [prod(perm(size, count) for count in counts) for counts in self._counts]
@@ -112,26 +117,28 @@ class EveryDraw:
         self._calls += 1
         return columns
 
-    def _weigh(self, law: torch.Tensor, drawn: torch.LongTensor) -> None:
+    def _weigh(self, distribution: torch.Tensor, drawn: torch.LongTensor) -> None:
         for draw in drawn.split(1, dim=1):
-            total = law.sum(-1)
+            total = distribution.sum(-1)
             # Where nothing is left to draw, any column may come.
-            chance = torch.where(total > 0, law.gather(1, draw)[:, 0] / total, 1 / law.shape[-1])
+            chance = torch.where(total > 0, distribution.gather(1, draw)[:, 0] / total, 1 / distribution.shape[-1])
             self.mass *= chance
-            law = law.scatter(1, draw, 0.0)
+            distribution = distribution.scatter(1, draw, 0.0)
 
 
 def row_of(tree: DraftTree, row: int) -> DraftTree:
     """One tree of a batch."""
     one = slice(row, row + 1)
-    laws = tree.laws and replace(tree.laws, log_probs=tree.laws.log_probs[one], rows=tree.laws.rows[one])
+    distributions = tree.distributions and replace(
+        tree.distributions, log_probs=tree.distributions.log_probs[one], rows=tree.distributions.rows[one]
+    )
     return replace(
         tree,
         tokens=tree.tokens[one],
         parents=tree.parents[one],
         log_probs=tree.log_probs[one],
         origin=tree.origin[one],
-        laws=laws,
+        distributions=distributions,
     )
 
 

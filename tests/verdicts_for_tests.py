@@ -34,8 +34,8 @@ class Verdict:
 
     Args:
         outcome (`str`):
-            "same" tokens, same "law" (where a seed's tokens cannot be compared), "refused" in a sentence of ours,
-            "plain raises" (and so do we, or we write), or one of `FAULTS`.
+            "same" tokens, same "distribution" (where a seed's tokens cannot be compared), "refused" in a sentence of
+            ours, "plain raises" (and so do we, or we write), or one of `FAULTS`.
         detail (`str`): The sentence, or what is wrong.
         seconds (`float`): Of the process for the whole case, plain decoding included.
         kept (`int`): Drafted tokens that were kept.

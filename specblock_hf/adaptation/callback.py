@@ -74,7 +74,7 @@ class OnlineAdaptationCallback(DraftingCallback):
             Tokens of the target that must have come in since the last update, for the bandit to make another.
         buffer_bytes (`int`, *optional*, defaults to 64 MiB): Bound of what is kept to train on.
         window_tokens (`int`, *optional*, defaults to 512): Most tokens that are kept of a text, its last ones.
-        top_k (`int`, *optional*, defaults to 32): Tokens that are kept of each of the target's laws.
+        top_k (`int`, *optional*, defaults to 32): Tokens that are kept of each of the target's distributions.
         background (`bool`, *optional*, defaults to `True`):
             Train in a thread of its own (on CUDA, on a stream of its own), while calls go on. Otherwise the call that
             triggers an update returns after it, which makes a run repeatable.

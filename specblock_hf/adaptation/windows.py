@@ -70,7 +70,7 @@ class CallRecorder:
         batch_size (`int`): Rows of the call.
         dtype (`torch.dtype`): What features and embeddings are kept in.
         window_tokens (`int`): Most pairs that are kept of a row, its last ones.
-        top_k (`int`): Tokens that are kept of each of the target's laws.
+        top_k (`int`): Tokens that are kept of each of the target's distributions.
     """
 
     def __init__(self, batch_size: int, dtype: torch.dtype, window_tokens: int, top_k: int):
@@ -90,25 +90,25 @@ class CallRecorder:
                 self._append(row, self._window(pairs, row, length - kept, length, no_ids, no_probs))
 
     def close_prompt(self, scored: Scored) -> None:
-        """The prompts' laws, from which the last token of every row so far was chosen."""
+        """The prompts' distributions, from which the last token of every row so far was chosen."""
         for place, row in enumerate(scored.rows):
             if self._rows[row]:
-                ids, probs = self._laws(scored.logits[place])
+                ids, probs = self._distributions(scored.logits[place])
                 last = self._rows[row][-1]
                 top_ids, top_probs = last.top_ids.clone(), last.top_probs.clone()
                 top_ids[-1:], top_probs[-1:] = ids, probs
                 self._rows[row][-1] = replace(last, top_ids=top_ids, top_probs=top_probs)
 
     def add_round(self, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
-        """What a verified tree emitted, with the target's laws at the kept nodes."""
+        """What a verified tree emitted, with the target's distributions at the kept nodes."""
         signal = rejection_signal(tree, walk)
         self._signal = signal if self._signal is None else self._signal + signal
         lengths = walk.lengths.tolist()
         for place, row in enumerate(scored.rows):
             if lengths[row]:
                 nodes = walk.nodes[row, : lengths[row]].to(scored.logits.device)
-                laws = self._laws(scored.logits[place, nodes])
-                self._append(row, self._window(pairs, row, 0, lengths[row], *laws))
+                distributions = self._distributions(scored.logits[place, nodes])
+                self._append(row, self._window(pairs, row, 0, lengths[row], *distributions))
 
     def signal(self) -> float:
         """The sum of [`rejection_signal`] over all rows and rounds."""
@@ -135,7 +135,7 @@ class CallRecorder:
             top_probs,
         )
 
-    def _laws(self, logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+    def _distributions(self, logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
         """The likeliest tokens `[n, k]` of logits `[n, V]` and their probabilities."""
         logits = logits.float()
         best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)

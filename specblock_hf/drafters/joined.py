@@ -168,7 +168,7 @@ class JoinedDrafter(TreeDrafter):
         state.parts[0].warp = state.warp
         drawn = propose(self.parts[0], state.parts[0], pairs, left)
         self._count(state)
-        return drawn.beside(found.to(drawn.tokens.device)) if taken else drawn
+        return drawn.join(found.to(drawn.tokens.device)) if taken else drawn
 
     @staticmethod
     def _count(state: JoinedState) -> None:

@@ -50,7 +50,7 @@ class Pilot:
 
     def cut(self, tree: DraftTree) -> DraftTree:
         """What of a tree is worth verifying."""
-        return tree.worth(self.plan.min_probability)
+        return tree.keep_likely(self.plan.min_probability)
 
     def record(self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock) -> None:
         """

@@ -60,8 +60,8 @@ class DraftingPlan:
             Greedy calls draft the likeliest.
         verification (`str`, *optional*):
             `"walk"` follows the target's own draws, which a seed determines. For drawn trees also `"token"` and
-            `"block"`, which compare the laws (see [`SampledVerifier`]) and keep the target's law but not a seed's
-            tokens. Defaults to `"walk"` for the likeliest tokens and to `"block"` for drawn ones.
+            `"block"`, which compare the distributions (see [`SampledVerifier`]) and keep the target's distribution but
+            not a seed's tokens. Defaults to `"walk"` for the likeliest tokens and to `"block"` for drawn ones.
     """
 
     tree_budget: int
@@ -86,8 +86,9 @@ class DraftingPlan:
                 raise ValueError(f"{name} is {way!r}; give one of {', '.join(known)}.")
         if self.draft_sampling == "topk" and self.rule != "walk":
             raise ValueError(
-                f"verification={self.rule!r} compares drawn tokens with the laws that they were drawn from, which "
-                'draft_sampling="topk" does not have; draw them with draft_sampling="sampled", or leave it out.'
+                f"verification={self.rule!r} compares drawn tokens with the distributions that they were drawn "
+                'from, which draft_sampling="topk" does not have; draw them with draft_sampling="sampled", or leave '
+                "it out."
             )
         if self.tree_budget < 0 or self.num_forwards < 1 or (self.max_starts is not None and self.max_starts < 1):
             raise ValueError(

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from ..trees.tree import DraftLaws, DraftTree
+from ..trees.tree import DraftDistributions, DraftTree
 from .drafter import DraftState, TreeDrafter
 from .pairs import Pairs
 from .plan import Limits
@@ -55,7 +55,7 @@ def within(tree: DraftTree, pairs: Pairs, limits: Limits) -> DraftTree:
         log_probs=log_probs,
         origin=tree.origin[:, :width],
         height=max(min(tree.max_depth, width - 1, max(limits.depth)), 0),
-        laws=None if limits.draft_sampling == "topk" else _laws_within(tree, width),
+        distributions=None if limits.draft_sampling == "topk" else _distributions_within(tree, width),
     )
     return cut.limit_depth(limits.depth)
 
@@ -93,16 +93,18 @@ def _fits(tree: DraftTree | None, batch_size: int) -> bool:
     )
 
 
-def _laws_within(tree: DraftTree, width: int) -> DraftLaws | None:
+def _distributions_within(tree: DraftTree, width: int) -> DraftDistributions | None:
     """
     What the first `width` nodes were drawn from; `None` if that cannot be read. Then they count as tokens that follow
     from the text before, which every rule verifies exactly.
     """
-    laws = tree.laws
-    if laws is None or any(part is None for part in (laws.log_probs, laws.token_ids, laws.rows)):
+    distributions = tree.distributions
+    if distributions is None or any(
+        part is None for part in (distributions.log_probs, distributions.token_ids, distributions.rows)
+    ):
         return None
-    count = laws.log_probs.shape[1] if laws.log_probs.ndim == 3 else 0
-    shape = (len(tree.tokens), count, *laws.token_ids.shape)
-    if not count or laws.log_probs.shape != shape or laws.rows.shape != tree.tokens.shape:
+    count = distributions.log_probs.shape[1] if distributions.log_probs.ndim == 3 else 0
+    shape = (len(tree.tokens), count, *distributions.token_ids.shape)
+    if not count or distributions.log_probs.shape != shape or distributions.rows.shape != tree.tokens.shape:
         return None
-    return replace(laws, rows=laws.rows[:, :width].long().clamp(-1, count - 1))
+    return replace(distributions, rows=distributions.rows[:, :width].long().clamp(-1, count - 1))

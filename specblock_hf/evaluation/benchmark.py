@@ -125,7 +125,10 @@ def forwards_of(module: nn.Module) -> Iterator[Counter]:
 
 
 def decoding_settings(temperature: float, max_new_tokens: int) -> dict[str, Any]:
-    """Greedy at 0, otherwise the whole law at that temperature, whatever the target's own configuration cuts off."""
+    """
+    Greedy at 0, otherwise the whole distribution at that temperature, whatever the target's own configuration cuts
+    off.
+    """
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     return settings | ({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {})
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..trees.rejection_sampling import SampledVerifier, TargetLaws
+from ..trees.rejection_sampling import SampledVerifier, TargetDistributions
 from ..trees.tree import DraftTree
 
 
@@ -22,21 +22,23 @@ class Outcome:
     Args:
         probability (`float`): Over the coins of the rule.
         nodes (`list[int]`): The accepted path, the root first.
-        law (`torch.Tensor` of shape `[V]`): Of the token after it.
+        distribution (`torch.Tensor` of shape `[V]`): Of the token after it.
     """
 
     probability: float
     nodes: list[int]
-    law: torch.Tensor
+    distribution: torch.Tensor
 
 
-def outcomes(tree: DraftTree, target: TargetLaws, rule: Literal["token", "block"], row: int = 0) -> Iterator[Outcome]:
+def outcomes(
+    tree: DraftTree, target: TargetDistributions, rule: Literal["token", "block"], row: int = 0
+) -> Iterator[Outcome]:
     """
     Every outcome for one row of a tree that has a draft, by deciding the rule's coins in every possible way.
 
     Args:
         tree ([`DraftTree`]): A batch of trees.
-        target ([`TargetLaws`]): The target's laws, asked for again and again.
+        target ([`TargetDistributions`]): The target's distributions, asked for again and again.
         rule (`str`): `"token"` or `"block"`.
         row (`int`, *optional*, defaults to 0): Which tree of the batch.
     """
@@ -45,7 +47,7 @@ def outcomes(tree: DraftTree, target: TargetLaws, rule: Literal["token", "block"
     while pending:
         coins = _DecidedCoins(pending.pop(), pending)
         walk = SampledVerifier(target, rule, coins)(tree, active, _no_select, _no_stop)
-        yield Outcome(coins.probability, walk.nodes[row, : int(walk.lengths[row])].tolist(), coins.law)
+        yield Outcome(coins.probability, walk.nodes[row, : int(walk.lengths[row])].tolist(), coins.distribution)
 
 
 class _DecidedCoins:
@@ -55,7 +57,7 @@ class _DecidedCoins:
         self._decided, self._pending = list(decided), pending
         self._fallen: list[bool] = []
         self.probability = 1.0
-        self.law: torch.Tensor
+        self.distribution: torch.Tensor
 
     def accept(self, probability: float) -> bool:
         if probability <= 0 or probability >= 1:
@@ -70,12 +72,12 @@ class _DecidedCoins:
         return accepted
 
     def draw(self, mass: torch.Tensor) -> int:
-        self.law = mass / mass.sum()
+        self.distribution = mass / mass.sum()
         return int(mass.argmax())
 
 
 def _no_select(row: int, node: int) -> int:
-    raise ValueError("this row has no draft; its only outcome is a token of the target's own law.")
+    raise ValueError("this row has no draft; its only outcome is a token of the target's own distribution.")
 
 
 def _no_stop(row: int, token: int) -> bool:

@@ -59,7 +59,7 @@ def simulate_acceptance(
     Args:
         drafter ([`TreeDrafter`]): The drafter.
         table ([`TokenTable`]): The target's embedding and head.
-        examples (`Sequence[Example]`): Greedy answers; sampled ones would measure another law.
+        examples (`Sequence[Example]`): Greedy answers; sampled ones would measure another distribution.
         views (`Sequence[TargetView]`): The target's view of each.
         plan ([`DraftingPlan`]): How much a round drafts.
         max_new_tokens (`int`, *optional*, defaults to 96): Answer tokens that are walked.
@@ -101,7 +101,7 @@ def _walk_text(
     # As in `generate()`, no tree is deeper than what may still be emitted, the last of which is the target's own.
     while end + 2 < len(text):
         limits = round_limits(plan, [len(text) - end - 1])
-        tree = draft(drafter, state, pairs_between(done, end), limits).worth(plan.min_probability)
+        tree = draft(drafter, state, pairs_between(done, end), limits).keep_likely(plan.min_probability)
         walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted

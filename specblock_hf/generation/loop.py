@@ -58,7 +58,9 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    return propose(drafter, state, state.caught_up(pairs.of_rows(rows)), limits.of_rows(rows)).spread(rows, roots)
+    return propose(drafter, state, state.caught_up(pairs.of_rows(rows)), limits.of_rows(rows)).scatter_rows(
+        rows, roots
+    )
 
 
 def decode(
@@ -109,7 +111,7 @@ def decode(
         scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
-    read = choice.see(tree, scored.logits, scored.rows)
+    read = choice.observe(tree, scored.logits, scored.rows)
     walk = verify(read, [True] * batch_size, choice.select, choice.stop)
     pairs = target.close_prompt(pairs, walk)
     target.commit(walk)
@@ -130,7 +132,7 @@ def decode(
         scored = target.score(tree)
         clock.lap("verify")
         listeners.on_verify(call, tree, scored)
-        read = scored_nodes(choice.see(tree, scored.logits, scored.rows))
+        read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
         walk = verify(read, active, choice.select, choice.stop)
         pairs = Pairs.of(tree, scored.features, walk, target.base, target.table)
         target.commit(walk)
@@ -196,6 +198,6 @@ def generate_with_drafter(
         if not generation_config.do_sample or scorer.chains_only:
             pilot.plan = replace(pilot.plan, draft_sampling="topk", verification=None)
         plan = pilot.plan
-        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.laws(), plan.rule)
+        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled, pilot)
     return choice.output(scorer.cache, scorer.token_outputs())

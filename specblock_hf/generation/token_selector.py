@@ -67,8 +67,8 @@ _ROW_WISE: dict[type[LogitsProcessor], str | None] = {
 _ROW_WISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 
 
-# Of these, those that look at one law at a time and at nothing else, so that they fit any vocabulary. A drafter that
-# draws its tokens draws them from laws that these have changed as they change the target's.
+# Of these, those that look at one distribution at a time and at nothing else, so that they fit any vocabulary. A
+# drafter that draws its tokens draws them from distributions that these have changed as they change the target's.
 _WARPERS = (
     logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper,
@@ -87,8 +87,8 @@ class TokenChoice:
     """
     What plain `generate()` does once per token, for every row of a batch. Called along the accepted paths in order, it
     leaves the very trace that plain decoding leaves, in user code and in the global random generator. Only in a batch
-    that samples do the rows draw in another order: each token still follows the target's own law, but a seed gives
-    other tokens than it gives plain sampling.
+    that samples do the rows draw in another order: each token still follows the target's own distribution, but a seed
+    gives other tokens than it gives plain sampling.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[B, P]`): The prompts, padded on the left.
@@ -136,7 +136,7 @@ class TokenChoice:
         """Tokens that `max_new_tokens` still allows each row; 0 for one that has stopped."""
         return [row.remaining for row in self._rows]
 
-    def see(self, tree: DraftTree, logits: torch.Tensor, rows: Sequence[int]) -> DraftTree:
+    def observe(self, tree: DraftTree, logits: torch.Tensor, rows: Sequence[int]) -> DraftTree:
         """
         Choose from these logits from now on. This is where a round waits for the device, and where a greedy one reads
         from it: what was drafted and what the target says to it come in one piece.
@@ -166,9 +166,9 @@ class TokenChoice:
             return self._argmax[row][node]
         return self._rows[row].select(self._logits[row][node : node + 1])
 
-    def laws(self) -> TokenChoice:
+    def distributions(self) -> TokenChoice:
         """
-        This choice as [`TargetLaws`].
+        This choice as [`TargetDistributions`].
 
         Raises:
             ValueError: A processor may remember how it was called, and would be called for drafts that are rejected.
@@ -176,17 +176,20 @@ class TokenChoice:
         for processor in self._processors:
             if type(processor) not in _ROW_WISE or isinstance(processor, _REMEMBERS):
                 raise ValueError(
-                    f"{type(processor).__name__} may remember how it was called, and comparing laws calls it for "
-                    'drafts that are then rejected; draft with verification="walk", or without that processor.'
+                    f"{type(processor).__name__} may remember how it was called, and comparing distributions calls it "
+                    'for drafts that are then rejected; draft with verification="walk", or without that processor.'
                 )
         return self
 
-    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
-        """The target's law after `node`, of which `path` need not have been emitted; see [`TargetLaws`]."""
-        return self._rows[row].law(node, self._logits[row][node : node + 1], path)
+    def distribution(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+        """
+        The target's distribution after `node`, of which `path` need not have been emitted; see
+        [`TargetDistributions`].
+        """
+        return self._rows[row].distribution(node, self._logits[row][node : node + 1], path)
 
     def keep(self, row: int, node: int) -> None:
-        """The token after `node` is emitted next; see [`TargetLaws`]."""
+        """The token after `node` is emitted next; see [`TargetDistributions`]."""
         self._rows[row].keep(node)
 
     def warp(self, logits: torch.Tensor) -> torch.Tensor:
@@ -292,8 +295,8 @@ class _RowChoice:
             return int(scores.argmax(-1))
         return int(torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1))
 
-    def law(self, node: int, logits: torch.Tensor, path: list[int]) -> torch.Tensor:
-        """The target's law `[V]` at a node with these logits `[1, V]`, below drafted tokens `path`."""
+    def distribution(self, node: int, logits: torch.Tensor, path: list[int]) -> torch.Tensor:
+        """The target's distribution `[V]` at a node with these logits `[1, V]`, below drafted tokens `path`."""
         sequence = self.sequence()
         scores, logits = self._process(torch.cat((sequence, sequence.new_tensor([path])), dim=1), logits)
         if self.records:

@@ -102,7 +102,7 @@ class Prospect:
             tokens, seconds, total = tokens + share * here, seconds + share * took, total + share
         return tokens / total, seconds / total, enough
 
-    def worth(self, rate: float) -> float:
+    def keep_likely(self, rate: float) -> float:
         tokens, seconds, _ = self.totals(rate)
         return tokens - rate * seconds
 
@@ -205,7 +205,7 @@ class Record:
         prospects = self._prospects(offer)
         rate = 1 / self.verify.plain
         for _ in range(3):
-            best = max(prospects, key=lambda prospect: prospect.worth(rate))
+            best = max(prospects, key=lambda prospect: prospect.keep_likely(rate))
             rate = best.rate(rate)
         self.rate = rate
         choice = self._choice(offer, best)
@@ -279,7 +279,7 @@ class Record:
             return Choice(0, why="a plain step is measured again", learns=True)
         lessons = []
         for prospect in prospects[1:]:
-            loss, age = -prospect.worth(rate) / rate, self._age(prospect, best)
+            loss, age = -prospect.keep_likely(rate) / rate, self._age(prospect, best)
             if age and loss <= allowed and prospect.nodes <= 2 * max(best.nodes, FIRST_NODES):
                 lessons.append((max(loss, plain / 5) / age, loss, prospect))
         if not lessons:

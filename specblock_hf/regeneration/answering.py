@@ -93,7 +93,8 @@ def groups_of(
 
 class Answering:
     """
-    Answers a group of prompts from the target's bare law: no processor of its generation configuration takes part.
+    Answers a group of prompts from the target's bare distribution: no processor of its generation configuration takes
+    part.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): A decoder-only model of full and sliding attention.
@@ -223,7 +224,7 @@ class Answering:
 
 def choose(logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor) -> torch.LongTensor:
     """
-    One token a row: the likeliest, or the one in whose share of the cumulated law the row's draw falls.
+    One token a row: the likeliest, or the one in whose share of the cumulated distribution the row's draw falls.
 
     Args:
         logits (`torch.Tensor` of shape `[R, V]`): Of the next token.
@@ -233,8 +234,8 @@ def choose(logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor
     chosen = logits.argmax(-1)
     sampled = temperatures > 0
     if bool(sampled.any()):
-        law = (logits[sampled].float() / temperatures[sampled, None]).softmax(-1)
-        cumulated = law.cumsum(-1)
+        distribution = (logits[sampled].float() / temperatures[sampled, None]).softmax(-1)
+        cumulated = distribution.cumsum(-1)
         total = cumulated[:, -1:]
         # Below the total even after rounding, or a token without any probability could follow.
         point = torch.minimum(draws[sampled, None] * total, total.nextafter(torch.zeros_like(total)))

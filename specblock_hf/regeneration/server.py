@@ -31,7 +31,7 @@ ENGINES: dict[str, dict] = {
 }
 """
 What an engine's requests say beside the standard fields, so that no processor of the target's generation configuration
-changes its law, and that the answer comes as token ids where the engine offers them.
+changes its distribution, and that the answer comes as token ids where the engine offers them.
 """
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}

@@ -27,7 +27,7 @@ _FORMS: dict[str, Literal["boolean", "additive"]] = {
 
 def likeliest_chain(tree: DraftTree) -> DraftTree:
     """The likeliest child of the root, its likeliest child and so on; of a drawn tree what was drawn first."""
-    if tree.laws is None:
+    if tree.distributions is None:
         tree = tree.prune(tree.tokens.shape[1])
     before = torch.arange(tree.tokens.shape[1], device=tree.tokens.device) - 1
     on_path = (tree.parents == before).long().cumprod(1).bool()

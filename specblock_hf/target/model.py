@@ -312,7 +312,7 @@ class TargetModel:
         with self._taps.armed(), without_cudnn_attention:
             outputs = self.target(**inputs, return_dict=True)
         features = self._taps.take()
-        self._outputs.see(outputs)
+        self._outputs.observe(outputs)
         if self._index is not None:
             batch = self.base.shape[0]
             features = tuple(_spread(feature, self._index.to(feature.device), batch) for feature in features)

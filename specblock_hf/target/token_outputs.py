@@ -42,7 +42,7 @@ class TokenOutputs:
         """What makes the target's forward return them."""
         return {f"output_{name}": True for name in self._wanted}
 
-    def see(self, outputs: Any) -> None:
+    def observe(self, outputs: Any) -> None:
         """Take in what a forward of the target returned."""
         # None where the attention backend has none to show, for which plain decoding hands back empty tuples.
         self._seen = {name: outputs.get(name) or () for name in self._wanted}

@@ -284,7 +284,7 @@ def best_first(
     children. With a beam as wide as the tree's budget nothing that pruning would keep is missed.
 
     Unlike [`rank_guided`] it also continues alternatives within a block. Drafters differ only in `children`: a block's
-    slots have laws of their own whatever token a node has, a Markov term makes them depend on it.
+    slots have distributions of their own whatever token a node has, a Markov term makes them depend on it.
 
     Args:
         tree (`DraftTree`): The tree so far, N nodes wide.

@@ -1,19 +1,19 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Rules that keep drawn tokens, and the target's law, by comparing it with the laws that they were drawn from. Knows no
-model.
+Rules that keep drawn tokens, and the target's distribution, by comparing it with the distributions that they were
+drawn from. Knows no model.
 
 One lemma covers every rule here. Let V(v, a) verify the subtree below the node v with the weight a in [0, 1]: over
 the draws below v and the coins it accepts with probability exactly a, and if it does, what follows v has the target's
-law. Write w = a p(.|v) for the mass that v owes to its tokens, |w| = a. V tries v's children in the order in which
-they were drawn; let Q be the law of the next child x, given everything tried so far.
+distribution. Write w = a p(.|v) for the mass that v owes to its tokens, |w| = a. V tries v's children in the order in
+which they were drawn; let Q be the distribution of the next child x, given everything tried so far.
 
 1. Try x by V(v x, min(1, w(x) / Q(x))). That accepts a share min(w(x), Q(x)) of all cases.
 2. If it is rejected, which has probability 1 - sum_x min(w(x), Q(x)) = 1 - a + sum_x (w(x) - Q(x))+, the mass still
-   owed is (w - Q)+. Divided by that probability it is the new w, whichever x was rejected: nothing but Q, the law that
-   x came from, enters.
-3. With no child left, accept v with probability |w| and emit a token of the law w / |w|; otherwise reject.
+   owed is (w - Q)+. Divided by that probability it is the new w, whichever x was rejected: nothing but Q, the
+   distribution that x came from, enters.
+3. With no child left, accept v with probability |w| and emit a token of the distribution w / |w|; otherwise reject.
 
 By induction V(v, a) accepts a in all and pays exactly w; the root, called with a = 1, never rejects. A token that is
 not drawn but follows from the text before has Q(x) = 1.
@@ -24,8 +24,8 @@ https://huggingface.co/papers/2505.12398, for a tree). `"token"` decides a child
 min(1, w(x) / Q(x)) with a = 1, and then goes on below it as from a root (recursive rejection sampling,
 https://huggingface.co/papers/2402.14160 for siblings without replacement).
 
-Not here: greedy block verification, which accepts longer prefixes at the price of a *changed* target law for the
-following tokens. What it owes would have to live on between rounds, in the tokens that the next round drafts, and
+Not here: greedy block verification, which accepts longer prefixes at the price of a *changed* target distribution for
+the following tokens. What it owes would have to live on between rounds, in the tokens that the next round drafts, and
 every processor and stopping rule in between would see it.
 """
 
@@ -37,14 +37,16 @@ from typing import Literal, Protocol
 
 import torch
 
-from .tree import DraftLaws, DraftTree
+from .tree import DraftDistributions, DraftTree
 from .verification import Select, Stop, Walk
 
 
-class TargetLaws(Protocol):
-    """The target's next-token laws at the nodes of a tree, which may be asked for nodes that are then rejected."""
+class TargetDistributions(Protocol):
+    """
+    The target's next-token distributions at the nodes of a tree, which may be asked for nodes that are then rejected.
+    """
 
-    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+    def distribution(self, row: int, node: int, path: list[int]) -> torch.Tensor:
         """
         Args:
             row (`int`): Row of the batch.
@@ -81,17 +83,17 @@ class GlobalCoins:
 
 class SampledVerifier:
     """
-    A [`Verifier`] for sampled trees. The emitted tokens follow the target's own law, over the draws of the tree and
-    the coins together; a seed gives other tokens than it gives plain sampling. Trees that follow from the text before
-    are verified as well as by [`sample_and_walk`], and no better.
+    A [`Verifier`] for sampled trees. The emitted tokens follow the target's own distribution, over the draws of the
+    tree and the coins together; a seed gives other tokens than it gives plain sampling. Trees that follow from the
+    text before are verified as well as by [`sample_and_walk`], and no better.
 
     Args:
-        target ([`TargetLaws`]): Of the request.
+        target ([`TargetDistributions`]): Of the request.
         rule (`str`): `"token"` or `"block"`, which never keeps fewer tokens of the same tree on average.
         coins ([`Coins`], *optional*): The rule's randomness; the global generators by default.
     """
 
-    def __init__(self, target: TargetLaws, rule: Literal["token", "block"], coins: Coins | None = None):
+    def __init__(self, target: TargetDistributions, rule: Literal["token", "block"], coins: Coins | None = None):
         self._target = target
         self._rule = rule
         self._coins = coins or GlobalCoins()
@@ -107,7 +109,9 @@ class SampledVerifier:
                 token = select(row, 0)
                 rows.append(([0], [token], stop(row, token)))
             else:
-                verification = _RowVerification(self._target, self._coins, tree.laws, row, tokens[row], parents[row])
+                verification = _RowVerification(
+                    self._target, self._coins, tree.distributions, row, tokens[row], parents[row]
+                )
                 rows.append(self._emit(row, *verification.run(self._rule), tokens[row], stop))
         return Walk.of_rows(rows)
 
@@ -133,8 +137,8 @@ class _Owed:
         weight (`float`): |w|; exactly 1 at a root.
     """
 
-    def __init__(self, law: torch.Tensor, weight: float):
-        self.mass = law * weight
+    def __init__(self, distribution: torch.Tensor, weight: float):
+        self.mass = distribution * weight
         self.weight = weight
 
     def settle(self, left: torch.Tensor) -> None:
@@ -153,16 +157,16 @@ class _RowVerification:
 
     def __init__(
         self,
-        target: TargetLaws,
+        target: TargetDistributions,
         coins: Coins,
-        laws: DraftLaws | None,
+        distributions: DraftDistributions | None,
         row: int,
         tokens: list[int],
         parents: list[int],
     ):
-        self._target, self._coins, self._laws = target, coins, laws
+        self._target, self._coins, self._distributions = target, coins, distributions
         self._row, self._tokens, self._parents = row, tokens, parents
-        self._law_of = [-1] * len(tokens) if laws is None else laws.rows[row].tolist()
+        self._distribution_of = [-1] * len(tokens) if distributions is None else distributions.rows[row].tolist()
         self._children: dict[int, list[int]] = {}
         for node, parent in enumerate(parents):
             if parent >= 0:
@@ -183,7 +187,7 @@ class _RowVerification:
     def _leaf_to_root(self, node: int, weight: float) -> tuple[int, _Owed] | None:
         """V of the lemma: the last accepted node and what it owes, or a rejection."""
         if node not in self._children:
-            # The law of a leaf is needed only if it is accepted.
+            # The distribution of a leaf is needed only if it is accepted.
             return (node, self._owed(node, weight)) if self._coins.accept(weight) else None
         owed = self._owed(node, weight)
         for child, acceptance in self._attempts(node, owed):
@@ -198,8 +202,8 @@ class _RowVerification:
         last one was rejected, which changes what is owed.
         """
         children = self._children.get(node, [])
-        drawn = [child for child in children if self._law_of[child] >= 0]
-        q = self._draft_law(drawn[0], len(owed.mass)) if drawn else None
+        drawn = [child for child in children if self._distribution_of[child] >= 0]
+        q = self._draft_distribution(drawn[0], len(owed.mass)) if drawn else None
         # What follows from the text before may be tried in any order: it goes first.
         for child in (child for child in children if q is None or child not in drawn):
             token = self._tokens[child]
@@ -216,7 +220,7 @@ class _RowVerification:
             token = self._tokens[child]
             weight = float(owed.mass[token] / q[token])
             if not math.isfinite(weight):
-                return  # no draw of this law, of which nothing is left
+                return  # no draw of this distribution, of which nothing is left
             yield child, min(1.0, weight)
             owed.settle((owed.mass - q).clamp_min(0))
             q[token] = 0
@@ -224,14 +228,18 @@ class _RowVerification:
 
     def _owed(self, node: int, weight: float) -> _Owed:
         path = [self._tokens[inner] for inner in self._path(node)[1:]]
-        return _Owed(self._target.law(self._row, node, path), weight)
+        return _Owed(self._target.distribution(self._row, node, path), weight)
 
-    def _draft_law(self, child: int, vocab_size: int) -> torch.Tensor | None:
+    def _draft_distribution(self, child: int, vocab_size: int) -> torch.Tensor | None:
         """
-        The law `[V]` in float64 that the first of some siblings was drawn from; 0 where the drafter never draws.
-        `None` if it is none, or one of other tokens: then its draws count as if they followed from the text before.
+        The distribution `[V]` in float64 that the first of some siblings was drawn from; 0 where the drafter never
+        draws. `None` if it is none, or one of other tokens: then its draws count as if they followed from the text
+        before.
         """
-        ids, probs = self._laws.token_ids, self._laws.log_probs[self._row, self._law_of[child]].double().softmax(0)
+        ids, probs = (
+            self._distributions.token_ids,
+            self._distributions.log_probs[self._row, self._distribution_of[child]].double().softmax(0),
+        )
         if not (probs.isfinite().all() & (ids.amin() >= 0) & (ids.amax() < vocab_size)):
             return None
         return probs.new_zeros(vocab_size).index_copy_(0, ids, probs)

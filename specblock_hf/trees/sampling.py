@@ -1,14 +1,14 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Drawing a draft tree from a drafter's laws. Knows no model.
+Drawing a draft tree from a drafter's distributions. Knows no model.
 
 Verification of a drawn tree is exact only if which nodes there are never depends on the tokens drawn for them. The
-shape is therefore laid out before anything is drawn, from counts alone (and from how many tokens a law can draw at
-all, where that is known without a draw), and every node's token is drawn from one known law.
+shape is therefore laid out before anything is drawn, from counts alone (and from how many tokens a distribution can
+draw at all, where that is known without a draw), and every node's token is drawn from one known distribution.
 
-A block's slots have laws of their own whatever tokens are drawn inside the block, so all tokens of a forward are drawn
-at once.
+A block's slots have distributions of their own whatever tokens are drawn inside the block, so all tokens of a forward
+are drawn at once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from typing import Literal
 import torch
 
 from .expansion import Starts
-from .tree import DraftLaws, DraftTree
+from .tree import DraftDistributions, DraftTree
 
 
 DraftSampling = Literal["topk", "sampled"]
 """How the tokens of a tree are chosen: the likeliest, or drawn, siblings without replacement."""
 
 Draw = Callable[[torch.Tensor, int], torch.LongTensor]
-"""`draw(log_probs, count)`: columns `[B, P, count]` drawn from laws `[B, P, D]`, the siblings of a node in order."""
+"""
+`draw(log_probs, count)`: columns `[B, P, count]` drawn from distributions `[B, P, D]`, the siblings of a node in
+order.
+"""
 
 LARGEST_LOGIT = 1e4
 """More than any network says, and little enough to be divided by a temperature."""
@@ -55,12 +58,12 @@ class ShapeNode:
     Args:
         parent (`int`): Index of the parent; -1 for the root.
         sibling (`int`): Which draw among the parent's children it is.
-        law (`int`): Which of the shape's laws it is drawn from; -1 for the root.
+        distribution (`int`): Which of the shape's distributions it is drawn from; -1 for the root.
     """
 
     parent: int
     sibling: int
-    law: int
+    distribution: int
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,13 @@ class Shape:
 
     Args:
         nodes (`tuple[ShapeNode, ...]`): The root and the nodes to draw.
-        laws (`tuple[tuple[int, int, int], ...]`): Drafter forward, row of it and slot of every law, in that order.
+        distributions (`tuple[tuple[int, int, int], ...]`): Drafter forward, row of it and slot of every distribution,
+        in that order.
         starts (`tuple[tuple[int, ...], ...]`): The nodes that each forward starts from, one row of it each.
     """
 
     nodes: tuple[ShapeNode, ...]
-    laws: tuple[tuple[int, int, int], ...]
+    distributions: tuple[tuple[int, int, int], ...]
     starts: tuple[tuple[int, ...], ...]
 
     @property
@@ -93,9 +97,9 @@ class Shape:
             node = self.nodes[node].parent
         return path[::-1]
 
-    def laws_of(self, forward: int) -> list[int]:
-        """The laws that a forward provides."""
-        return [index for index, law in enumerate(self.laws) if law[0] == forward]
+    def distributions_of(self, forward: int) -> list[int]:
+        """The distributions that a forward provides."""
+        return [index for index, distribution in enumerate(self.distributions) if distribution[0] == forward]
 
 
 def acceptance_of(forward: int, slot: int, sibling: int) -> float:
@@ -116,7 +120,7 @@ def tree_shape(
 ) -> Shape:
     """
     The shape that keeps most tokens on average if every draw is kept as often as [`acceptance_of`] says: its likeliest
-    nodes. The likeliest nodes of a forward start the next one, whose laws know their tokens.
+    nodes. The likeliest nodes of a forward start the next one, whose distributions know their tokens.
 
     Args:
         budget (`int`): Nodes below the root.
@@ -131,26 +135,27 @@ def tree_shape(
     grown: list[tuple[int, int, tuple[int, int, int]]] = [(-1, -1, (0, 0, -1))]
     depths, started = [0], [1] + [0] * num_forwards
     chances, ties = [1.0], count()
-    # (-chance, tie, parent, sibling, law), the law being (forward, row, slot)
+    # (-chance, tie, parent, sibling, distribution), the distribution being (forward, row, slot)
     waiting: list[tuple[float, int, int, int, tuple[int, int, int]]] = []
 
-    def offer(parent: int, sibling: int, law: tuple[int, int, int]) -> None:
-        forward, _, slot = law
+    def offer(parent: int, sibling: int, distribution: tuple[int, int, int]) -> None:
+        forward, _, slot = distribution
         support = supports[slot] if supports and forward == 0 else vocab_size
         if support is not None and sibling >= support:
             return
         heapq.heappush(
-            waiting, (-chances[parent] * acceptance_of(forward, slot, sibling), next(ties), parent, sibling, law)
+            waiting,
+            (-chances[parent] * acceptance_of(forward, slot, sibling), next(ties), parent, sibling, distribution),
         )
 
     offer(0, 0, (0, 0, 0))
     while waiting and len(grown) <= budget:
-        chance, _, parent, sibling, law = heapq.heappop(waiting)
-        node, (forward, row, slot) = len(grown), law
-        grown.append((parent, sibling, law))
+        chance, _, parent, sibling, distribution = heapq.heappop(waiting)
+        node, (forward, row, slot) = len(grown), distribution
+        grown.append((parent, sibling, distribution))
         chances.append(-chance)
         depths.append(depths[parent] + 1)
-        offer(parent, sibling + 1, law)
+        offer(parent, sibling + 1, distribution)
         if depths[node] == depth:
             continue
         if forward + 1 < num_forwards and started[forward + 1] < most_starts:
@@ -162,7 +167,7 @@ def tree_shape(
 
 
 def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
-    """A shape of nodes (parent, sibling, law), with the starts that nothing grows from left out."""
+    """A shape of nodes (parent, sibling, distribution), with the starts that nothing grows from left out."""
     children: dict[int, list[int]] = {}
     for node, (parent, _, _) in enumerate(grown):
         children.setdefault(parent, []).append(node)
@@ -173,10 +178,16 @@ def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
         stack.extend(sorted(children.get(order[-1], []), key=lambda node: -grown[node][1]))
     place = {node: index for index, node in enumerate(order)}
 
-    forwards = max(law[0] for _, _, law in grown)
-    used = sorted({(law[0], law[1]) for parent, _, law in grown if parent >= 0})
+    forwards = max(distribution[0] for _, _, distribution in grown)
+    used = sorted({(distribution[0], distribution[1]) for parent, _, distribution in grown if parent >= 0})
     rows = {key: sum(other[0] == key[0] for other in used[:index]) for index, key in enumerate(used)}
-    laws = sorted({(law[0], rows[law[0], law[1]], law[2]) for parent, _, law in grown if parent >= 0})
+    distributions = sorted(
+        {
+            (distribution[0], rows[distribution[0], distribution[1]], distribution[2])
+            for parent, _, distribution in grown
+            if parent >= 0
+        }
+    )
     starts: list[dict[int, int]] = [{} for _ in range(forwards + 1)]
     nodes = []
     for node in order:
@@ -184,10 +195,12 @@ def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
         if parent < 0:
             nodes.append(ShapeNode(-1, -1, -1))
             continue
-        nodes.append(ShapeNode(place[parent], sibling, laws.index((forward, rows[forward, row], slot))))
+        nodes.append(ShapeNode(place[parent], sibling, distributions.index((forward, rows[forward, row], slot))))
         if slot == 0:
             starts[forward][rows[forward, row]] = place[parent]
-    return Shape(tuple(nodes), tuple(laws), tuple(tuple(rows[row] for row in sorted(rows)) for rows in starts))
+    return Shape(
+        tuple(nodes), tuple(distributions), tuple(tuple(rows[row] for row in sorted(rows)) for rows in starts)
+    )
 
 
 class SampledGrowth:
@@ -209,7 +222,7 @@ class SampledGrowth:
         self._token_ids, self._draw = token_ids, draw
         self.tokens = roots.unsqueeze(1).repeat(1, len(shape.nodes))
         self._log_probs = torch.zeros(self.tokens.shape, device=roots.device)
-        self._laws: list[torch.Tensor] = []
+        self._distributions: list[torch.Tensor] = []
 
     def grow(self, log_probs: torch.Tensor) -> None:
         """
@@ -217,19 +230,20 @@ class SampledGrowth:
 
         Args:
             log_probs (`torch.Tensor` of shape `[B, R, D]`):
-                The forward's laws, in the order of `shape.laws_of(forward)`; -inf where a token must not be drawn.
+                The forward's distributions, in the order of `shape.distributions_of(forward)`; -inf where a token must
+                not be drawn.
         """
-        first = sum(laws.shape[1] for laws in self._laws)
-        self._laws.append(log_probs)
+        first = sum(distributions.shape[1] for distributions in self._distributions)
+        self._distributions.append(log_probs)
         families: dict[tuple[int, int], list[int]] = {}
         for index, node in enumerate(self.shape.nodes):
-            if first <= node.law < first + log_probs.shape[1]:
-                families.setdefault((node.parent, node.law), []).append(index)
+            if first <= node.distribution < first + log_probs.shape[1]:
+                families.setdefault((node.parent, node.distribution), []).append(index)
         parents = list(families)
-        laws = log_probs[:, [law - first for _, law in parents]]
+        distributions = log_probs[:, [distribution - first for _, distribution in parents]]
         most = max(len(siblings) for siblings in families.values())
-        columns = self._draw(laws, most)
-        drawn = laws.gather(2, columns)
+        columns = self._draw(distributions, most)
+        drawn = distributions.gather(2, columns)
         family = [number for number, key in enumerate(parents) for _ in families[key]]
         sibling = [number for key in parents for number in range(len(families[key]))]
         nodes = [index for key in parents for index in families[key]]
@@ -239,23 +253,26 @@ class SampledGrowth:
     def starts(self, forward: int) -> Starts:
         """The rows of a forward after the first."""
         nodes = list(self.shape.starts[forward])
-        laws = [self.shape.laws[self.shape.nodes[node].law] for node in nodes]
+        distributions = [self.shape.distributions[self.shape.nodes[node].distribution] for node in nodes]
 
         def column(values: list[int]) -> torch.LongTensor:
             return torch.tensor(values, device=self.tokens.device).expand(len(self.tokens), -1)
 
         return Starts(
             node=column(nodes),
-            parent_start=column([row for _, row, _ in laws]),
-            slot=column([slot for _, _, slot in laws]),
+            parent_start=column([row for _, row, _ in distributions]),
+            slot=column([slot for _, _, slot in distributions]),
             tokens=self.tokens[:, nodes],
         )
 
     def tree(self) -> DraftTree:
-        """The drawn tree. A node that its law could not draw any more is padding, as is all below it."""
+        """The drawn tree. A node that its distribution could not draw any more is padding, as is all below it."""
         parents = torch.tensor([node.parent for node in self.shape.nodes], device=self.tokens.device)
-        rows = torch.tensor([node.law for node in self.shape.nodes], device=self.tokens.device)
-        origin = [self.shape.laws[node.law][::2] if node.law >= 0 else (-1, -1) for node in self.shape.nodes]
+        rows = torch.tensor([node.distribution for node in self.shape.nodes], device=self.tokens.device)
+        origin = [
+            self.shape.distributions[node.distribution][::2] if node.distribution >= 0 else (-1, -1)
+            for node in self.shape.nodes
+        ]
         height, batch = self.shape.height, len(self.tokens)
         drawn = self._log_probs > -torch.inf
         for _ in range(height - 1):
@@ -266,7 +283,9 @@ class SampledGrowth:
             log_probs=self._log_probs.masked_fill(~drawn, -torch.inf),
             origin=torch.tensor(origin, device=self.tokens.device).expand(batch, -1, -1),
             height=height,
-            laws=DraftLaws(torch.cat(self._laws, dim=1), self._token_ids, rows.repeat(batch, 1)),
+            distributions=DraftDistributions(
+                torch.cat(self._distributions, dim=1), self._token_ids, rows.repeat(batch, 1)
+            ),
         )
 
 
@@ -275,7 +294,7 @@ def gumbel_draw(generator: torch.Generator) -> Draw:
     Draws from a generator of one's own: siblings without replacement as the largest of log q plus Gumbel noise.
 
     Args:
-        generator (`torch.Generator`): On the device of the laws.
+        generator (`torch.Generator`): On the device of the distributions.
     """
 
     def draw(log_probs: torch.Tensor, count: int) -> torch.LongTensor:
@@ -303,17 +322,17 @@ def shape_for(budget: int, depth: int, num_forwards: int, max_starts: int | None
     Args:
         budget, depth, num_forwards, max_starts (`int`): As in [`tree_shape`].
         log_probs (`torch.Tensor` of shape `[B, K, D]`):
-            The laws of the first forward. Only how many tokens they can draw matters.
+            The distributions of the first forward. Only how many tokens they can draw matters.
     """
     # Nobody has that many siblings; without the cap every number of tokens would be a shape of its own.
     supports = tuple(min(support, budget) for support in supports_of(log_probs))
     return tree_shape(budget, depth, log_probs.shape[1], num_forwards, max_starts, supports, log_probs.shape[-1])
 
 
-def laws_of(logits: torch.Tensor, warp: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def distributions_of(logits: torch.Tensor, warp: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """
-    The laws of a request, which are laws whatever a drafter says: NaN counts as 0, and nothing as larger than
-    `LARGEST_LOGIT`.
+    The distributions of a request, which are distributions whatever a drafter says: NaN counts as 0, and nothing as
+    larger than `LARGEST_LOGIT`.
 
     Args:
         logits (`torch.Tensor` of shape `[..., D]`): The drafter's.

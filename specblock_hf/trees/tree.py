@@ -35,18 +35,19 @@ class Decoder(Protocol):
 
 
 @dataclass
-class DraftLaws:
+class DraftDistributions:
     """
     What the tokens of a sampled tree were drawn from. Siblings are drawn in the order of their nodes: the first from
-    its law, each later one from the law without the siblings before it, or from the whole law again.
+    its distribution, each later one from the distribution without the siblings before it, or from the whole
+    distribution again.
 
     Args:
         log_probs (`torch.Tensor` of shape `[B, R, D]`):
-            R laws over the D tokens that the drafter can draw, normalised or not; -inf where it never draws.
+            R distributions over the D tokens that the drafter can draw, normalised or not; -inf where it never draws.
         token_ids (`torch.LongTensor` of shape `[D]`): The target's ids of those tokens.
         rows (`torch.LongTensor` of shape `[B, N]`):
-            Which of the R laws each node's token was drawn from, the same for all drawn siblings; -1 for a node that
-            was not drawn but follows from the text before, and for the root.
+            Which of the R distributions each node's token was drawn from, the same for all drawn siblings; -1 for a
+            node that was not drawn but follows from the text before, and for the root.
     """
 
     log_probs: torch.Tensor
@@ -73,7 +74,7 @@ class DraftTree:
         height (`int`, *optional*, defaults to `N - 1`):
             No node of any row is deeper. It bounds the passes from child to parent, so state it where the host knows
             it.
-        laws ([`DraftLaws`], *optional*):
+        distributions ([`DraftDistributions`], *optional*):
             Of a sampled tree, whose shape must not depend on what was drawn: it cannot be pruned or merged. `None`
             for a tree that follows from the text before.
     """
@@ -83,7 +84,7 @@ class DraftTree:
     log_probs: torch.Tensor
     origin: torch.LongTensor
     height: int | None = None
-    laws: DraftLaws | None = None
+    distributions: DraftDistributions | None = None
 
     @classmethod
     def root(cls, tokens: torch.LongTensor) -> DraftTree:
@@ -183,7 +184,7 @@ class DraftTree:
             tree = tree._drop(tree._positions() > self._column(budgets))
         return tree._take(tree._off_likeliest_path().sort(dim=1, stable=True).indices)
 
-    def worth(self, min_probability: float) -> DraftTree:
+    def keep_likely(self, min_probability: float) -> DraftTree:
         """
         The tree without the nodes that the drafter gives less than this path probability, and as narrow as the widest
         row then is. A drawn tree stays whole, because its shape must not depend on what was drawn.
@@ -191,7 +192,7 @@ class DraftTree:
         Args:
             min_probability (`float`): 0 leaves the tree alone, and reads nothing from the device.
         """
-        if min_probability == 0 or self.laws is not None:
+        if min_probability == 0 or self.distributions is not None:
             return self
         return self._drop(self.cumulative_log_probs() < math.log(min_probability)).pack()
 
@@ -219,9 +220,9 @@ class DraftTree:
         """
         self._check_fixed()
         other._check_fixed()
-        return self.beside(other).merge_duplicates()
+        return self.join(other).merge_duplicates()
 
-    def beside(self, other: DraftTree) -> DraftTree:
+    def join(self, other: DraftTree) -> DraftTree:
         """
         Two drafts below the same roots, with nothing merged and siblings repeated where both have them.
 
@@ -234,20 +235,22 @@ class DraftTree:
         other._check_fixed()
         shift = self.tokens.shape[1] - 1
         parents = torch.where(other.parents > 0, other.parents + shift, other.parents)[:, 1:]
-        laws = self.laws
-        if laws is not None:
-            laws = replace(laws, rows=torch.cat((laws.rows, torch.full_like(parents, -1)), dim=1))
+        distributions = self.distributions
+        if distributions is not None:
+            distributions = replace(
+                distributions, rows=torch.cat((distributions.rows, torch.full_like(parents, -1)), dim=1)
+            )
         return DraftTree(
             tokens=torch.cat((self.tokens, other.tokens[:, 1:]), dim=1),
             parents=torch.cat((self.parents, parents), dim=1),
             log_probs=torch.cat((self.log_probs, other.log_probs[:, 1:].to(self.log_probs)), dim=1),
             origin=torch.cat((self.origin, other.origin[:, 1:]), dim=1),
             height=max(self.max_depth, other.max_depth),
-            laws=laws,
+            distributions=distributions,
         )
 
     def to(self, device: torch.device) -> DraftTree:
-        """The trees on another device; laws, which are large, stay where they were made."""
+        """The trees on another device; distributions, which are large, stay where they were made."""
         return replace(
             self,
             tokens=self.tokens.to(device),
@@ -256,7 +259,7 @@ class DraftTree:
             origin=self.origin.to(device),
         )
 
-    def spread(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
+    def scatter_rows(self, rows: Sequence[int], roots: torch.LongTensor) -> DraftTree:
         """
         These trees as some rows of a batch whose other rows have no draft.
 
@@ -269,16 +272,18 @@ class DraftTree:
         def filled(own: torch.Tensor, value: float) -> torch.Tensor:
             return own.new_full((len(roots), *own.shape[1:]), value).index_copy_(0, index, own)
 
-        laws = self.laws
-        if laws is not None:
-            laws = replace(laws, log_probs=filled(laws.log_probs, 0), rows=filled(laws.rows, -1))
+        distributions = self.distributions
+        if distributions is not None:
+            distributions = replace(
+                distributions, log_probs=filled(distributions.log_probs, 0), rows=filled(distributions.rows, -1)
+            )
         tree = DraftTree(
             tokens=filled(self.tokens, 0),
             parents=filled(self.parents, -2),
             log_probs=filled(self.log_probs, -math.inf),
             origin=filled(self.origin, -1),
             height=self.height,
-            laws=laws,
+            distributions=distributions,
         )
         tree.tokens[:, 0], tree.parents[:, 0], tree.log_probs[:, 0] = roots.to(self.tokens.device), -1, 0
         return tree
@@ -291,9 +296,9 @@ class DraftTree:
             width (`int`): Nodes and padding of a row, at least as many as now.
         """
         added = width - self.tokens.shape[1]
-        laws = self.laws
-        if laws is not None:
-            laws = replace(laws, rows=nn.functional.pad(laws.rows, (0, added), value=-1))
+        distributions = self.distributions
+        if distributions is not None:
+            distributions = replace(distributions, rows=nn.functional.pad(distributions.rows, (0, added), value=-1))
         return replace(
             self,
             tokens=nn.functional.pad(self.tokens, (0, added)),
@@ -301,7 +306,7 @@ class DraftTree:
             log_probs=nn.functional.pad(self.log_probs, (0, added), value=-math.inf),
             origin=nn.functional.pad(self.origin, (0, 0, 0, added), value=-1),
             height=self.max_depth,
-            laws=laws,
+            distributions=distributions,
         )
 
     def pack(self) -> DraftTree:
@@ -363,12 +368,12 @@ class DraftTree:
         new = torch.arange(order.shape[1], device=order.device).expand_as(order)
         place = torch.zeros_like(self.parents).scatter_(1, order, new)
         parents = self.parents.gather(1, order)
-        laws = self.laws
-        if laws is not None:
-            laws = replace(laws, rows=laws.rows.gather(1, order))
+        distributions = self.distributions
+        if distributions is not None:
+            distributions = replace(distributions, rows=distributions.rows.gather(1, order))
         return replace(
             self,
-            laws=laws,
+            distributions=distributions,
             tokens=self.tokens.gather(1, order),
             parents=torch.where(parents >= 0, place.gather(1, parents.clamp_min(0)), parents),
             log_probs=self.log_probs.gather(1, order),
@@ -376,7 +381,7 @@ class DraftTree:
         )
 
     def _check_fixed(self) -> None:
-        if self.laws is not None:
+        if self.distributions is not None:
             raise ValueError(
                 "a sampled tree keeps its shape, or its verification would no longer be exact; draw a smaller one."
             )

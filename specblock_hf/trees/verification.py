@@ -69,7 +69,7 @@ Stop = Callable[[int, int], bool]
 
 
 class Verifier(Protocol):
-    """A rule that turns a drafted tree and the target's laws at its nodes into emitted tokens."""
+    """A rule that turns a drafted tree and the target's distributions at its nodes into emitted tokens."""
 
     def __call__(self, tree: DraftTree, active: Sequence[bool], select: Select, stop: Stop) -> Walk: ...
 
@@ -77,15 +77,15 @@ class Verifier(Protocol):
 def sample_and_walk(tree: DraftTree, active: Sequence[bool], select: Select, stop: Stop) -> Walk:
     """
     Let the target choose one token after another and follow the draft as far as it agrees. The emitted tokens follow
-    the target's own law for every tree that is a function of the prefix, and no rule accepts more of such a tree on
-    average.
+    the target's own distribution for every tree that is a function of the prefix, and no rule accepts more of such a
+    tree on average.
 
     Args:
         tree (`DraftTree`):
             The draft; only its tokens and parents matter. Where siblings repeat a token, the longest path over all
             copies is taken.
         active (sequence of `bool`): One for each row; a row that is not active emits nothing.
-        select (`Select`): Draws from, or takes the argmax of, the target's law after a node.
+        select (`Select`): Draws from, or takes the argmax of, the target's distribution after a node.
         stop (`Stop`): Tells whether an emitted token ends the row; nothing is emitted after it.
 
     Returns:
@@ -109,7 +109,7 @@ def _walk_row(
             children.setdefault((parent, tokens[node]), []).append(node)
 
     emitted: list[int] = []
-    # All nodes that spell what was emitted; the target's law is the same at each of them.
+    # All nodes that spell what was emitted; the target's distribution is the same at each of them.
     copies, stopped = [0], False
     while copies and not stopped:
         deepest = copies[0]

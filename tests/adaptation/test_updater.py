@@ -120,22 +120,28 @@ def test_the_drift_is_the_divergence_from_the_drafter_before_deployment(markov_r
     (windows,) = buffer.draw(1, 1000, updater.random)
     (window,) = windows
     batch_embeds, batch_features = window.embeds[None], window.features[None]
-    laws = []
+    distributions = []
     with torch.no_grad():
         for drafter in (updater.original, updater.trained):
             pairs = torch.arange(len(window))[None]
             hidden = drafter(batch_embeds, drafter.project_features(batch_features), pairs)[0]
             size, before = drafter.config.block_size, [-1, *window.tokens.tolist()]
-            laws.append(
+            distributions.append(
                 [
                     # The token before slot k's is that of pair i + k.
                     [logits_below(drafter, slots[k], k, before[min(i + k + 1, len(window))]) for k in range(size)]
                     for i, slots in enumerate(hidden)
                 ]
             )
-        laws = [[[logits.log_softmax(-1) for logits in slots] for slots in law] for law in laws]
+        distributions = [
+            [[logits.log_softmax(-1) for logits in slots] for slots in distribution] for distribution in distributions
+        ]
         divergences = [
-            float((laws[0][pair][slot].exp() * (laws[0][pair][slot] - laws[1][pair][slot])).sum())
+            float(
+                (
+                    distributions[0][pair][slot].exp() * (distributions[0][pair][slot] - distributions[1][pair][slot])
+                ).sum()
+            )
             for pair in range(len(window))
             for slot in range(size)
             # Pair i's slot k is about the token of pair i + 1 + k.

@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks/verification.py`: the laws that it verifies with are the target's, and its sums are right."""
+"""`benchmarks/verification.py`: the distributions that it verifies with are the target's, and its sums are right."""
 
 from __future__ import annotations
 

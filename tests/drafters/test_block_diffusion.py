@@ -193,8 +193,8 @@ def test_a_narrow_tree_and_a_chain():
     assert sum(map(math.exp, trees[2].values())) <= sum(map(math.exp, trees[None].values())) + 1e-6
 
 
-def laws(drafter: BlockDiffusionDrafter, block: Block, level: int, before: int) -> torch.Tensor:
-    """The law `[vocab_size]` of the token after `before`, written down for one node."""
+def distributions(drafter: BlockDiffusionDrafter, block: Block, level: int, before: int) -> torch.Tensor:
+    """The distribution `[vocab_size]` of the token after `before`, written down for one node."""
     logits = block.logits[0, level]
     if drafter.config.selector_rank:
         selector = drafter.candidate_selector
@@ -213,7 +213,9 @@ def laws(drafter: BlockDiffusionDrafter, block: Block, level: int, before: int) 
 @given(st.sampled_from(["dflash", "dflash2", "dspark"]), st.integers(0, 1000), st.integers(1, 14))
 @torch.no_grad()
 def test_the_tree_holds_the_likeliest_of_all_paths(variant, seed, budget):
-    """Against every path of a small vocabulary, by laws that depend on the token before where the drafter's do."""
+    """
+    Against every path of a small vocabulary, by distributions that depend on the token before where the drafter's do.
+    """
     size, depth = 7, 3
     fields = {"vocab_size": size, "block_size": depth + (variant != "dspark"), "confidence_threshold": 0.0}
     drafter = block_drafter(variant, **fields)
@@ -228,8 +230,8 @@ def test_the_tree_holds_the_likeliest_of_all_paths(variant, seed, budget):
     scores: dict[tuple[int, ...], float] = {(): 0.0}
     for level in range(depth):
         for path in list(product(range(size), repeat=level)):
-            law = laws(drafter, block, level, path[-1] if path else 2)
-            scores |= {(*path, token): scores[path] + float(law[token]) for token in range(size)}
+            distribution = distributions(drafter, block, level, path[-1] if path else 2)
+            scores |= {(*path, token): scores[path] + float(distribution[token]) for token in range(size)}
     del scores[()]
     assert tree == pytest.approx({path: scores[path] for path in tree}, abs=1e-4)
     best = sorted(scores.values(), reverse=True)[:budget]
@@ -238,7 +240,7 @@ def test_the_tree_holds_the_likeliest_of_all_paths(variant, seed, budget):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["dflash", "jetspec"])
-def test_a_drawn_tree_is_drawn_from_the_laws_of_its_depths(variant):
+def test_a_drawn_tree_is_drawn_from_the_distributions_of_its_depths(variant):
     drafter, target_table = block_drafter(variant), table()
     limits, shapes, tokens = Limits((12,), (3,), num_forwards=2, draft_sampling="sampled"), set(), set()
     before = torch.random.get_rng_state()
@@ -252,9 +254,9 @@ def test_a_drawn_tree_is_drawn_from_the_laws_of_its_depths(variant):
         depths = tree.depths()[0]
         assert depths.max() <= 3 and tree.num_nodes.item() > 4
         for node in range(1, tree.num_nodes.item()):
-            law = tree.laws.log_probs[0, tree.laws.rows[0, node]]
-            assert torch.allclose(law, expected[0, depths[node] - 1], atol=1e-4)
-            drawn = law[tree.laws.token_ids == tree.tokens[0, node]].item()
+            distribution = tree.distributions.log_probs[0, tree.distributions.rows[0, node]]
+            assert torch.allclose(distribution, expected[0, depths[node] - 1], atol=1e-4)
+            drawn = distribution[tree.distributions.token_ids == tree.tokens[0, node]].item()
             assert tree.log_probs[0, node].item() == pytest.approx(drawn, abs=1e-5)
         shapes.add(tuple(tree.parents[0].tolist()))
         tokens.add(tuple(tree.tokens[0].tolist()))
@@ -262,7 +264,7 @@ def test_a_drawn_tree_is_drawn_from_the_laws_of_its_depths(variant):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_drawn_trees_are_verified_and_drafters_without_known_laws_refuse_them():
+def test_drawn_trees_are_verified_and_drafters_without_known_distributions_refuse_them():
     """A target with one possible token at every place, so that what is sampled is known."""
     target, prompt = tiny_target("qwen3"), prompt_of(7)
     text = target.generate(prompt, max_new_tokens=16, **GREEDY)
@@ -321,7 +323,7 @@ def test_a_drafter_in_another_dtype(dtype):
 
 @torch.no_grad()
 def test_scores_are_made_in_float32():
-    """Rounded to the head's dtype, log-probs of a flat law tie; the drafter's do not."""
+    """Rounded to the head's dtype, log-probs of a flat distribution tie; the drafter's do not."""
     drafter = block_drafter(output_multiplier=0.01)
     target = tiny_target("llama", dtype=torch.bfloat16)
     state = drafter.begin(TokenTable.of(target), 1, 9)

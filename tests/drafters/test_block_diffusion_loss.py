@@ -33,12 +33,12 @@ TRAINED = {
 
 
 def random_batch(top_k: int = 4) -> TargetBatch:
-    """Three texts of different lengths, random features, and random laws of the target."""
+    """Three texts of different lengths, random features, and random distributions of the target."""
     generator = torch.Generator().manual_seed(7)
     rows = len(LENGTHS)
     table = TokenTable.of(tiny_target("llama"))
     tokens = torch.randint(VOCAB, (rows, LENGTH), generator=generator)
-    laws = torch.randn(rows, LENGTH, VOCAB, generator=generator).softmax(-1).topk(top_k)
+    distributions = torch.randn(rows, LENGTH, VOCAB, generator=generator).softmax(-1).topk(top_k)
     places = torch.arange(LENGTH)
     starts, lengths = torch.tensor(STARTS)[:, None], torch.tensor(LENGTHS)
     return TargetBatch(
@@ -46,8 +46,8 @@ def random_batch(top_k: int = 4) -> TargetBatch:
         embeds=table.embed(tokens).detach(),
         features=torch.randn(rows, LENGTH, 96, generator=generator),
         lengths=lengths,
-        top_ids=laws.indices,
-        top_probs=laws.values,
+        top_ids=distributions.indices,
+        top_probs=distributions.values,
         scored=(places >= starts) & (places < lengths[:, None]),
         table=table,
     )
@@ -219,15 +219,15 @@ def test_a_short_training_drafts_what_the_target_writes(causal):
     text = target.generate(prompt, max_new_tokens=40, do_sample=False)
     with torch.no_grad():
         out = target(text, output_hidden_states=True)
-    laws = torch.nn.functional.pad(out.logits.softmax(-1)[:, :-1], (0, 0, 1, 0)).topk(4)
+    distributions = torch.nn.functional.pad(out.logits.softmax(-1)[:, :-1], (0, 0, 1, 0)).topk(4)
     config = BlockDiffusionConfig.for_target(target.config, num_hidden_layers=1, block_size=4, causal=causal)
     batch = TargetBatch(
         tokens=text,
         embeds=out.hidden_states[0],
         features=torch.cat([out.hidden_states[layer] for layer in config.feature_layers], dim=-1),
         lengths=torch.tensor([text.shape[1]]),
-        top_ids=laws.indices,
-        top_probs=laws.values,
+        top_ids=distributions.indices,
+        top_probs=distributions.values,
         scored=torch.arange(text.shape[1])[None] >= 6,
         table=TokenTable.of(target),
     )

@@ -15,7 +15,7 @@ from conftest import tiny_target
 from training_for_tests import tiny_drafter
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
-from specblock_hf.trees.sampling import LARGEST_LOGIT, laws_of
+from specblock_hf.trees.sampling import LARGEST_LOGIT, distributions_of
 
 
 HUGE = 3e38
@@ -84,12 +84,12 @@ def test_drawn_trees_leave_the_call_alive(name, number, rule):
 
 
 @pytest.mark.parametrize("size", [5, 1])
-def test_a_law_is_a_law_whatever_the_network_says(size):
+def test_a_distribution_is_a_distribution_whatever_the_network_says(size):
     rows = [math.nan, math.inf, -math.inf, HUGE, -HUGE, 0.0, 3.0]
     logits = torch.tensor([[row] * size for row in rows] + [(rows * size)[:size]])
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        laws = laws_of(logits.to(dtype), lambda scores: scores / 0.01).exp()
-        torch.testing.assert_close(laws.sum(-1), torch.ones(len(logits)))
+        distributions = distributions_of(logits.to(dtype), lambda scores: scores / 0.01).exp()
+        torch.testing.assert_close(distributions.sum(-1), torch.ones(len(logits)))
     sane = torch.randn(4, 9) * 50
     assert sane.abs().max() < LARGEST_LOGIT
-    assert torch.equal(laws_of(sane, lambda scores: scores), sane.log_softmax(-1))
+    assert torch.equal(distributions_of(sane, lambda scores: scores), sane.log_softmax(-1))

@@ -145,7 +145,7 @@ def test_the_word_causal_is_read():
 
 
 def surrogate(log_probs: torch.Tensor, path: tuple[int, ...]) -> float:
-    """Cumulative log-prob of a path by laws `[D, V]` of its depths alone."""
+    """Cumulative log-prob of a path by distributions `[D, V]` of its depths alone."""
     return sum(float(log_probs[depth, token]) for depth, token in enumerate(path))
 
 
@@ -168,7 +168,7 @@ def drafted(drafter: BlockDiffusionDrafter, logits: torch.Tensor, budget: int) -
 
 
 def marginals(folder: str, name: str) -> torch.Tensor:
-    """Recorded laws `[D, V]` by their name, or the logits of a recorded round."""
+    """Recorded distributions `[D, V]` by their name, or the logits of a recorded round."""
     for file, prefix, rounds in (
         ("dflash/ddtree_marginals", "full_r", "dflash/full"),
         ("jetspec/marginals", "causal_r", "jetspec/causal"),
@@ -250,7 +250,7 @@ def test_trees_of_jetspec(recorded):
 
 @torch.no_grad()
 def test_selector_of_dflash2():
-    """Candidates, and the greedy path along them; and all laws given the token before are laws."""
+    """Candidates, and the greedy path along them; and all distributions given the token before are distributions."""
     golden = Golden("dflash/dflash2")
     drafter, state = golden.drafter, golden.drafter.begin(golden.table, 1, 1)
     for number in ROUNDS:

@@ -100,7 +100,7 @@ def test_drawn_trees_of_the_rows_that_are_left(name):
     target, drafter, batch = tiny_target("llama"), drafter_called(name), padded_batch(LENGTHS)
     expected = target.generate(**batch, **OPTIONS)
     drafter.drafting_plan = DraftingPlan(9, 2, draft_sampling="sampled")
-    # There is one token that can be drawn, so that laws are compared and yet the text is known.
+    # There is one token that can be drawn, so that distributions are compared and yet the text is known.
     options = OPTIONS | {"do_sample": True, "top_k": 1}
     assert torch.equal(target.generate(**batch, **options, assistant_model=drafter), expected)
-    assert drafter.last_statistics.first_round[0].laws is not None
+    assert drafter.last_statistics.first_round[0].distributions is not None

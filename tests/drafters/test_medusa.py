@@ -21,19 +21,21 @@ LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)
 
 @torch.no_grad()
 def test_the_tree_holds_the_largest_products():
-    """All products of three laws over 24 tokens, of which a node shows its three best."""
+    """All products of three distributions over 24 tokens, of which a node shows its three best."""
     drafter, told = baseline("medusa"), Told(1, 8)
     pairs = pairs_for(drafter, told, (0,), (6,))
     tree = drafter.propose(drafter.begin(told.table, 1, 8), pairs, Limits((14,), (9,)))
     state = told.features[0, 5, 0]
-    laws = []
+    distributions = []
     for head in drafter.heads:
         hidden = state + torch.nn.functional.silu(head[0].weight @ state + head[0].bias)
         best = (drafter.lm_head.weight @ hidden).log_softmax(-1).topk(3)
-        laws.append(list(zip(drafter.draft_to_target[best.indices].tolist(), best.values.tolist(), strict=True)))
+        distributions.append(
+            list(zip(drafter.draft_to_target[best.indices].tolist(), best.values.tolist(), strict=True))
+        )
     products = {}
     for length in (1, 2, 3):
-        for path in itertools.product(*laws[:length]):
+        for path in itertools.product(*distributions[:length]):
             products[tuple(token for token, _ in path)] = sum(value for _, value in path)
     expected = sorted(products.items(), key=lambda item: -item[1])[:14]
     paths: list[tuple[int, ...]] = [()]

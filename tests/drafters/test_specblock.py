@@ -366,7 +366,7 @@ def test_with_a_markov_term_the_tree_holds_the_likeliest_paths_of_all():
     wanted = sorted(scores, key=lambda path: -scores[path])[:budget]
     found = [tuple(path_tokens(tree, node)) for node in range(1, int(tree.num_nodes[0]))]
     assert sorted(found) == sorted(wanted)
-    # Siblings have different children, which no law of the slot alone would give them.
+    # Siblings have different children, which no distribution of the slot alone would give them.
     below = {path[:1]: {p[1] for p in wanted if p[:1] == path[:1] and len(p) == 2} for path in wanted}
     assert len({frozenset(tokens) for tokens in below.values() if tokens}) > 1
 

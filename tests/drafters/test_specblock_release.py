@@ -35,15 +35,15 @@ class Golden:
         found = json.loads((folder / "expected.json").read_text())
         self.cuts, self.gradient_norms = found["dims"]["cuts"], found["facts"]["grad_norms"]
         inputs = load_file(folder / "inputs.safetensors")
-        # Their inputs are S pairs with the target's law after each pair's token; ours are texts whose last token is
-        # what the last pair predicts, so one column more, of which nothing but the law is known.
+        # Their inputs are S pairs with the target's distribution after each pair's token; ours are texts whose last
+        # token is what the last pair predicts, so one column more, of which nothing but the distribution is known.
         embedding = torch.nn.Embedding.from_pretrained(inputs["target_embed_tokens.weight"])
         tokens = torch.nn.functional.pad(inputs["tokens"], (0, 1))
         self.table = TokenTable(embedding, torch.nn.Identity(), self.drafter.config.vocab_size)
         draft_ids = torch.full((self.drafter.config.vocab_size,), -1)
         draft_ids[self.drafter.draft_to_target] = torch.arange(self.drafter.config.draft_vocab_size)
-        laws = inputs["target_logits"].softmax(-1).sort(-1, descending=True)
-        probs, ids = laws.values, draft_ids[laws.indices]
+        distributions = inputs["target_logits"].softmax(-1).sort(-1, descending=True)
+        probs, ids = distributions.values, draft_ids[distributions.indices]
         self.batch = TargetBatch(
             tokens=tokens,
             embeds=self.table.embed(tokens),
@@ -119,18 +119,19 @@ def test_blocks_add_up_to_the_golden_losses(golden, budget, suffix):
 @torch.no_grad()
 def test_rank_labels_are_the_golden_ones(golden):
     last = golden.batch.tokens.shape[1] - 1
-    laws = torch.nn.functional.pad(golden.expected["loss/target_p"].argmax(-1), (2, 0))
+    distributions = torch.nn.functional.pad(golden.expected["loss/target_p"].argmax(-1), (2, 0))
     for number, (block, states) in enumerate(golden.blocks(), 1):
         wanted = golden.expected[f"loss/block{number}/rank_labels"].long()
         for slot in range(len(wanted)):
             pairs = slice(0, last - 1)
             places = block.pairs[:, pairs] + block.shift + 2 + slot
-            truth = laws.gather(1, places.clamp_max(last))
+            truth = distributions.gather(1, places.clamp_max(last))
             _, logits = golden.drafter.draft_logits(states[:, pairs, slot])
             own = logits.gather(-1, truth.unsqueeze(-1))
             best = logits.topk(golden.drafter.config.rank_top_k).values
             found = rank_buckets(best.flatten(0, 1), own.flatten()).view_as(truth)
-            # Theirs has labels behind the end of the text too, of a law that is all zero, and trains none of them.
+            # Theirs has labels behind the end of the text too, of a distribution that is all zero, and trains none of
+            # them.
             inside = places <= last
             assert inside.sum() == 2 * (last - 1 - block.shift - slot) and (wanted[slot][inside] >= 0).all()
             assert torch.equal(found[inside], wanted[slot][inside]), (number, slot)

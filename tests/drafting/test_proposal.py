@@ -24,7 +24,7 @@ from specblock_hf.drafting.drafter import DraftState
 from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.plan import Limits
 from specblock_hf.drafting.proposal import scored_nodes, within
-from specblock_hf.trees.tree import DraftLaws, DraftTree
+from specblock_hf.trees.tree import DraftDistributions, DraftTree
 
 
 GREEDY = {"do_sample": False}
@@ -147,12 +147,16 @@ def with_log_probs(*values: float):
     return with_tree(lambda tree: replace(tree, log_probs=torch.tensor(values * 7)[None, :7]))
 
 
-def law(shape: tuple[int, int] = (1, VOCAB), value: float = 0.0, ids: torch.Tensor | None = None, row: int = 0):
+def distribution(
+    shape: tuple[int, int] = (1, VOCAB), value: float = 0.0, ids: torch.Tensor | None = None, row: int = 0
+):
     def change(tree: DraftTree) -> DraftTree:
         rows = torch.full(tree.tokens.shape, row)
         rows[:, 0] = -1
-        laws = DraftLaws(torch.full((1, *shape), value), torch.arange(shape[1]) if ids is None else ids, rows)
-        return replace(tree, laws=laws)
+        distributions = DraftDistributions(
+            torch.full((1, *shape), value), torch.arange(shape[1]) if ids is None else ids, rows
+        )
+        return replace(tree, distributions=distributions)
 
     return with_tree(change)
 
@@ -193,14 +197,14 @@ FAULTS: dict[str, Callable[[list[int], Limits], DraftTree]] = {
     "fewer log-probs": with_tree(lambda t: replace(t, log_probs=t.log_probs[:, :2])),
     "no axis of rows": with_tree(lambda t: replace(t, **{n: getattr(t, n)[0] for n in PARTS})),
     "an origin of three": with_tree(lambda t: replace(t, origin=torch.zeros(1, 7, 3))),
-    "laws of NaN": law(value=math.nan),
-    "laws of infinity": law(value=math.inf),
-    "laws of nothing": law(value=-math.inf),
-    "laws of other tokens": law((1, 8), ids=torch.arange(8) + VOCAB - 2),
-    "laws of fewer tokens": law((1, 8), ids=torch.arange(9)),
-    "no laws": law((0, VOCAB)),
-    "another law than there is": law(row=5),
-    "drawn twice without replacement": lambda text, limits: law()([text[0], *text[1:2] * 9], limits),
+    "distributions of NaN": distribution(value=math.nan),
+    "distributions of infinity": distribution(value=math.inf),
+    "distributions of nothing": distribution(value=-math.inf),
+    "distributions of other tokens": distribution((1, 8), ids=torch.arange(8) + VOCAB - 2),
+    "distributions of fewer tokens": distribution((1, 8), ids=torch.arange(9)),
+    "no distributions": distribution((0, VOCAB)),
+    "another distribution than there is": distribution(row=5),
+    "drawn twice without replacement": lambda text, limits: distribution()([text[0], *text[1:2] * 9], limits),
 }
 PARTS = ("tokens", "parents", "log_probs", "origin")
 
@@ -244,13 +248,13 @@ def test_a_broken_tree_beside_a_look_up(fault):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_a_broken_tree_under_rules_that_compare_laws(fault, rule):
+def test_a_broken_tree_under_rules_that_compare_distributions(fault, rule):
     target, prompt, text = tiny_target("llama"), prompt_of(LENGTH), plain_text("llama")
     drafter = Proposer(text, FAULTS[fault])
     drafter.can_sample = True
     drafter.drafting_plan = DraftingPlan(12, 1, draft_sampling="sampled", verification=rule)
     set_seed(0)
-    # A law of one token: whatever else was emitted would be wrong.
+    # A distribution of one token: whatever else was emitted would be wrong.
     output = target.generate(prompt, max_new_tokens=12, assistant_model=drafter, do_sample=True, top_k=1)
     assert output[0].tolist() == text
 
@@ -281,7 +285,7 @@ class SameForAll(ToldDrafter):
         """Nothing is kept."""
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if "law" not in fault and "row" not in fault])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if "distribution" not in fault and "row" not in fault])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_broken_tree_in_a_batch(fault, name):
     target, batch = TARGETS[name](), padded_batch((4, LENGTH, 11))
@@ -333,7 +337,7 @@ def test_a_tree_within_its_limits_stays_as_it_is():
     cut = within(tree, pairs_of(1), Limits((6,), (2,)))
     for name in PARTS:
         assert torch.equal(getattr(cut, name), getattr(tree, name))
-    assert cut.height == 2 and cut.laws is None
+    assert cut.height == 2 and cut.distributions is None
     assert scored_nodes(cut) is cut
 
 

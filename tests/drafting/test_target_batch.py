@@ -73,7 +73,7 @@ def test_no_rows_give_no_loss():
     assert rank_buckets(logits, torch.zeros(0)).shape == (0,)
 
 
-def test_a_target_that_is_the_drafters_own_law_has_no_gradient():
+def test_a_target_that_is_the_drafters_own_distribution_has_no_gradient():
     logits = case(1)[0].requires_grad_()
     probs, ids = logits.detach().softmax(-1).sort(-1, descending=True)
     loss = soft_cross_entropy(logits, ids, probs)

@@ -99,7 +99,7 @@ def test_sampled_answers_of_tree_drafters_are_plain_ones_of_the_same_seed(llama)
     assert first != other and first != greedy("abc")
 
 
-def test_sampling_cuts_nothing_off_the_law():
+def test_sampling_cuts_nothing_off_the_distribution():
     assert decoding_settings(0, 5) == {"do_sample": False, "max_new_tokens": 5}
     sampled = {"do_sample": True, "max_new_tokens": 5, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
     assert decoding_settings(0.7, 5) == sampled

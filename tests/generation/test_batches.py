@@ -286,7 +286,7 @@ class Coins:
         return torch.tensor(shown).unsqueeze(1)
 
 
-def test_a_batch_follows_the_targets_law(monkeypatch):
+def test_a_batch_follows_the_targets_distribution(monkeypatch):
     new_tokens = 3
     torch.manual_seed(0)
     sizes = {"vocab_size": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
@@ -294,7 +294,7 @@ def test_a_batch_follows_the_targets_law(monkeypatch):
     target = LlamaForCausalLM(config).eval()
     batch = {"input_ids": torch.tensor([[1, 0, 1], [0, 0, 1]]), "attention_mask": torch.tensor([[1] * 3, [0, 1, 1]])}
     options = batch | {"max_new_tokens": new_tokens, "do_sample": True, "temperature": 0.6, "repetition_penalty": 1.3}
-    laws: dict[str, dict] = {"plain": defaultdict(float), "drafted": defaultdict(float)}
+    distributions: dict[str, dict] = {"plain": defaultdict(float), "drafted": defaultdict(float)}
     kept = 0
     for faces in product(range(2), repeat=2 * new_tokens):
         # One tree for all outcomes, as a function of the prefix must be.
@@ -307,11 +307,14 @@ def test_a_batch_follows_the_targets_law(monkeypatch):
                 patch.setattr(torch, "multinomial", coins)
                 output = target.generate(**options, assistant_model=assistant)
             assert not coins.faces
-            laws[name][tuple(output[:, 3:].flatten().tolist())] += coins.probability
+            distributions[name][tuple(output[:, 3:].flatten().tolist())] += coins.probability
         kept += sum(drafter.last_statistics.accepted)
-    assert kept > 0 and len(laws["plain"]) == len(laws["drafted"]) == 4**new_tokens
-    assert abs(sum(laws["drafted"].values()) - 1) < 1e-5
-    assert max(abs(laws["plain"][text] - laws["drafted"][text]) for text in laws["plain"]) < 1e-6  # fp32
+    assert kept > 0 and len(distributions["plain"]) == len(distributions["drafted"]) == 4**new_tokens
+    assert abs(sum(distributions["drafted"].values()) - 1) < 1e-5
+    assert (
+        max(abs(distributions["plain"][text] - distributions["drafted"][text]) for text in distributions["plain"])
+        < 1e-6
+    )  # fp32
 
 
 def test_a_prompt_of_embeddings(target):

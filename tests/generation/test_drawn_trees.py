@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`generate()` with drawn trees: the target's law, processors with a memory of the text, refusals."""
+"""`generate()` with drawn trees: the target's distribution, processors with a memory of the text, refusals."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_no_two_calls_draw_the_same_tree():
 
 @pytest.fixture(scope="module")
 def peaked():
-    """A target over 12 tokens, 3 of which can follow any text, and the law of three tokens after a prompt."""
+    """A target over 12 tokens, 3 of which can follow any text, and the distribution of three tokens after a prompt."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     config = LlamaConfig(**sizes, num_hidden_layers=4, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
@@ -96,25 +96,25 @@ def peaked():
             TopKLogitsWarper(3),
         ]
     )
-    law = {(): 1.0}
+    distribution = {(): 1.0}
     for _ in range(3):
         longer = {}
-        for text, mass in law.items():
+        for text, mass in distribution.items():
             ids = torch.cat((prompt, torch.tensor([text], dtype=torch.long)), dim=1)
             with torch.no_grad():
                 scores = processors(ids, target(ids).logits[:, -1])
             for token, chance in enumerate(scores[0].softmax(-1).tolist()):
                 if chance:
                     longer[*text, token] = mass * chance
-        law = longer
+        distribution = longer
     options = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "temperature": 1.2, "top_k": 3}
-    return target, prompt, law, options | {"do_sample": True, "max_new_tokens": 3}
+    return target, prompt, distribution, options | {"do_sample": True, "max_new_tokens": 3}
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.usefixtures("known_draws")
-def test_the_law_of_three_tokens_with_processors_that_look_at_the_text(peaked, rule):
-    target, prompt, law, options = peaked
+def test_the_distribution_of_three_tokens_with_processors_that_look_at_the_text(peaked, rule):
+    target, prompt, distribution, options = peaked
     drafter = drafter_for(target, draft_sampling="sampled", verification=rule, tree_budget=4)
     torch.manual_seed(3)
     counts: dict[tuple[int, ...], int] = {}
@@ -125,8 +125,8 @@ def test_the_law_of_three_tokens_with_processors_that_look_at_the_text(peaked, r
             counts[tuple(text)] = counts.get(tuple(text), 0) + 1
         kept += sum(drafter.last_statistics.accepted)
     assert kept > 60
-    assert set(counts) <= set(law)
-    assert_drawn_from({text: law.get(text, 0.0) for text in product(range(12), repeat=3)}, counts)
+    assert set(counts) <= set(distribution)
+    assert_drawn_from({text: distribution.get(text, 0.0) for text in product(range(12), repeat=3)}, counts)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -182,7 +182,7 @@ def test_a_greedy_call_drafts_the_likeliest_tokens_whatever_the_plan_says():
     drafter = drafter_for(target, draft_sampling="sampled", verification="block")
     plain = target.generate(prompt_of(9), max_new_tokens=20, do_sample=False)
     assert target.generate(prompt_of(9), assistant_model=drafter, max_new_tokens=20, do_sample=False).equal(plain)
-    assert drafter.last_statistics.first_round[0].laws is None
+    assert drafter.last_statistics.first_round[0].distributions is None
 
 
 class Counting:
@@ -214,7 +214,7 @@ def test_plans_that_contradict_themselves():
     assert DraftingPlan(8, 1).rule == "walk"
     assert DraftingPlan(8, 1, draft_sampling="sampled").rule == "block"
     assert DraftingPlan(8, 1, draft_sampling="sampled", verification="token").rule == "token"
-    with pytest.raises(ValueError, match="compares drawn tokens with the laws"):
+    with pytest.raises(ValueError, match="compares drawn tokens with the distributions"):
         DraftingPlan(8, 1, verification="block")
     with pytest.raises(ValueError, match="draft_sampling is 'gumbel'; give one of topk, sampled"):
         DraftingPlan(8, 1, draft_sampling="gumbel")

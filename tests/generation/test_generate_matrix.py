@@ -561,7 +561,8 @@ def smollm2():
 @pytest.mark.parametrize("name", REAL_OPTIONS)
 def test_smollm2(table, smollm2, name):
     target, tokenizer = smollm2
-    # Next to a shorter one where that is another case; a batch that samples is a matter of laws, not of tokens.
+    # Next to a shorter one where that is another case; a batch that samples is a matter of distributions, not of
+    # tokens.
     rows = 2 if name in ("greedy", "`repetition_penalty`, `no_repeat_ngram_size`") else 1
     batch = tokenizer(PROMPTS[-rows:], return_tensors="pt", padding=True, padding_side="left")
     options = {"do_sample": False, "max_new_tokens": 12, "tokenizer": tokenizer} | REAL_OPTIONS[name]

@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling with a drafter: the very tokens of plain sampling, the exact law, and processors that remember."""
+"""Sampling with a drafter: the very tokens of plain sampling, the exact distribution, and processors that remember."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ class Coins:
     "options", [{"temperature": 0.6}, {"temperature": 1.3, "top_k": 3, "repetition_penalty": 1.5}]
 )
 @pytest.mark.parametrize("drafter_class", [GarbageDrafter, OracleDrafter])
-def test_the_law_of_three_tokens_is_the_targets(monkeypatch, options, drafter_class):
+def test_the_distribution_of_three_tokens_is_the_targets(monkeypatch, options, drafter_class):
     torch.manual_seed(0)
     sizes = {"vocab_size": 5, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = LlamaConfig(**sizes, num_hidden_layers=2, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
     target = LlamaForCausalLM(config).eval()
     prompt, options = torch.tensor([[1, 4, 2]]), {"max_new_tokens": 3, "do_sample": True, "top_k": 0} | options
-    laws: dict[str, list[float]] = {"plain": [], "drafted": []}
+    distributions: dict[str, list[float]] = {"plain": [], "drafted": []}
     kept = 0
     for faces in product(range(5), repeat=3):
         # One tree for all outcomes, as a function of the prefix must be: the oracle believes in 3, 0, 2.
@@ -105,11 +105,14 @@ def test_the_law_of_three_tokens_is_the_targets(monkeypatch, options, drafter_cl
                 patch.setattr(torch, "multinomial", coins)
                 text = target.generate(prompt, assistant_model=drafter, **options)[0].tolist()
             assert text == [1, 4, 2, *faces] and not coins.faces
-            laws[name].append(coins.probability)
+            distributions[name].append(coins.probability)
         kept += sum(drafter.last_statistics.accepted)
     assert kept > 0
-    assert abs(sum(laws["drafted"]) - 1) < 1e-5
-    distance = sum(abs(ours - theirs) for ours, theirs in zip(laws["drafted"], laws["plain"], strict=True)) / 2
+    assert abs(sum(distributions["drafted"]) - 1) < 1e-5
+    distance = (
+        sum(abs(ours - theirs) for ours, theirs in zip(distributions["drafted"], distributions["plain"], strict=True))
+        / 2
+    )
     assert distance < 1e-6  # fp32
 
 

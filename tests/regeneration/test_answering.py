@@ -98,14 +98,14 @@ def test_prompts_are_read_in_parts(llama, monkeypatch):
     assert whole == {p.name: plain(llama, p, 3) for p in prompts()}
 
 
-def test_sampled_answers_follow_the_law_at_their_temperature(llama):
+def test_sampled_answers_follow_the_distribution_at_their_temperature(llama):
     prompt = prompts()[1]
     with torch.no_grad():
-        law = (llama(torch.tensor([prompt.input_ids])).logits[0, -1] / 0.7).softmax(-1)
+        distribution = (llama(torch.tensor([prompt.input_ids])).logits[0, -1] / 0.7).softmax(-1)
     waiting = [Prompt("", "", "k", prompt.input_ids, 0.7, number) for number in range(4000)]
     draws = torch.tensor(list(answers(llama, waiting, 500, 1, set()).values())).flatten()
     found = torch.bincount(draws, minlength=VOCAB) / 4000
-    assert (found - law).abs().sum() / 2 < 0.04  # total variation; 32 tokens and 4000 draws give about 0.02
+    assert (found - distribution).abs().sum() / 2 < 0.04  # total variation; 32 tokens and 4000 draws give about 0.02
 
 
 def test_a_prompts_draws_are_its_own(llama):
@@ -129,7 +129,7 @@ def test_draws_at_the_borders_choose_possible_tokens():
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (7, 49152)])
-def test_choices_follow_the_cumulated_law(shape):
+def test_choices_follow_the_cumulated_distribution(shape):
     generator = torch.Generator().manual_seed(0)
     logits, draws = torch.randn(shape, generator=generator) * 3, torch.rand(shape[0], generator=generator)
     chosen = choose(logits, torch.full((shape[0],), 0.5), draws)

@@ -15,12 +15,12 @@ from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct
 from specblock_hf.evaluation.outcomes import outcomes
 from specblock_hf.trees.rejection_sampling import GlobalCoins, SampledVerifier
 from specblock_hf.trees.sampling import Shape, gumbel_draw, tree_shape
-from specblock_hf.trees.tree import DraftLaws, DraftTree
+from specblock_hf.trees.tree import DraftDistributions, DraftTree
 
 
 MODELS = 40
 End = tuple[float, Tokens, torch.Tensor]
-"""A way for a round to end: its mass, the drafted tokens that it kept, the law of the next one."""
+"""A way for a round to end: its mass, the drafted tokens that it kept, the distribution of the next one."""
 
 
 def shape_of(seed: int, size: int) -> Shape:
@@ -38,23 +38,23 @@ def model_of(seed: int) -> ToyModel:
     return ToyModel(seed, 3 + seed % 2, noise=(0.1, 0.4, 0.9)[seed % 5 % 3], unknown=seed % 2)
 
 
-def law_of_emitted(model: ToyModel, ends: list[End], length: int) -> dict[Tokens, float]:
-    """The law of the first `length` tokens if rounds end so and the target goes on."""
+def distribution_of_emitted(model: ToyModel, ends: list[End], length: int) -> dict[Tokens, float]:
+    """The distribution of the first `length` tokens if rounds end so and the target goes on."""
     mass: dict[Tokens, float] = {}
-    for part, kept, law in ends:
-        for token, probability in enumerate(law.tolist()):
+    for part, kept, distribution in ends:
+        for token, probability in enumerate(distribution.tolist()):
             mass[*kept, token] = mass.get((*kept, token), 0.0) + part * probability
     for size in range(1, length):
         for text in [text for text in mass if len(text) == size]:
             part = mass.pop(text)
-            for token, probability in enumerate(model.target_law(text).tolist()):
+            for token, probability in enumerate(model.target_distribution(text).tolist()):
                 mass[*text, token] = mass.get((*text, token), 0.0) + part * probability
     return mass
 
 
-def total_variation(model: ToyModel, law: dict[Tokens, float], length: int) -> float:
-    plain = law_of_emitted(model, [(1.0, (), model.target_law(()))], length)
-    return sum(abs(law.get(text, 0.0) - plain.get(text, 0.0)) for text in law | plain) / 2
+def total_variation(model: ToyModel, distribution: dict[Tokens, float], length: int) -> float:
+    plain = distribution_of_emitted(model, [(1.0, (), model.target_distribution(()))], length)
+    return sum(abs(distribution.get(text, 0.0) - plain.get(text, 0.0)) for text in distribution | plain) / 2
 
 
 def ends_of(model: ToyModel, trees: list[tuple[DraftTree, float]], rule: str) -> list[End]:
@@ -62,11 +62,11 @@ def ends_of(model: ToyModel, trees: list[tuple[DraftTree, float]], rule: str) ->
     for tree, mass in trees:
         tokens = tree.tokens[0].tolist()
         if int(tree.num_nodes[0]) == 1:
-            ends.append((mass, (), model.target_law(())))
+            ends.append((mass, (), model.target_distribution(())))
             continue
         for outcome in outcomes(tree, model, rule):
             kept = tuple(tokens[node] for node in outcome.nodes[1:])
-            ends.append((mass * outcome.probability, kept, outcome.law))
+            ends.append((mass * outcome.probability, kept, outcome.distribution))
     return ends
 
 
@@ -85,10 +85,10 @@ class Analytic:
         children = [child for child, inner in enumerate(self.shape.nodes) if inner.parent == node]
         if not children or not weight:
             return 0.0
-        owed = [weight * p for p in self.model.target_law(path).tolist()]
-        forward, row, slot = self.shape.laws[self.shape.nodes[children[0]].law]
+        owed = [weight * p for p in self.model.target_distribution(path).tolist()]
+        forward, row, slot = self.shape.distributions[self.shape.nodes[children[0]].distribution]
         start = self.shape.starts[forward][row]
-        q = self.model.draft_law(path[: len(self.shape.path(start))], slot).tolist()
+        q = self.model.draft_distribution(path[: len(self.shape.path(start))], slot).tolist()
         return self._without_replacement(children, path, owed, weight, q)
 
     def _without_replacement(self, children, path, owed, weight, q) -> float:
@@ -112,7 +112,7 @@ class Analytic:
         return accepted * (1 + self.below(child, path, 1.0))
 
 
-def test_the_emitted_law_is_the_targets_and_blocks_keep_no_less():
+def test_the_emitted_distribution_is_the_targets_and_blocks_keep_no_less():
     gained = 0.0
     for seed in range(MODELS):
         model = model_of(seed)
@@ -122,8 +122,8 @@ def test_the_emitted_law_is_the_targets_and_blocks_keep_no_less():
         lengths = {}
         for rule in ("token", "block"):
             ends = ends_of(model, trees, rule)
-            law = law_of_emitted(model, ends, shape.height + 1)
-            assert total_variation(model, law, shape.height + 1) < 1e-12, (seed, rule)
+            distribution = distribution_of_emitted(model, ends, shape.height + 1)
+            assert total_variation(model, distribution, shape.height + 1) < 1e-12, (seed, rule)
             lengths[rule] = expected_length(ends)
             analytic = Analytic(model, shape, rule).below(0, (), 1.0)
             assert abs(lengths[rule] - analytic) < 1e-9, (seed, rule)
@@ -139,9 +139,9 @@ def test_tokens_that_were_not_drawn_may_stand_beside_drawn_ones(rule):
     for seed in range(MODELS):
         model = model_of(seed)
         shape = tree_shape(2, 2 - seed % 2, 2)
-        trees = [(tree.beside(found), mass) for tree, mass in all_trees(model, shape)]
-        law = law_of_emitted(model, ends_of(model, trees, rule), 3)
-        assert total_variation(model, law, 3) < 1e-12, seed
+        trees = [(tree.join(found), mass) for tree, mass in all_trees(model, shape)]
+        distribution = distribution_of_emitted(model, ends_of(model, trees, rule), 3)
+        assert total_variation(model, distribution, 3) < 1e-12, seed
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
@@ -150,52 +150,61 @@ def test_a_tree_that_was_not_drawn_keeps_what_the_walk_keeps(rule):
     for seed in range(MODELS):
         model = model_of(seed)
         ends = ends_of(model, [(tree, 1.0)], rule)
-        assert total_variation(model, law_of_emitted(model, ends, 3), 3) < 1e-12
-        law = model.target_law
-        walk = law(())[1] * (1 + law((1,))[0] + law((1,))[2]) + law(())[2] * (1 + law((2,))[1])
+        assert total_variation(model, distribution_of_emitted(model, ends, 3), 3) < 1e-12
+        distribution = model.target_distribution
+        walk = distribution(())[1] * (1 + distribution((1,))[0] + distribution((1,))[2]) + distribution(())[2] * (
+            1 + distribution((2,))[1]
+        )
         assert abs(expected_length(ends) - float(walk)) < 1e-12
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("fault", ["NaN", "nothing", "a token too far", "a token below 0"])
-def test_draws_whose_law_cannot_be_read_count_as_not_drawn(rule, fault):
+def test_draws_whose_distribution_cannot_be_read_count_as_not_drawn(rule, fault):
     for seed in range(6):
         model = model_of(seed)
         shape = shape_of(seed, len(model.token_ids))
         trees = [(unreadable(tree, fault), mass) for tree, mass in all_trees(model, shape)]
-        law = law_of_emitted(model, ends_of(model, trees, rule), shape.height + 1)
-        assert total_variation(model, law, shape.height + 1) < 1e-12, seed
+        distribution = distribution_of_emitted(model, ends_of(model, trees, rule), shape.height + 1)
+        assert total_variation(model, distribution, shape.height + 1) < 1e-12, seed
 
 
 def unreadable(tree: DraftTree, fault: str) -> DraftTree:
-    """The tree with its last law, or the tokens of all laws, made something else."""
-    log_probs, ids = tree.laws.log_probs.clone(), tree.laws.token_ids.clone()
+    """The tree with its last distribution, or the tokens of all distributions, made something else."""
+    log_probs, ids = tree.distributions.log_probs.clone(), tree.distributions.token_ids.clone()
     if fault.startswith("a token"):
         ids[0] = 99 if fault == "a token too far" else -1
     else:
         log_probs[:, -1] = math.nan if fault == "NaN" else -math.inf
-    return replace(tree, laws=replace(tree.laws, log_probs=log_probs, token_ids=ids))
+    return replace(tree, distributions=replace(tree.distributions, log_probs=log_probs, token_ids=ids))
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_a_law_of_one_token_has_no_second_draw(rule):
+def test_a_distribution_of_one_token_has_no_second_draw(rule):
     """Where float64 knows no other token, a later sibling is no draw of it and is not kept for one."""
-    laws = DraftLaws(torch.tensor([[[0.0, -5000.0, -6000.0]]]), torch.arange(3), torch.tensor([[-1, 0, 0, 0]]))
-    tree = replace(tree_of([(0, 0), (1, 0), (2, 0)]), laws=laws)
+    distributions = DraftDistributions(
+        torch.tensor([[[0.0, -5000.0, -6000.0]]]), torch.arange(3), torch.tensor([[-1, 0, 0, 0]])
+    )
+    tree = replace(tree_of([(0, 0), (1, 0), (2, 0)]), distributions=distributions)
     for seed in range(MODELS):
         model = ToyModel(seed, 3, noise=0.4)
-        assert total_variation(model, law_of_emitted(model, ends_of(model, [(tree, 1.0)], rule), 2), 2) < 1e-12
+        assert (
+            total_variation(model, distribution_of_emitted(model, ends_of(model, [(tree, 1.0)], rule), 2), 2) < 1e-12
+        )
 
 
-def test_the_enumeration_notices_a_law_that_was_misreported():
-    """Drawn from one law, verified against another."""
+def test_the_enumeration_notices_a_distribution_that_was_misreported():
+    """Drawn from one distribution, verified against another."""
     model, shape = model_of(1), tree_shape(2, 2, 2)
     trees = [
-        (replace(tree, laws=replace(tree.laws, log_probs=tree.laws.log_probs.flip(1))), mass)
+        (
+            replace(tree, distributions=replace(tree.distributions, log_probs=tree.distributions.log_probs.flip(1))),
+            mass,
+        )
         for tree, mass in all_trees(model, shape)
     ]
     for rule in ("token", "block"):
-        assert total_variation(model, law_of_emitted(model, ends_of(model, trees, rule), 3), 3) > 1e-3
+        assert total_variation(model, distribution_of_emitted(model, ends_of(model, trees, rule), 3), 3) > 1e-3
 
 
 class ManyCoins:
@@ -236,7 +245,7 @@ def thrown(model: ToyModel, tree: DraftTree, rule: str, rounds: int) -> dict[Tok
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_the_law_with_real_draws_and_real_coins(rule):
+def test_the_distribution_with_real_draws_and_real_coins(rule):
     torch.manual_seed(1)
     model, runs = ToyModel(5, 4, 0.5, unknown=1), 200_000
     draw = gumbel_draw(torch.Generator().manual_seed(2))
@@ -249,18 +258,20 @@ def test_the_law_with_real_draws_and_real_coins(rule):
         for text in [text for text in counts if len(text) == size]:
             rounds = counts.pop(text)
             if rounds:
-                drawn = torch.multinomial(model.target_law(text), rounds, replacement=True).bincount(minlength=4)
+                drawn = torch.multinomial(model.target_distribution(text), rounds, replacement=True).bincount(
+                    minlength=4
+                )
                 for token, count in enumerate(drawn.tolist()):
                     counts[*text, token] = counts.get((*text, token), 0) + count
     assert sum(counts.values()) == runs
-    assert_drawn_from(law_of_emitted(model, [(1.0, (), model.target_law(()))], 3), counts)
+    assert_drawn_from(distribution_of_emitted(model, [(1.0, (), model.target_distribution(()))], 3), counts)
 
 
-def assert_drawn_from(law: dict[Tokens, float], counts: dict[Tokens, int]) -> None:
+def assert_drawn_from(distribution: dict[Tokens, float], counts: dict[Tokens, int]) -> None:
     """Chi-squared, six standard deviations wide."""
     runs = sum(counts.values())
-    assert not any(count for text, count in counts.items() if not law[text])
-    cells = [(runs * chance, counts.get(text, 0)) for text, chance in law.items() if chance]
+    assert not any(count for text, count in counts.items() if not distribution[text])
+    cells = [(runs * chance, counts.get(text, 0)) for text, chance in distribution.items() if chance]
     statistic = sum((count - expected) ** 2 / expected for expected, count in cells)
     degrees = len(cells) - 1
     assert degrees > 2 and statistic < degrees + 6 * (2 * degrees) ** 0.5
@@ -294,7 +305,7 @@ class Kept(ToyModel):
         super().__init__(0, 4, 0.0)
         self.kept: list[tuple[int, int]] = []
 
-    def law(self, row: int, node: int, path: list[int]) -> torch.Tensor:
+    def distribution(self, row: int, node: int, path: list[int]) -> torch.Tensor:
         return torch.full((4,), 0.25, dtype=torch.float64)
 
     def keep(self, row: int, node: int) -> None:
@@ -336,7 +347,7 @@ def test_all_mass_in_the_tree_and_a_coin_that_falls_wrongly_still_emits_a_token_
             return probability == 1.0 and self.tries.pop()
 
     model = ToyModel(0, 4, 0.0)
-    model.law = lambda row, node, path: torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
+    model.distribution = lambda row, node, path: torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
     coins = Unlucky()
     coins.tries = [True, False]
     walk = SampledVerifier(model, rule, coins)(tree_of([(0, 0), (1, 0)]), [True], never_select, never_stop)
@@ -344,7 +355,7 @@ def test_all_mass_in_the_tree_and_a_coin_that_falls_wrongly_still_emits_a_token_
 
 
 def never_select(row: int, node: int) -> int:
-    raise AssertionError("a row with a draft is verified by its laws")
+    raise AssertionError("a row with a draft is verified by its distributions")
 
 
 def never_stop(row: int, token: int) -> bool:

@@ -30,7 +30,7 @@ def depths_of(shape: Shape) -> list[int]:
 
 
 def check_layout(shape: Shape, block_size: int) -> None:
-    """Parents first, the first-drawn path foremost, siblings in order and from one law each."""
+    """Parents first, the first-drawn path foremost, siblings in order and from one distribution each."""
     children: dict[int, list[int]] = {}
     for node, inner in enumerate(shape.nodes):
         assert inner.parent < node
@@ -38,21 +38,21 @@ def check_layout(shape: Shape, block_size: int) -> None:
             children.setdefault(inner.parent, []).append(node)
     for siblings in children.values():
         assert [shape.nodes[node].sibling for node in siblings] == list(range(len(siblings)))
-        assert len({shape.nodes[node].law for node in siblings}) == 1
+        assert len({shape.nodes[node].distribution for node in siblings}) == 1
     first = 0
     while first in children:
         assert children[first][0] == first + 1
         first += 1
     assert shape.height == max(depths_of(shape))
     for node, inner in enumerate(shape.nodes[1:], start=1):
-        forward, row, slot = shape.laws[inner.law]
+        forward, row, slot = shape.distributions[inner.distribution]
         # The slot counts from the node that the forward's row starts from, on the node's own path.
         start = shape.starts[forward][row]
         assert slot < block_size and start in (0, *shape.path(node))
         assert len(shape.path(node)) - len(shape.path(start)) == slot + 1
     for forward, starts in enumerate(shape.starts[1:], start=1):
-        assert all(shape.laws[shape.nodes[start].law][0] == forward - 1 for start in starts)
-        assert [row for _, row, slot in shape.laws if slot == 0 and _ == forward] == list(range(len(starts)))
+        assert all(shape.distributions[shape.nodes[start].distribution][0] == forward - 1 for start in starts)
+        assert [row for _, row, slot in shape.distributions if slot == 0 and _ == forward] == list(range(len(starts)))
 
 
 @QUICK
@@ -74,7 +74,7 @@ def test_tree_shapes(budget, depth, block_size, forwards, max_starts, supports, 
     check_layout(capped, block_size)
     assert len(capped.nodes) <= budget + 1
     for inner in capped.nodes[1:]:
-        forward, _, slot = capped.laws[inner.law]
+        forward, _, slot = capped.distributions[inner.distribution]
         assert inner.sibling < (supports[slot] if forward == 0 else vocab_size)
 
 
@@ -86,31 +86,33 @@ def test_a_shape_spends_its_nodes_where_few_tokens_can_be_drawn_elsewhere():
 
 
 def test_the_shape_does_not_look_at_probabilities():
-    law = torch.randn(2, 3, 20).log_softmax(-1)
-    shape = shape_for(12, 5, 2, 3, law)
-    assert shape == shape_for(12, 5, 2, 3, law.flip(-1) * 3)
+    distribution = torch.randn(2, 3, 20).log_softmax(-1)
+    shape = shape_for(12, 5, 2, 3, distribution)
+    assert shape == shape_for(12, 5, 2, 3, distribution.flip(-1) * 3)
     assert len(shape.nodes) == 13
-    law[:, 0, 2:] = -torch.inf
-    assert sum(inner.parent == 0 for inner in shape_for(12, 5, 2, 3, law).nodes) == 2
+    distribution[:, 0, 2:] = -torch.inf
+    assert sum(inner.parent == 0 for inner in shape_for(12, 5, 2, 3, distribution).nodes) == 2
 
 
-def grow(shape: Shape, laws: torch.Tensor, seed: int = 0) -> DraftTree:
-    """A tree of one forward whose slots have these laws `[B, K, D]`."""
+def grow(shape: Shape, distributions: torch.Tensor, seed: int = 0) -> DraftTree:
+    """A tree of one forward whose slots have these distributions `[B, K, D]`."""
     draw = gumbel_draw(torch.Generator().manual_seed(seed))
-    growth = SampledGrowth(torch.full((len(laws),), 7), torch.arange(laws.shape[-1]) * 2, shape, draw)
-    growth.grow(laws[:, [slot for _, _, slot in shape.laws]])
+    growth = SampledGrowth(
+        torch.full((len(distributions),), 7), torch.arange(distributions.shape[-1]) * 2, shape, draw
+    )
+    growth.grow(distributions[:, [slot for _, _, slot in shape.distributions]])
     return growth.tree()
 
 
-def test_what_a_law_cannot_draw_any_more_is_padding_with_all_below_it():
-    laws = torch.full((2, 2, 5), -torch.inf)
-    laws[0, 0, 3] = laws[1, 0, :2] = laws[:, 1, 4] = 0.0
+def test_what_a_distribution_cannot_draw_any_more_is_padding_with_all_below_it():
+    distributions = torch.full((2, 2, 5), -torch.inf)
+    distributions[0, 0, 3] = distributions[1, 0, :2] = distributions[:, 1, 4] = 0.0
     # Root with two children, each with one child.
-    tree = grow(tree_shape(4, 2, 2, supports=(2, 1)), laws)
+    tree = grow(tree_shape(4, 2, 2, supports=(2, 1)), distributions)
     assert tree.parents.tolist() == [[-1, 0, 1, -2, -2], [-1, 0, 1, 0, 3]]
     assert tree.tokens[0, :3].tolist() == [7, 6, 8] and sorted(tree.tokens[1, [1, 3]].tolist()) == [0, 2]
     assert tree.log_probs[0, 3:].isneginf().all() and tree.origin[0, 1].tolist() == [0, 0]
-    assert tree.laws.rows.tolist() == [[-1, 0, 1, 0, 1]] * 2
+    assert tree.distributions.rows.tolist() == [[-1, 0, 1, 0, 1]] * 2
     packed = tree.limit_depth((1, 2)).pack()
     assert packed.tokens.shape == (2, 5) and packed.num_nodes.tolist() == [2, 5]
     assert packed.parents[0].tolist() == [-1, 0, -2, -2, -2]
@@ -130,8 +132,8 @@ def test_a_drawn_tree_keeps_its_shape():
     ):
         with pytest.raises(ValueError, match="a sampled tree keeps its shape"):
             change()
-    beside = tree.beside(grow_fixed())
-    assert beside.laws.rows.tolist() == [[*tree.laws.rows[0].tolist(), -1, -1]]
+    beside = tree.join(grow_fixed())
+    assert beside.distributions.rows.tolist() == [[*tree.distributions.rows[0].tolist(), -1, -1]]
     chain = likeliest_chain(tree)
     assert chain.parents.tolist() == [[-1, 0, 1]] and chain.tokens.equal(tree.tokens[:, :3])
 

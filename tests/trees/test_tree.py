@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock_hf.trees.tree import DraftLaws, DraftTree
+from specblock_hf.trees.tree import DraftDistributions, DraftTree
 
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -323,21 +323,21 @@ def chain_and_siblings(probabilities: list[list[float]], parents: list[list[int]
 )
 def test_nodes_that_are_not_worth_it_leave_with_their_columns(at_least, parents):
     tree = chain_and_siblings([[1.0, 0.6, 0.3, 0.5, 0.5]], [[-1, 0, 0, 1, 3]])  # paths: 0.6, 0.3, 0.3, 0.15
-    assert tree.worth(0.0) is tree
-    assert tree.worth(at_least).parents.tolist() == parents
+    assert tree.keep_likely(0.0) is tree
+    assert tree.keep_likely(at_least).parents.tolist() == parents
 
 
 def test_a_batch_is_as_wide_as_the_row_with_most_worthwhile_nodes():
     tree = chain_and_siblings([[1.0, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.1]], [[-1, 0, 1, 2], [-1, 0, 0, 0]])
-    kept = tree.worth(0.2)
+    kept = tree.keep_likely(0.2)
     assert kept.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
-    assert tree.worth(0.3).parents.tolist() == [[-1, 0, -2], [-1, 0, 0]]
+    assert tree.keep_likely(0.3).parents.tolist() == [[-1, 0, -2], [-1, 0, 0]]
 
 
 def test_a_drawn_tree_stays_whole():
     tree = chain_and_siblings([[1.0, 0.01]], [[-1, 0]])
-    tree.laws = DraftLaws(torch.zeros(1, 1, 3), torch.arange(3), torch.tensor([[-1, 0]]))
-    assert tree.worth(0.5) is tree
+    tree.distributions = DraftDistributions(torch.zeros(1, 1, 3), torch.arange(3), torch.tensor([[-1, 0]]))
+    assert tree.keep_likely(0.5) is tree
 
 
 @QUICK
@@ -347,10 +347,10 @@ def test_some_rows_of_a_larger_batch(batch, places, drawn):
     width = tree.tokens.shape[1]
     if drawn:
         kinds = torch.arange(3 * width).view(3, width) % 2 - 1
-        tree.laws = DraftLaws(torch.randn(3, 2, 4), torch.arange(4), kinds)
+        tree.distributions = DraftDistributions(torch.randn(3, 2, 4), torch.arange(4), kinds)
     rows, roots = sorted(places), torch.tensor([3, 1, 4, 1, 5])
     roots[rows] = tree.tokens[:, 0]
-    spread = tree.spread(rows, roots)
+    spread = tree.scatter_rows(rows, roots)
     own = rows_of(spread)
     assert [own[row] for row in rows] == rows_of(tree) and spread.height == tree.height
     assert spread.origin[rows].equal(tree.origin)
@@ -358,8 +358,10 @@ def test_some_rows_of_a_larger_batch(batch, places, drawn):
         assert own[row] == [Node(roots[row], -1, 0.0)] + [Node(0, -2, -INF)] * (width - 1)
         assert (spread.origin[row] == -1).all()
     if drawn:
-        assert spread.laws.log_probs[rows].equal(tree.laws.log_probs) and spread.laws.rows[rows].equal(kinds)
-        assert spread.laws.token_ids is tree.laws.token_ids and len(spread.laws.rows) == 5
+        assert spread.distributions.log_probs[rows].equal(tree.distributions.log_probs) and spread.distributions.rows[
+            rows
+        ].equal(kinds)
+        assert spread.distributions.token_ids is tree.distributions.token_ids and len(spread.distributions.rows) == 5
 
 
 @QUICK

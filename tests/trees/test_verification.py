@@ -21,7 +21,7 @@ from specblock_hf.trees.verification import Verifier, sample_and_walk
 
 Tokens = tuple[int, ...]
 Draw = Callable[[list[Fraction]], int]
-EMITTED = 3  # tokens whose joint law is compared
+EMITTED = 3  # tokens whose joint distribution is compared
 
 
 def never(row: int, token: int) -> bool:
@@ -115,8 +115,8 @@ def test_the_longest_path_over_copies_wins(first):
     assert len(calls) == 5
 
 
-class Law:
-    """A target over `vocab` tokens whose next-token law depends on the whole prefix, in exact arithmetic."""
+class Distribution:
+    """A target over `vocab` tokens whose next-token distribution depends on the whole prefix, in exact arithmetic."""
 
     def __init__(self, seed: int, vocab: int, eos: int | None):
         self.seed, self.vocab, self.eos = seed, vocab, eos
@@ -131,14 +131,14 @@ class Law:
         return len(tokens) == EMITTED or tokens[-1] == self.eos
 
     def of_emitted(self) -> dict[Tokens, Fraction]:
-        """The law of the first tokens by plain sampling."""
-        law, open_prefixes = {}, {(): Fraction(1)}
+        """The distribution of the first tokens by plain sampling."""
+        distribution, open_prefixes = {}, {(): Fraction(1)}
         while open_prefixes:
             prefix, mass = open_prefixes.popitem()
             for token, probability in enumerate(self.after(prefix)):
                 tokens = (*prefix, token)
-                (law if self.ends(tokens) else open_prefixes)[tokens] = mass * probability
-        return {tokens: mass for tokens, mass in law.items() if mass}
+                (distribution if self.ends(tokens) else open_prefixes)[tokens] = mass * probability
+        return {tokens: mass for tokens, mass in distribution.items() if mass}
 
 
 def outcomes(run: Callable[[Draw], Tokens]) -> Iterator[tuple[Fraction, Tokens]]:
@@ -158,19 +158,19 @@ class Replay:
         self.drawn: list[int] = []
         self.mass = Fraction(1)
 
-    def __call__(self, law: list[Fraction]) -> int:
-        possible = [token for token, probability in enumerate(law) if probability]
+    def __call__(self, distribution: list[Fraction]) -> int:
+        possible = [token for token, probability in enumerate(distribution) if probability]
         if len(self.drawn) < len(self.given_draws):
             token = self.given_draws[len(self.drawn)]
         else:
             token = possible[0]
             self.pending.extend((*self.drawn, other) for other in possible[1:])
         self.drawn.append(token)
-        self.mass *= law[token]
+        self.mass *= distribution[token]
         return token
 
 
-def one_round(law: Law, tree: DraftTree, prefix: Tokens, draw: Draw, rule: Verifier) -> Tokens:
+def one_round(distribution: Distribution, tree: DraftTree, prefix: Tokens, draw: Draw, rule: Verifier) -> Tokens:
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     told = list(prefix)
 
@@ -179,26 +179,30 @@ def one_round(law: Law, tree: DraftTree, prefix: Tokens, draw: Draw, rule: Verif
 
     def stop(row: int, token: int) -> bool:
         told.append(token)
-        return law.ends(tuple(told))
+        return distribution.ends(tuple(told))
 
-    walk = rule(tree, [True], lambda row, node: draw(law.after(prefix + path(node))), stop)
+    walk = rule(tree, [True], lambda row, node: draw(distribution.after(prefix + path(node))), stop)
     emitted = prefix + tuple(walk.tokens[0].tolist())
-    assert emitted == tuple(told) and walk.stopped.tolist() == [law.ends(emitted)]
+    assert emitted == tuple(told) and walk.stopped.tolist() == [distribution.ends(emitted)]
     assert [tokens[node] for node in walk.nodes[0, 1:].tolist()] == walk.tokens[0, :-1].tolist()
     return emitted
 
 
-def decode(law: Law, tree_after: Callable[[Tokens], DraftTree], draw: Draw, rule: Verifier) -> Tokens:
-    """Rounds of drafting and walking until the law's end."""
-    emitted = one_round(law, tree_after(()), (), draw, rule)
-    while not law.ends(emitted):
-        emitted = one_round(law, tree_after(emitted), emitted, draw, rule)
+def decode(
+    distribution: Distribution, tree_after: Callable[[Tokens], DraftTree], draw: Draw, rule: Verifier
+) -> Tokens:
+    """Rounds of drafting and walking until the distribution's end."""
+    emitted = one_round(distribution, tree_after(()), (), draw, rule)
+    while not distribution.ends(emitted):
+        emitted = one_round(distribution, tree_after(emitted), emitted, draw, rule)
     return emitted
 
 
-def total_variation(law: Law, tree_after: Callable[[Tokens], DraftTree], rule: Verifier = sample_and_walk) -> Fraction:
-    difference: dict[Tokens, Fraction] = defaultdict(Fraction, law.of_emitted())
-    for mass, tokens in outcomes(lambda draw: decode(law, tree_after, draw, rule)):
+def total_variation(
+    distribution: Distribution, tree_after: Callable[[Tokens], DraftTree], rule: Verifier = sample_and_walk
+) -> Fraction:
+    difference: dict[Tokens, Fraction] = defaultdict(Fraction, distribution.of_emitted())
+    for mass, tokens in outcomes(lambda draw: decode(distribution, tree_after, draw, rule)):
         difference[tokens] -= mass
     return sum(map(abs, difference.values())) / 2
 
@@ -215,13 +219,13 @@ def random_tree(seed: int, vocab: int) -> Callable[[Tokens], DraftTree]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 4), st.sampled_from([None, 1]))
-def test_the_emitted_law_is_the_targets(seed, vocab, eos):
-    assert total_variation(Law(seed, vocab, eos), random_tree(seed, vocab)) == 0
+def test_the_emitted_distribution_is_the_targets(seed, vocab, eos):
+    assert total_variation(Distribution(seed, vocab, eos), random_tree(seed, vocab)) == 0
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([None, 1]))
-def test_the_emitted_law_is_the_targets_through_the_real_expansion(seed, eos):
+def test_the_emitted_distribution_is_the_targets_through_the_real_expansion(seed, eos):
     def outputs(generator, starts):
         log_probs, tokens = torch.randn(1, starts, 2, 3, generator=generator).log_softmax(-1).topk(3)
         return BlockOutputs(tokens, log_probs, torch.randint(4, (1, starts, 2), generator=generator))
@@ -234,11 +238,13 @@ def test_the_emitted_law_is_the_targets_through_the_real_expansion(seed, eos):
         tree, _ = rank_guided(tree, starts, outputs(generator, 3), branching, 1)
         return tree.merge_duplicates().prune(6)
 
-    assert total_variation(Law(seed, 3, eos), tree_after) == 0
+    assert total_variation(Distribution(seed, 3, eos), tree_after) == 0
 
 
 def test_the_enumeration_notices_a_lossy_rule():
-    """Asking the target twice before turning a draft down shifts the law, which the comparison must not miss."""
+    """
+    Asking the target twice before turning a draft down shifts the distribution, which the comparison must not miss.
+    """
 
     def lenient(tree, active, select, stop):
         children = tree.tokens[0][tree.parents[0] == 0].tolist()
@@ -249,4 +255,4 @@ def test_the_enumeration_notices_a_lossy_rule():
 
         return sample_and_walk(tree, active, select_twice, stop)
 
-    assert total_variation(Law(3, 3, None), random_tree(3, 3), lenient) > 0.01
+    assert total_variation(Distribution(3, 3, None), random_tree(3, 3), lenient) > 0.01

@@ -127,7 +127,7 @@ class NetworkDrafter(TreeDrafter):
         state: DraftState,
         roots: DraftTree,
         token_ids: torch.LongTensor,
-        laws: torch.Tensor,
+        distributions: torch.Tensor,
         limits: Limits,
         num_forwards: int,
     ) -> SampledGrowth:
@@ -138,16 +138,16 @@ class NetworkDrafter(TreeDrafter):
             state ([`DraftState`]): Gets its generator here.
             roots ([`DraftTree`]): Each row's last token.
             token_ids (`torch.LongTensor` of shape `[D]`): The target's ids of the tokens that can be drawn.
-            laws (`torch.Tensor` of shape `[B, K, D]`): Of the first forward's slots; see `laws_of`.
+            distributions (`torch.Tensor` of shape `[B, K, D]`): Of the first forward's slots; see `distributions_of`.
             limits ([`Limits`]): Of the round.
             num_forwards (`int`): Most forwards.
         """
         if state.generator is None:
             state.generator = private_generator(self.device)
         budget = min(nodes for nodes in limits.nodes if nodes)
-        shape = shape_for(budget, max(limits.depth), num_forwards, limits.max_starts, laws)
+        shape = shape_for(budget, max(limits.depth), num_forwards, limits.max_starts, distributions)
         growth = SampledGrowth(roots.tokens[:, 0], token_ids, shape, gumbel_draw(state.generator))
-        growth.grow(laws[:, [shape.laws[law][2] for law in shape.laws_of(0)]])
+        growth.grow(distributions[:, [shape.distributions[index][2] for index in shape.distributions_of(0)]])
         return growth
 
     @staticmethod

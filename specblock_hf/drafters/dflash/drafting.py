@@ -15,7 +15,7 @@ from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import TargetBatch
 from ...trees.expansion import BlockOutputs, Children, Starts, best_first, children_by_parent
-from ...trees.sampling import laws_of
+from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
 from ..common.block import BlockState
 from ..common.cache import BlockCache
@@ -59,8 +59,8 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
     target's features alone (DFlash, https://huggingface.co/papers/2602.06036). Causal blocks make it JetSpec
     (https://huggingface.co/papers/2606.18394); DFlash 2 and DSpark add a term that depends on the token before.
 
-    Its tree is the one of the likeliest paths: by the product of the laws of every depth, which know nothing of each
-    other, or where there is a selector or Markov head by laws given the parent.
+    Its tree is the one of the likeliest paths: by the product of the distributions of every depth, which know nothing
+    of each other, or where there is a selector or Markov head by distributions given the parent.
 
     Args:
         config ([`BlockDiffusionConfig`]): The drafter's configuration.
@@ -85,7 +85,9 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
 
     @property
     def can_sample(self) -> bool:
-        """Whether the laws of a block are known before a token of it is, so that a tree can be drawn from them."""
+        """
+        Whether the distributions of a block are known before a token of it is, so that a tree can be drawn from them.
+        """
         config = self.config
         return not (config.selector_rank or config.markov_rank or config.confidence_threshold)
 
@@ -172,9 +174,9 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         return Block(hidden, self.head_logits(hidden, state.table))
 
     def _drawn_tree(self, state: BlockState, roots: DraftTree, block: Block, limits: Limits) -> DraftTree:
-        """A tree drawn from the laws of the depths at the request's temperature."""
-        laws = laws_of(block.logits, state.warp)
-        return self.drawn_tree(self.drawn_growth(state, roots, self.draft_to_target, laws, limits, 1), limits)
+        """A tree drawn from the distributions of the depths at the request's temperature."""
+        distributions = distributions_of(block.logits, state.warp)
+        return self.drawn_tree(self.drawn_growth(state, roots, self.draft_to_target, distributions, limits, 1), limits)
 
     def _num_rows(self, depth: int) -> int:
         """Rows to run for `depth` tokens: all that were trained together, unless later rows cannot be seen."""
@@ -183,7 +185,9 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         return self.config.block_size
 
     def children_of(self, block: Block, width: int) -> Children:
-        """The `width` best tokens below nodes of a level, by whatever the drafter's law of a token depends on."""
+        """
+        The `width` best tokens below nodes of a level, by whatever the drafter's distribution of a token depends on.
+        """
         width = min(width, self.config.vocab_size)
         if self.config.selector_rank:
             children = self._selector_children(block, width)

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 class BlockDiffusionObjective:
     """
     What may be chosen about the objective. The defaults follow the authors of both forms: DFlash learns the text's
-    tokens and cares most for the first slots, JetSpec (causal blocks) the target's laws, all slots alike.
+    tokens and cares most for the first slots, JetSpec (causal blocks) the target's distributions, all slots alike.
 
     Args:
         num_anchors (`int`, *optional*, defaults to 64): Most blocks of a text; they start at random answer tokens.
         decay (`float`, *optional*):
             Slot k weighs exp(-(k - 1) / decay); 0 for all slots alike. Defaults to half the predictions of a block
             (7 for blocks of 16, as published), and to 0 for causal drafters.
-        soft (`bool`, *optional*): Learn the target's laws. Defaults to whether the drafter is causal.
+        soft (`bool`, *optional*): Learn the target's distributions. Defaults to whether the drafter is causal.
     """
 
     num_anchors: int = 64

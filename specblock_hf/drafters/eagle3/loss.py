@@ -6,7 +6,7 @@ The objective of EAGLE-3 (https://huggingface.co/papers/2503.01840, section 3.2)
 The drafter is unrolled as it is run: step 0 reads the target's features, step s the drafter's own states of step s - 1
 with the text's tokens, and sees what a node at that level of a tree sees: the committed pairs up to its own, with the
 keys that the target's features gave them, and its own path. Every step is learned at every place of an answer, its
-target the target model's law over the draft vocabulary; there is no loss on the states.
+target the target model's distribution over the draft vocabulary; there is no loss on the states.
 
 Kept of the paper: all of this, and of the authors' code the weight of a step, 0.8 to the power of its number. Left
 out: nothing of the objective.

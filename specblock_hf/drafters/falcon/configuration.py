@@ -8,8 +8,8 @@ from ...checkpoints.card import Paper
 from ..common.configuration import LastStateConfig
 
 
-# How often the target's token has rank 1, 2, ... of the drafter's law: the frequencies that the SpecBlock paper finds
-# for its rank buckets (75.2, 15.0 and 4.1 percent), made to fall within a bucket too.
+# How often the target's token has rank 1, 2, ... of the drafter's distribution: the frequencies that the SpecBlock
+# paper finds for its rank buckets (75.2, 15.0 and 4.1 percent), made to fall within a bucket too.
 RANK_WEIGHTS = (0.752, 0.08, 0.045, 0.025, 0.012, 0.009, 0.007, 0.005, 0.004, 0.004)
 
 

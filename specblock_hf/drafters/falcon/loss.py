@@ -6,7 +6,7 @@ distillation.
 
 A text is cut into blocks of k rows. The drafter predicts all blocks at once. At the beginning of some blocks, rows are
 then replaced by what they should have predicted, states and tokens, so that the rows behind them learn to use it; the
-more was wrong, and the earlier in the run, the more. Learned are the target's states (smooth L1) and its law.
+more was wrong, and the earlier in the run, the more. Learned are the target's states (smooth L1) and its distribution.
 
 Kept of the paper: both passes, the share of what is replaced (0.4 of the wrong guesses at first, nothing in the end),
 the two losses with weights 1 and 0.1, and the noise on the features, U(-0.1, 0.1). Left out: the hard labels, which
@@ -37,7 +37,7 @@ class FalconObjective:
 
     Args:
         regression_weight (`float`, *optional*, defaults to 1.0): Of the loss of the states (paper: 1).
-        distillation_weight (`float`, *optional*, defaults to 0.1): Of the loss of the laws (paper: 0.1).
+        distillation_weight (`float`, *optional*, defaults to 0.1): Of the loss of the distributions (paper: 0.1).
         glancing (`float`, *optional*, defaults to 0.4):
             Rows that are replaced for every wrong guess at the start of the run; falls to 0 (paper: 0.4).
         feature_noise (`float`, *optional*, defaults to 0.1): Largest noise on a feature (paper: 0.1).

@@ -6,9 +6,10 @@ Medusa (https://huggingface.co/papers/2401.10774): independent heads on the targ
 Kept of the paper: the heads, their start at the target's own predictions, a target that is not touched (Medusa-1) and
 the weights of their losses, 0.8 to the power of the head's number. Left out: a projection to the vocabulary for every
 head, which all share here, over a part of the vocabulary (five of the target's size would be larger than a small
-target); labels, where the target's own law is learned from; the tree whose shape is found once on calibration data,
-instead of which every round takes the paths with the largest products of the heads' probabilities (what that search
-maximises on average); the target that is trained along (Medusa-2) and typical acceptance, which change the output.
+target); labels, where the target's own distribution is learned from; the tree whose shape is found once on calibration
+data, instead of which every round takes the paths with the largest products of the heads' probabilities (what that
+search maximises on average); the target that is trained along (Medusa-2) and typical acceptance, which change the
+output.
 """
 
 from __future__ import annotations

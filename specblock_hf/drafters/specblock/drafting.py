@@ -22,7 +22,7 @@ from ...trees.expansion import (
     limit_starts,
     rank_guided,
 )
-from ...trees.sampling import laws_of
+from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
 from ..common.cache import BlockPath
@@ -79,7 +79,9 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
 
     @property
     def can_sample(self) -> bool:
-        """Whether the laws of a block are known before a token of it is, so that a tree can be drawn from them."""
+        """
+        Whether the distributions of a block are known before a token of it is, so that a tree can be drawn from them.
+        """
         return not self.config.markov_rank
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
@@ -113,22 +115,26 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     def _drawn_tree(
         self, state: BlockState, roots: DraftTree, hidden: torch.Tensor, positions: torch.LongTensor, limits: Limits
     ) -> DraftTree:
-        """A tree drawn from the slots' laws at the request's temperature, which are known before any token is."""
+        """
+        A tree drawn from the slots' distributions at the request's temperature, which are known before any token is.
+        """
         first_width, path = state.cache.width, None
-        laws = self._laws(state, hidden[:, 0])
-        growth = self.drawn_growth(state, roots, self.draft_to_target, laws, limits, limits.num_forwards)
+        distributions = self._distributions(state, hidden[:, 0])
+        growth = self.drawn_growth(state, roots, self.draft_to_target, distributions, limits, limits.num_forwards)
         shape = growth.shape
         for forward in range(1, len(shape.starts)):
             starts = growth.starts(forward)
             path = self._path_to(starts, path, state, hidden.shape[1])
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
-            used = [shape.laws[law] for law in shape.laws_of(forward)]
-            growth.grow(self._laws(state, hidden[:, [row for _, row, _ in used], [slot for _, _, slot in used]]))
+            used = [shape.distributions[index] for index in shape.distributions_of(forward)]
+            growth.grow(
+                self._distributions(state, hidden[:, [row for _, row, _ in used], [slot for _, _, slot in used]])
+            )
         return self.drawn_tree(growth, limits)
 
-    def _laws(self, state: BlockState, hidden: torch.Tensor) -> torch.Tensor:
+    def _distributions(self, state: BlockState, hidden: torch.Tensor) -> torch.Tensor:
         """The request's log-probs `[B, R, D]` of slots with these states `[B, R, d]`."""
-        return laws_of(self.draft_logits(hidden)[1], state.warp)
+        return distributions_of(self.draft_logits(hidden)[1], state.warp)
 
     def _path_to(self, starts: Starts, path: BlockPath | None, state: BlockState, rows: int) -> BlockPath:
         """What new starts see, given the path of the block before, which had so many rows; `None` for the first."""
