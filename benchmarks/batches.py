@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes: dict[str, Any] = {"expected": None}
         if not args.plan:
             tried = trials if len(trials) >= size else None
+            drafter.drafting_plan = None  # a fixed plan, which calibration gives
             notes = noted(calibrate(target, drafter, batch_size=size, prompts=tried))
         batches = batches_of(prompts, size, pad or 0)
         compare(target, drafter, batches[0], options | {"max_new_tokens": 8}, 1)  # warms up

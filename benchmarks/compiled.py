@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # generate() keeps its static cache while it is large enough, and compiles anew for another one.
     prompts.sort(key=lambda ids: -ids.shape[1])
     if not args.plan:
+        drafter.drafting_plan = None  # a fixed plan, which calibration gives
         calibrate(target, drafter)
     sides = Sides(target, drafter, prompts[0].shape[1] + args.max_new_tokens, args.max_new_tokens, args.backend)
     compiling = {side: sum(sides.answer(side, prompts[0])[0] for _ in range(2)) for side in SIDES}

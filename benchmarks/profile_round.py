@@ -186,6 +186,7 @@ def main() -> None:
     args = parser.parse_args()
     target, tokenizer, drafter = load_models(args)
     if not args.plan:
+        drafter.drafting_plan = None  # a fixed plan, which calibration gives
         calibrate(target, drafter)
     prompts = [encode(tokenizer, text, target.device) for text in load_suite("humaneval")[: args.limit]]
     profile(target, drafter, prompts[:1], 16)  # warms up

@@ -40,6 +40,7 @@ from specblock_hf import DraftingPlan
 from specblock_hf.compat import CACHE, crop
 from specblock_hf.custom_generate import generate_without_hook
 from specblock_hf.drafting.drafter import TreeDrafter
+from specblock_hf.drafting.pilot import offer_of
 
 
 def judge(case: Case) -> Verdict:
@@ -257,6 +258,9 @@ class Conversation:
             raise Fault("unheard", "a callback of the drafter heard nothing")
         plan, statistics = self.case.plan, self.drafter.last_statistics
         made = DraftingPlan(**plan.fields) if plan else self.drafter.default_plan(torch.device("cpu"))
+        if plan is None and self.drafter.drafting_plan == "auto":
+            offer = offer_of(self.drafter, torch.device("cpu"))
+            made = DraftingPlan(offer.most, max((way.forwards for way in offer.ways), default=1))
         if watch.widest > made.tree_budget:
             raise Fault("over bound", f"a tree of {watch.widest} nodes by {made}")
         starts = min(made.tree_budget, made.max_starts or made.tree_budget)

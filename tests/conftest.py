@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.utils import generic
 
+from specblock_hf.drafting.drafter import TreeDrafter
+
 
 VOCAB = 32
 SIZES = {
@@ -92,6 +94,16 @@ def few_threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fixed_plan(request, monkeypatch):
+    """
+    Drafters draft by the default plan of their device, as if `drafting_plan` had been set to `None`: what exact trees
+    and accepted lengths are asserted of. A test marked `auto_plan` has the default, a plan that finds itself.
+    """
+    if request.node.get_closest_marker("auto_plan") is None:
+        monkeypatch.setattr(TreeDrafter, "drafting_plan", None)
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,9 @@ FLOORS = (
     {"generation"},
     {"target", "drafters"},
     {"drafting"},
-    {"trees", "regeneration"},
+    {"trees", "regeneration", "planning"},
     {"data", "checkpoints"},
-    {"compat", "devices", "version"},
+    {"compat", "devices", "locks", "version"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # Within drafters: a kind knows itself and what all kinds share. ParallelSpec is EAGLE-3's network, read otherwise.

@@ -24,6 +24,7 @@ from ..compat import CACHE
 from ..devices import synchronize
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import Pairs, Scored, TokenTable
+from ..drafting.pilot import offer_of, setting_of
 from ..drafting.plan import DraftingPlan, Limits
 from ..generation.compilation import lend_afresh
 from ..generation.rounds.drafts import EagerDrafts
@@ -93,7 +94,9 @@ def calibrate(
             Measurements of every point, interleaved with each other and with steps of plain `generate()`; their lower
             quartile counts, because a busy machine adds time and never takes any. While they contradict each other
             (`NOISY`), as many are added, at most `ATTEMPTS` times in all; a warning says if they still do.
-        apply (`bool`, *optional*, defaults to `True`): Let the drafter use the plan from now on.
+        apply (`bool`, *optional*, defaults to `True`):
+            Let the drafter use the plan from now on, unless its `drafting_plan` is `"auto"`: then its controller takes
+            the measured costs over and finds its plans by them and by what rounds accept.
         batch_size (`int`, *optional*, defaults to 1): Texts that are decoded together.
         prompts (sequence of `torch.LongTensor` of shape `[1, T]`, *optional*):
             Texts to try plans on, like those that will come, in batches of `batch_size`; what fills none is left out.
@@ -118,8 +121,19 @@ def calibrate(
         tried = tuple(zip(plans, try_plans(target, drafter, plans, prompts, batch_size, progress), strict=True))
         plan, speedup = _fastest(tried)
     if apply:
-        drafter.drafting_plan = plan
+        _fill(target, drafter, curves, batch_size)
+        if drafter.drafting_plan != "auto":
+            drafter.drafting_plan = plan
     return Calibration(curves, plan, speedup, probe.spread(), tried)
+
+
+def _fill(target: PreTrainedModel, drafter: TreeDrafter, curves: CostCurves, batch_size: int) -> None:
+    """Tell the drafter's controller what calls will cost; sampled and greedy ones cost the same."""
+    device = TokenTable.of(target).device
+    offer = offer_of(drafter, device)
+    for sampled in (False, True):
+        setting = setting_of(target, device, batch_size, sampled)
+        drafter.controller.fill(setting, offer, *curves.for_controller(offer.ways))
 
 
 class _AfterEachStep(StoppingCriteria):

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..drafting.plan import DraftingPlan
+from ..planning.offers import Way
+from ..planning.record import share_of_slowest
 
 
 NODES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -20,13 +21,6 @@ MOST_STARTS = 32  # what plans are charged that name no number
 
 
 DEEPEST = 64  # no plan drafts deeper
-
-
-TEXTS_DIFFER = 0.35
-"""
-Standard deviation of tau - 1 between texts, as a share of its mean. With SmolLM2-135M-Instruct and 48 prompts of three
-suites it was 0.34 for the shipped drafter and 0.63 with look-ups (0.30 within HumanEval), 0.2 to 0.4 for others.
-"""
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,7 @@ class CostCurves:
 
     def round_seconds(self, plan: DraftingPlan) -> float:
         """Expected seconds of a round that drafts by `plan`: every forward has a cost of its own beside its rows."""
-        draft = self.draft
-        if plan.num_forwards > 1:
-            later = interpolate(self.later or ((1, self.draft),), plan.max_starts or MOST_STARTS)
-            draft += (plan.num_forwards - 1) * later
+        draft = self._draft_seconds(plan.num_forwards, plan.max_starts)
         return interpolate(self.verify, plan.tree_budget + 1) + draft + self.host
 
     def speedup(self, plan: DraftingPlan, tau: float) -> float:
@@ -72,6 +63,15 @@ class CostCurves:
             tau (`float`): Tokens that a round by it emits, on average over texts.
         """
         return slowest_tau(tau, self.batch_size) * self.plain / self.round_seconds(plan)
+
+    def for_controller(self, ways: Iterable[Way]) -> tuple[list[tuple[int, float]], list[tuple[Way, float]]]:
+        """Seconds of everything but drafting by nodes, a plain step's for one node; and of drafting these ways."""
+        rest = [(1, self.plain), *((nodes, seconds + self.host) for nodes, seconds in self.verify if nodes > 1)]
+        return rest, [(way, self._draft_seconds(way.forwards, way.starts)) for way in ways]
+
+    def _draft_seconds(self, forwards: int, starts: int | None) -> float:
+        later = interpolate(self.later or ((1, self.draft),), starts or MOST_STARTS)
+        return self.draft + (forwards - 1) * later
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,11 +101,9 @@ def interpolate(curve: Sequence[tuple[int, float]], at: float) -> float:
 
 def slowest_tau(tau: float, batch_size: int) -> float:
     """
-    The tau to expect of the slowest of so many texts whose mean is `tau`, if they differ as `TEXTS_DIFFER` says: the
-    smallest of so many normal draws, by Blom's approximation.
+    The tau to expect of the slowest of so many texts whose mean is `tau`; see [`share_of_slowest`].
     """
-    behind = statistics.NormalDist().inv_cdf((batch_size - 0.375) / (batch_size + 0.25))
-    return 1 + (tau - 1) * max(1 - TEXTS_DIFFER * behind, 0)
+    return 1 + (tau - 1) * share_of_slowest(batch_size)
 
 
 def choose_plan(curves: CostCurves, acceptance: Iterable[tuple[DraftingPlan, float]]) -> tuple[DraftingPlan, float]:

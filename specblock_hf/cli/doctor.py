@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.calibrate import calibrate
 from ..drafting.drafter import TreeDrafter
+from ..drafting.plan import DraftingPlan
 from ..drafting.statistics import GenerationStatistics
 from ..generation.hook import is_installed
 from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     drafted = ask(target, tokenizer, prompt_ids, drafter, **settings)
     step, figures = plain.seconds / plain.new_tokens, drafted.statistics
     speedup = drafted.tokens_per_second / plain.tokens_per_second
-    drafts = drafter.drafting_plan.tree_budget > 0
+    plan = drafter.drafting_plan
+    drafts = not isinstance(plan, DraftingPlan) or plan.tree_budget > 0
+    print(f"plan in effect: {figures.plan}")
     print("\n".join(diagnose(step, figures, speedup, drafts)))
     return int(speedup <= 1 or not drafts)
 

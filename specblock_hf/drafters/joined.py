@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..drafting.drafter import DraftingCallback, DraftState, TreeDrafter
+from ..drafting.drafter import DraftingCallback, DraftState, TreeDrafter, wait
 from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, Limits
 from ..drafting.proposal import propose
@@ -83,6 +83,7 @@ class JoinedDrafter(TreeDrafter):
     can_sample = _of_first("can_sample")
     predicts_at_once = _of_first("predicts_at_once")
     drafting_plan = _of_first("drafting_plan")
+    acceptance_measured = _of_first("acceptance_measured")
     compiled_rounds = _of_first("compiled_rounds")
     captures_rounds = _of_first("captures_rounds")
 
@@ -92,6 +93,11 @@ class JoinedDrafter(TreeDrafter):
     @property
     def label(self) -> str:
         return " + ".join(part.label for part in self.parts)
+
+    @property
+    def look_ups(self) -> Literal["none", "joined", "alone"]:
+        kinds = {part.look_ups for part in self.parts}
+        return "none" if kinds == {"none"} else "joined" if "none" in kinds else "alone"
 
     @property
     def network(self) -> TreeDrafter:
@@ -153,13 +159,20 @@ class JoinedDrafter(TreeDrafter):
     def extend(self, state: JoinedState, pairs: Pairs) -> None:
         for part, part_state in zip(self.parts, state.parts, strict=True):
             with part.lock:
-                part.extend(part_state, pairs)
+                part.extend(part_state, part_state.caught_up(pairs))
         self._count(state)
 
     def propose(self, state: JoinedState, pairs: Pairs, limits: Limits) -> DraftTree:
         if limits.draft_sampling != "topk":
             return self._draw(state, pairs, limits)
-        trees = [propose(part, s, pairs, limits) for part, s in zip(self.parts, state.parts, strict=True)]
+        (drafter, *others), (first, *rest) = self.parts, state.parts
+        trees = [propose(part, s, pairs, limits) for part, s in zip(others, rest, strict=True)]
+        state.promised = sum(part.promised for part in rest)
+        state.left_out = bool(trees) and state.promised >= limits.enough_found
+        if state.left_out:
+            wait(drafter, first, pairs)
+        else:
+            trees.insert(0, propose(drafter, first, first.caught_up(pairs), limits))
         self._count(state)
         tree = trees[0]
         for other in trees[1:]:

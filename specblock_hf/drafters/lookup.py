@@ -71,6 +71,11 @@ class FoundText:
         """How likely the next token of a continuation after a match of this length is right."""
         return self.right[match] / self.tried[match]
 
+    def promise(self) -> float:
+        """How many tokens the best of the last drafted continuations is expected to add."""
+        chances = [(self.chance(match), len(chain)) for match, chain in self.chains]
+        return max((sum(chance**step for step in range(1, 1 + length)) for chance, length in chances), default=0.0)
+
     def draft(self, depth: int, branches: int) -> list[tuple[int, list[int]]]:
         """The continuations after the longest matches, at most `branches` that begin differently."""
         if len(self.tokens) < SHORTEST_MATCH or depth < 1:
@@ -129,6 +134,8 @@ class LookupDrafter(TreeDrafter):
     >>> output = target.generate(**inputs, assistant_model=drafter)
     ```
     """
+
+    look_ups = "alone"
 
     def __init__(self, config: PreTrainedConfig, branches: int = 2, depth: int = 8):
         if branches < 1 or depth < 1:
@@ -205,6 +212,7 @@ class LookupDrafter(TreeDrafter):
             for text, nodes, depth in zip(state.rows, limits.nodes, limits.depth, strict=True)
         ]
         width = width or max(len(tokens) for tokens, _, _ in rows)
+        state.promised = sum(text.promise() for text in state.rows) / len(state.rows)
 
         def padded(part: int, value: float) -> list[list[float]]:
             return [row[part] + [value] * (width - len(row[part])) for row in rows]

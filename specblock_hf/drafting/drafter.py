@@ -12,8 +12,6 @@ drafter's network.
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +21,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..locks import DrafterLock
+from ..planning.controller import PlanController
 from .attachment import Attachment, attach
 from .pairs import Pairs, Scored, TokenTable
 
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+MOST_WAITING = 1024
+"""Pairs of a row that wait for a drafter: a long prompt is taken in as it always was."""
 
 BUDGET, CPU_BUDGET = 60, 12
 """Nodes of a tree where nothing else is said: a verified node is almost free on a GPU and costs real time on a CPU."""
@@ -147,6 +150,9 @@ class DraftState:
 
     Attributes:
         drafting (`list[int]`): Which rows of the batch those are.
+        waiting (`list[Pairs]`): What those rows have learned while nothing was drafted; see [`wait`].
+        promised (`float`): Tokens of a row that look-ups promised in the last round.
+        left_out (`bool`): The last round did without forwards of the drafter, see [`Limits`].
     """
 
     table: TokenTable
@@ -158,6 +164,9 @@ class DraftState:
     calls: int = field(default=0, init=False)  # drafter forwards so far
     forward_rows: int = field(default=0, init=False)  # and their rows: committed pairs and starts
     drafting: list[int] = field(init=False)
+    waiting: list[Pairs] = field(default_factory=list, init=False)
+    promised: float = field(default=0.0, init=False)
+    left_out: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.drafting = list(range(self.batch_size))
@@ -171,6 +180,12 @@ class DraftState:
         """
         self.drafting = [self.drafting[place] for place in places]
         self.batch_size = len(self.drafting)
+        self.waiting = [pairs.of_rows(places) for pairs in self.waiting]
+
+    def caught_up(self, pairs: Pairs) -> Pairs:
+        """What has waited and `pairs`, all of the rows that draft; nothing waits any more."""
+        self.waiting, waiting = [], [*self.waiting, pairs]
+        return Pairs.joined(waiting)
 
     def reset(self) -> None:
         """Forget a call, for a state of fixed shapes that the next call uses again."""
@@ -180,29 +195,17 @@ class DraftState:
         """Let a state of fixed shapes run what `wrap` makes of the network's forward, if there is one."""
 
 
-class DrafterLock:
+def wait(drafter: TreeDrafter, state: DraftState, pairs: Pairs) -> None:
     """
-    A re-entrant lock that copies as a fresh one, so that what has it stays deep-copyable and picklable. A forked
-    process has one of its own: a thread that held it at that moment is not there to let it go.
+    Keep what a drafter would have been told, for when it drafts again. More than `MOST_WAITING` pairs do not wait: the
+    drafter takes them in at once.
     """
-
-    def __init__(self) -> None:
-        self._by_process: dict[int, threading.RLock] = {}
-
-    def __enter__(self) -> None:
-        process = os.getpid()
-        # `setdefault` is atomic: threads that come first together get the same lock.
-        lock = self._by_process.get(process) or self._by_process.setdefault(process, threading.RLock())
-        lock.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._by_process[os.getpid()].release()
-
-    def __deepcopy__(self, memo: dict) -> DrafterLock:
-        return DrafterLock()
-
-    def __reduce__(self) -> tuple:
-        return (DrafterLock, ())
+    state.waiting.append(pairs)
+    if sum(waiting.tokens.shape[1] for waiting in state.waiting) > MOST_WAITING:
+        *before, last = state.waiting
+        with drafter.lock:
+            drafter.extend(state, Pairs.joined([*before, last]))
+        state.waiting = []
 
 
 class TreeDrafter(ABC):
@@ -214,9 +217,14 @@ class TreeDrafter(ABC):
             Which of the target's `hidden_states` the drafter reads, in transformers' indexing: 0 is the embedding, i
             the output of decoder layer i - 1, and the number of layers the state after the final norm.
             Where that depends on the target's depth, see `feature_layers_for`.
-        drafting_plan ([`DraftingPlan`], *optional*):
-            How much a round drafts; set to `None`, the default for where the drafter is. A call's own
-            `generation_config.drafting_plan` goes first.
+        drafting_plan ([`DraftingPlan`] or `"auto"`, *optional*, defaults to `"auto"`):
+            How much a round drafts: a plan, `None` for the default plan of where the drafter is, or `"auto"` to have
+            it found while decoding, nothing where nothing pays. A call's own `generation_config.drafting_plan` goes
+            first.
+        controller ([`PlanController`]): Finds the plan, and keeps what it has learned from call to call.
+        look_ups (`str`): Whether it drafts what the text has said before: `"none"`, `"joined"` to what its network
+            drafts, or `"alone"`.
+        acceptance_measured (`bool`): What `acceptance` gives was measured with this very drafter.
         compiled_rounds ([`CompiledRounds`], *optional*):
             Buffers and graphs of rounds of fixed shapes: made by [`compile_rounds`], or on CUDA by the first call.
         captures_rounds (`bool`):
@@ -243,7 +251,10 @@ class TreeDrafter(ABC):
     lock: DrafterLock
     feature_layers: tuple[int, ...] = ()
     objective_class: type | None = None
-    drafting_plan: DraftingPlan | None = None
+    drafting_plan: DraftingPlan | Literal["auto"] | None = "auto"
+    controller: PlanController
+    look_ups: Literal["none", "joined", "alone"] = "none"
+    acceptance_measured: bool = False
     compiled_rounds: Any = None
     captures_rounds: bool = True
     last_statistics: GenerationStatistics | None = None
@@ -256,6 +267,7 @@ class TreeDrafter(ABC):
         drafter = super().__new__(cls)
         # Here, so that it is there whatever a subclass does in its `__init__`, and is one whichever thread asks first.
         vars(drafter)["lock"] = DrafterLock()
+        vars(drafter)["controller"] = PlanController()
         return drafter
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
-from ..devices import on_device
+from ..devices import on_device, upload
 
 
 if TYPE_CHECKING:
@@ -136,6 +136,42 @@ class Pairs:
             lengths=self.lengths[index],
             given_embeds=None if self.given_embeds is None else picked(self.given_embeds),
             read=None if self.read is None else [self.read[row] for row in rows],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """
+        Pairs that came one after the other as one.
+
+        Args:
+            parts (sequence of [`Pairs`]): Of the same rows.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        lengths = torch.stack([part.host_lengths() for part in parts])
+        widths = [part.tokens.shape[1] for part in parts]
+        # Columns of each row without the padding between them: they are moved to the left in their order.
+        padding = torch.cat([torch.arange(w) >= n.unsqueeze(1) for w, n in zip(widths, lengths, strict=True)], dim=1)
+        order = padding.long().argsort(dim=1, stable=True)[:, : int(lengths.sum(0).max())]
+        gather = None if not padding.any() else upload(order, parts[0].tokens.device)
+
+        def packed(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            whole = torch.cat(list(values), dim=1)
+            if gather is None:
+                return whole
+            index = gather.to(whole.device).view(*gather.shape, *[1] * (whole.ndim - 2))
+            return whole.take_along_dim(index, dim=1)
+
+        reads = [part.read for part in parts]
+        embedded = any(part.given_embeds is not None for part in parts)
+        return cls(
+            tokens=packed([part.tokens for part in parts]),
+            features=tuple(packed(feature) for feature in zip(*(part.features for part in parts), strict=True)),
+            positions=packed([part.positions for part in parts]),
+            lengths=torch.stack([part.lengths for part in parts]).sum(0),
+            table=parts[0].table,
+            given_embeds=packed([part.embeds() for part in parts]) if embedded else None,
+            read=None if None in reads else [sum(rows, []) for rows in zip(*reads, strict=True)],
         )
 
     @classmethod

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -117,6 +118,9 @@ class Limits:
         max_starts (`int`, *optional*): As in [`DraftingPlan`].
         min_start_probability (`float`, *optional*, defaults to 0.0): As in [`DraftingPlan`].
         draft_sampling (`str`, *optional*, defaults to `"topk"`): As in [`DraftingPlan`].
+        enough_found (`float`, *optional*, defaults to infinity):
+            Tokens of a row, promised by look-ups, from which a drafter that joins them does without its own forwards.
+        waits (`bool`, *optional*, defaults to `False`): Nothing is drafted now, but later something may be again.
     """
 
     nodes: tuple[int, ...]
@@ -125,6 +129,8 @@ class Limits:
     max_starts: int | None = None
     min_start_probability: float = 0.0
     draft_sampling: DraftSampling = "topk"
+    enough_found: float = math.inf
+    waits: bool = False
 
     def most_starts(self, forward: int) -> int:
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -46,6 +47,7 @@ class GenerationStatistics:
         captured_rounds (`int`): How many of these replayed a CUDA graph.
         captured_drafts (`int`): Rounds whose draft replayed a CUDA graph.
         eager_because (`str`, *optional*): Why rounds, or their drafts, did not have fixed shapes that they could have.
+        plan (`str`): What the last rounds drafted by, and why.
     """
 
     rounds: int = 0
@@ -65,6 +67,7 @@ class GenerationStatistics:
     captured_rounds: int = 0
     captured_drafts: int = 0
     eager_because: str | None = None
+    plan: str = ""
 
     def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:
         """Count one verified tree, of which the target scored so many rows, and what was kept of it."""
@@ -127,6 +130,7 @@ class GenerationStatistics:
                 f"{self.nodes_verified / self.rounds:.1f} nodes verified a round",
                 f"accepted by depth: {shares or 'none'}",
             ]
+            lines += [f"plan: {self.plan}"] * bool(self.plan)
         return "\n".join(lines)
 
 
@@ -147,6 +151,20 @@ class Clock:
     def lap(self, phase: Phase) -> None:
         """Book the time since the last lap under `phase`."""
         self._laps.append((phase, self._now()))
+
+    def __len__(self) -> int:
+        return len(self._laps)
+
+    def seconds(self, first: int, end: int) -> list[float] | None:
+        """Those of some laps, counted from 0; `None` as long as the device has not come to their end."""
+        if len(self._laps) < end:
+            return None
+        marks = [self._laps[first - 1][1] if first else self._start, *(now for _, now in self._laps[first:end])]
+        if self.device.type != "cuda":
+            return [now - before for before, now in pairwise(marks)]
+        if not marks[-1].query():
+            return None
+        return [before.elapsed_time(now) / 1000 for before, now in pairwise(marks)]
 
     def write_to(self, statistics: GenerationStatistics) -> None:
         """Add every phase's seconds up in `statistics`."""

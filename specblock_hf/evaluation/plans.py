@@ -59,12 +59,13 @@ def choose_plans(
         if name in known:
             continue
         if name in given:
-            method.drafter.drafting_plan, note = given[name], {"from": "given"}
+            plan, note = given[name], {"from": "given"}
         elif name == "lookup":
-            method.drafter.drafting_plan, note = LOOKUP_PLAN, {"from": "default"}
+            plan, note = LOOKUP_PLAN, {"from": "default"}
         else:
-            note = _calibrated(target, method, trials, progress)
-        yield name, note | {"plan": _listed(method.drafter.drafting_plan)}
+            plan, note = _calibrated(target, method, trials, progress)
+        method.drafter.drafting_plan = plan
+        yield name, note | {"plan": _listed(plan)}
 
 
 def apply_plans(methods: Sequence[Method], notes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -76,11 +77,11 @@ def apply_plans(methods: Sequence[Method], notes: Mapping[str, Mapping[str, Any]
 
 def _calibrated(
     target: PreTrainedModel, method: Method, trials: Sequence[torch.LongTensor], progress: bool
-) -> dict[str, Any]:
+) -> tuple[DraftingPlan, dict[str, Any]]:
     calibration = calibrate(target, method.drafter, prompts=trials, progress=progress)
     # Without figures of its own a drafter's plans are few, which whoever reads the result should know.
     measured = method.drafter.network.config.to_dict().get("acceptance") is not None
-    return {
+    return calibration.plan, {
         "from": "calibrated, measured acceptance" if measured else "calibrated, assumed acceptance",
         "expected_speedup": calibration.speedup,
         "tried": [[_listed(plan), speed] for plan, speed in calibration.tried],

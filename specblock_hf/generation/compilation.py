@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
+from ..drafting.pilot import fixed_plan
 from ..drafting.plan import DraftingPlan
 from ..target.fixed import MakeStep, TargetRounds
 from ..target.support import check_target
@@ -326,7 +327,7 @@ def compile_rounds(
     drafter.check_target(target)
     shapes = Shapes(target, batch_size, max_length, tuple(sorted(tree_sizes)) if tree_sizes else None)
     rounds = CompiledRounds(target.device, shapes, options if fuse or options else None)
-    plan = drafter.drafting_plan or drafter.default_plan(target.device)
+    plan = fixed_plan(drafter.drafting_plan, drafter, target.device)
     rounds.prepare(Request(target, drafter, plan, batch_size, max_length))
     drafter.compiled_rounds = rounds
     return rounds

@@ -17,7 +17,7 @@ from ..compat import CACHE
 from ..drafting.attachment import refusing
 from ..drafting.drafter import DraftingCall, TreeDrafter
 from ..drafting.pairs import TokenTable
-from ..drafting.plan import DraftingPlan, round_limits
+from ..drafting.pilot import AutoPilot, Pilot, fixed_plan
 from ..drafting.proposal import scored_nodes
 from ..drafting.statistics import Clock, GenerationStatistics
 from ..target.cache import is_users
@@ -38,7 +38,7 @@ def decode(
     target: TargetModel,
     drafter: TreeDrafter,
     choice: TokenChoice,
-    plan: DraftingPlan,
+    pilot: Pilot,
     verify: Verifier = sample_and_walk,
     lent: Lent | None = None,
 ) -> GenerationStatistics:
@@ -49,7 +49,7 @@ def decode(
         target ([`TargetModel`]): Before its prefill.
         drafter ([`TreeDrafter`]): Held by its lock while it drafts.
         choice ([`TokenChoice`]): Chooses, stops and keeps the tokens.
-        plan ([`DraftingPlan`]): How much a round drafts.
+        pilot ([`Pilot`]): How much each round drafts.
         verify ([`Verifier`], *optional*, defaults to [`sample_and_walk`]): The rule that accepts drafted tokens.
         lent ([`Lent`], *optional*): Buffers of this call; the target has its part already.
 
@@ -83,11 +83,10 @@ def decode(
 
     active = [not stopped for stopped in walk.stopped.tolist()]
     while any(active):
-        limits = round_limits(plan, choice.remaining, target.room(), target.depth())
+        limits = pilot.limits(choice.remaining, target.room(), target.depth())
         if target.pauses():
             drafts.extend(pairs)
-        tree = drafts.propose(pairs, limits).keep_likely(plan.min_probability, trim=not target.fixed)
-        tree = target.scorable(tree)
+        tree = target.scorable(pilot.cut(drafts.propose(pairs, limits), trim=not target.fixed))
         listeners.on_draft(call, tree)
         clock.lap("draft")
         scored = target.score(tree)
@@ -99,6 +98,7 @@ def decode(
             walk = verify(read, active, choice.select, choice.stop)
         pairs = target.settle(tree, scored, walk)
         statistics.add_round(tree, walk, len(scored.rows))
+        pilot.record(read, walk, active, drafts.state, clock)
         listeners.on_commit(call, tree, scored, walk, pairs)
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
         clock.lap("host")
@@ -108,6 +108,7 @@ def decode(
     statistics.captured_rounds, statistics.captured_drafts = target.captured_calls, drafts.captured
     statistics.drafter_calls, statistics.drafter_rows = drafts.calls, drafts.rows
     clock.write_to(statistics)
+    statistics.plan = pilot.describe()
     listeners.on_generate_end(call)
     return statistics
 
@@ -152,7 +153,9 @@ def generate_with_drafter(
         with refusing(drafter):
             choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
-            plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
+            device = TokenTable.of(target).device
+            chosen = drafting_plan(drafter, generation_config, device)
+            plan = fixed_plan(chosen, drafter, device)
             # A chain is cut out by likelihood, by which a drawn tree must not be cut.
             if not generation_config.do_sample or TreeMasks(target).chains_only:
                 plan = replace(plan, draft_sampling="topk", verification=None)
@@ -163,5 +166,9 @@ def generate_with_drafter(
             inputs = (input_ids, model_kwargs, mask_length, chunk_size, returns_cache, plan.tree_budget)
             scorer = call.enter_context(lent.target_model(target, drafter, *inputs))
             scorer.check_length(most)
-        drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, lent)
+            pilot = Pilot(plan)
+            # Rounds of fixed shapes are made for one plan.
+            if chosen == "auto" and not lent:
+                pilot = AutoPilot.of_call(drafter, target, device, len(input_ids), generation_config.do_sample)
+        drafter.last_statistics = decode(scorer, drafter, choice, pilot, verify, lent)
     return choice.output(scorer.cache, scorer.token_outputs())

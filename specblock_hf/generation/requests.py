@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -27,13 +27,21 @@ RIVAL_OPTIONS = (
 )
 
 
-def drafting_plan(drafter: TreeDrafter, generation_config: GenerationConfig, device: torch.device) -> DraftingPlan:
+def drafting_plan(
+    drafter: TreeDrafter, generation_config: GenerationConfig, device: torch.device
+) -> DraftingPlan | Literal["auto"]:
     """
     How much the rounds of a call draft: what the call's `generation_config.drafting_plan` says, otherwise what the
-    drafter was given or calibrated to, otherwise its default for the device.
+    drafter was given, which is `"auto"` if it was given nothing and its default for the device if it was given `None`.
+
+    Raises:
+        ValueError: It is something else.
     """
     # A field of ours, which a configuration has only where somebody set it.
-    return vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
+    plan = vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
+    if plan != "auto" and not isinstance(plan, DraftingPlan):
+        raise ValueError(f'drafting_plan={plan!r} is no plan; give a DraftingPlan, "auto", or None for the default.')
+    return plan
 
 
 def check_request(
@@ -63,7 +71,7 @@ def check_request(
             f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
         )
     plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
-    if generation_config.do_sample and plan.draft_sampling != "topk" and not drafter.can_sample:
+    if generation_config.do_sample and plan != "auto" and plan.draft_sampling != "topk" and not drafter.can_sample:
         raise ValueError(
             f"{drafter.label} drafts the likeliest tokens only and the drafting plan asks for drawn ones; leave out "
             f"draft_sampling={plan.draft_sampling!r}."

@@ -353,6 +353,27 @@ def test_calibrating_without_applying_changes_nothing():
     assert drafter.drafting_plan == drafter.default_plan(target.device)
 
 
+@pytest.mark.auto_plan
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_plan_that_finds_itself_starts_with_what_was_measured(sampled):
+    target = tiny_target("llama")
+    drafter = small_drafter(target)
+    found = calibrate(target, drafter, context=16, repeats=1, batch_size=2)
+    assert drafter.drafting_plan == "auto"
+    (record,) = [
+        record
+        for record in drafter.controller.to_dict()["records"]
+        if record["setting"]["batch_size"] == 2 and record["setting"]["sampled"] == sampled
+    ]
+    known = {int(size): times["samples"][0] for size, times in record["verify"]["sizes"].items()}
+    expected = {nodes: seconds + found.curves.host for nodes, seconds in found.curves.verify if nodes in (9, 13)}
+    assert known[1] == found.curves.plain and expected.items() <= known.items()
+    assert record["draft"]["1/0"]["samples"][0] == found.curves.draft
+    fresh = small_drafter(target)
+    calibrate(target, fresh, context=16, repeats=1, apply=False)
+    assert fresh.controller.to_dict()["records"] == []
+
+
 @pytest.mark.parametrize(
     ("plan", "nodes", "forwards"),
     [(DraftingPlan(3, 1), 4, 1), (DraftingPlan(7, 2, 2), 8, 2), (DraftingPlan(0, 1), 1, 0)],

@@ -291,6 +291,7 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     reads = "SpecBlockDrafter + LookupDrafter reads what leaves layer 2, layer 2, layer 1 of the target's 4 layers"
     assert f"compatible: yes ({reads})\n" in output
     assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
+    assert "\nplan in effect: 6 nodes by 1 forward(s), as given\n" in output
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
 
 

@@ -182,6 +182,7 @@ class Part(TreeDrafter):
 
 
 ATTRIBUTES = {
+    "acceptance_measured",
     "can_sample",
     "predicts_at_once",
     "captures_rounds",
@@ -199,15 +200,16 @@ METHODS = {
     "loss": (("batch", "objective"), {"progress": 0.5, "generator": "generator"}),
     "parameters_of": (("head",), {}),
 }
+OWN = {"controller", "last_statistics", "attach"}
 OF_ALL_PARTS = {"add_callback", "begin", "callbacks", "check_target", "extend", "label", "propose", "remove_callback"}
-OF_ALL_PARTS |= {"begin_fixed", "deepest", "find", "has_fixed_rounds"}
+OF_ALL_PARTS |= {"begin_fixed", "deepest", "find", "has_fixed_rounds", "look_ups"}
 
 
 def test_nobody_forgets_what_a_joined_drafter_says():
     """A new name of the protocol has to be delegated, and to be named here."""
     public = {name for name in {*vars(TreeDrafter), *TreeDrafter.__annotations__} if not name.startswith("_")}
-    assert public == {*ATTRIBUTES, *METHODS, *OF_ALL_PARTS, "network", "last_statistics", "attach"}
-    assert public - vars(JoinedDrafter).keys() == {"last_statistics", "add_callback", "attach"}
+    assert public == {*ATTRIBUTES, *METHODS, *OF_ALL_PARTS, "network", *OWN}
+    assert public - vars(JoinedDrafter).keys() == {*OWN, "add_callback"}
 
 
 @pytest.mark.parametrize("name", sorted(ATTRIBUTES))

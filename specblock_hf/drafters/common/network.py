@@ -78,12 +78,13 @@ class NetworkDrafter(TreeDrafter):
         return tuple(self.config.usual_feature_layers(target.config.get_text_config().num_hidden_layers))
 
     @property
-    def drafting_plan(self) -> DraftingPlan:
-        """The plan that was given or calibrated, or what the drafter drafts by itself where it is."""
-        return vars(self).get("drafting_plan") or self.default_plan(self.device)
+    def drafting_plan(self) -> DraftingPlan | Literal["auto"]:
+        """The plan that was given or calibrated, `"auto"`, or for `None` what the drafter drafts where it is."""
+        plan = vars(self).get("drafting_plan", TreeDrafter.drafting_plan)
+        return self.default_plan(self.device) if plan is None else plan
 
     @drafting_plan.setter
-    def drafting_plan(self, plan: DraftingPlan | None) -> None:
+    def drafting_plan(self, plan: DraftingPlan | Literal["auto"] | None) -> None:
         vars(self)["drafting_plan"] = plan
 
     def check_target(self, target: PreTrainedModel) -> None:
@@ -100,6 +101,10 @@ class NetworkDrafter(TreeDrafter):
             for nodes, forwards, starts in self.plans_that_pay
             if forwards <= self.config.num_blocks
         ]
+
+    @property
+    def acceptance_measured(self) -> bool:
+        return bool(self.config.acceptance)
 
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         rows = self.config.acceptance or self.typical_acceptance

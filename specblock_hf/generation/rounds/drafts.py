@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from ...devices import on_device, without_cudnn_attention
-from ...drafting.drafter import DraftState, TreeDrafter
+from ...drafting.drafter import DraftState, TreeDrafter, wait
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, FixedLimits, Limits
 from ...drafting.proposal import propose, within
@@ -33,6 +33,9 @@ class Drafts(Protocol):
         rows (`int`): And their rows: committed pairs and starts.
         captured (`int`): Trees that were replayed.
     """
+
+    @property
+    def state(self) -> DraftState: ...
 
     @property
     def calls(self) -> int: ...
@@ -83,7 +86,7 @@ class EagerDrafts:
         if self.state.batch_size < len(pairs.lengths):
             pairs = pairs.of_rows(self.state.drafting)
         with self.drafter.lock, without_cudnn_attention:
-            self.drafter.extend(self.state, pairs)
+            self.drafter.extend(self.state, self.state.caught_up(pairs))
 
     def propose(self, pairs: Pairs, limits: Limits) -> DraftTree:
         return draft(self.drafter, self.state, pairs, limits)
@@ -103,13 +106,17 @@ def draft(drafter: TreeDrafter, state: DraftState, pairs: Pairs, limits: Limits)
     """
     rows = [row for row, nodes in enumerate(limits.nodes) if nodes]
     if rows and len(rows) == len(limits.nodes):
-        return propose(drafter, state, pairs, limits)
+        return propose(drafter, state, state.caught_up(pairs), limits)
     roots = pairs.last_tokens()
+    if limits.waits:
+        drafting = state.drafting
+        wait(drafter, state, pairs if len(drafting) == len(limits.nodes) else pairs.of_rows(drafting))
     if not rows:
         return DraftTree.root(roots)
     if len(rows) < state.batch_size:
         state.keep_rows([state.drafting.index(row) for row in rows])
-    return propose(drafter, state, pairs.of_rows(rows), limits.of_rows(rows)).scatter_rows(rows, roots)
+    pairs = state.caught_up(pairs.of_rows(rows))
+    return propose(drafter, state, pairs, limits.of_rows(rows)).scatter_rows(rows, roots)
 
 
 @dataclass
@@ -214,6 +221,10 @@ class CallDrafts:
         self.rounds, self._keeps = rounds, keeps
         self.calls = self.rows = self.captured = self.proposals = 0
         self._now: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @property
+    def state(self) -> DraftState:
+        return self.rounds.state
 
     def extend(self, pairs: Pairs) -> None:
         state = self.rounds.state

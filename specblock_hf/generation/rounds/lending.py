@@ -78,6 +78,9 @@ class Lent:
     drafts: DraftRounds | None = None
     reason: str | None = None
 
+    def __bool__(self) -> bool:
+        return self.target is not None or self.drafts is not None
+
     def target_model(
         self,
         target: PreTrainedModel,

@@ -1,0 +1,208 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What each round of a call may draft: as a plan says, or as a [`PlanController`] finds out while the call runs."""
+
+from __future__ import annotations
+
+import platform
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..planning.controller import PlanController, Setting
+from ..planning.offers import Choice, Offer, Round, Way
+from .drafter import DraftState, TreeDrafter
+from .plan import DraftingPlan, Limits, round_limits
+from .statistics import Clock
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..trees.tree import DraftTree
+    from ..trees.verification import Walk
+
+
+NODE_COST = {"cpu": 0.06}
+"""Share of a plain step that a verified node costs, where nothing was measured yet."""
+
+NODE_COST_ELSEWHERE = 0.004
+
+
+class Pilot:
+    """
+    The limits of a call's rounds by a fixed plan.
+
+    Args:
+        plan ([`DraftingPlan`]): The same for all rounds.
+    """
+
+    def __init__(self, plan: DraftingPlan):
+        self.plan = plan
+
+    def limits(self, remaining: Sequence[int], room: int | None, depth: int | None) -> Limits:
+        """Of the next round; the arguments are those of [`round_limits`]."""
+        return round_limits(self.plan, remaining, room, depth)
+
+    def cut(self, tree: DraftTree, trim: bool = True) -> DraftTree:
+        """What of a tree is worth verifying; the arguments are those of [`~DraftTree.keep_likely`]."""
+        return tree.keep_likely(self.plan.min_probability, trim)
+
+    def record(self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock) -> None:
+        """
+        A round is over but for its last lap.
+
+        Args:
+            tree ([`DraftTree`]): What was verified, tokens and parents on the host.
+            walk ([`Walk`]): What was kept of it.
+            active (sequence of `bool`): The rows that had not stopped before.
+            state ([`DraftState`]): Of the drafter.
+            clock ([`Clock`]): With the laps of drafting and verifying.
+        """
+
+    def describe(self) -> str:
+        """The plan in effect and why."""
+        return f"{self.plan.tree_budget} nodes by {self.plan.num_forwards} forward(s), as given"
+
+
+class AutoPilot(Pilot):
+    """
+    The limits of a call's rounds by a controller, which learns from them. Times of a CUDA device are read when it has
+    come to them by itself, a round later.
+
+    Args:
+        controller ([`PlanController`]): Of the drafter; it may serve other calls too.
+        setting ([`Setting`]): Of this call.
+        offer ([`Offer`]): What the drafter can do.
+    """
+
+    def __init__(self, controller: PlanController, setting: Setting, offer: Offer):
+        super().__init__(DraftingPlan(0, 1))
+        self._controller, self._setting, self._offer = controller, setting, offer
+        self._choice = Choice(0)
+        self._behind = True  # the drafter has not taken in the prompt
+        self._unread: deque[tuple[Round, Sequence[Any], Clock, int]] = deque()
+
+    @classmethod
+    def of_call(
+        cls, drafter: TreeDrafter, target: PreTrainedModel, device: torch.device, batch_size: int, sampled: bool
+    ) -> AutoPilot:
+        """
+        Args:
+            drafter ([`TreeDrafter`]): Of the call.
+            target ([`~transformers.PreTrainedModel`]): Of the call.
+            device (`torch.device`): Where the target runs.
+            batch_size (`int`): Rows of the batch.
+            sampled (`bool`): Tokens are drawn.
+        """
+        setting = setting_of(target, device, batch_size, sampled)
+        return cls(drafter.controller, setting, offer_of(drafter, device))
+
+    def limits(self, remaining: Sequence[int], room: int | None, depth: int | None) -> Limits:
+        self._read()
+        self._choice = choice = self._controller.next(self._setting, self._offer)
+        self.plan = DraftingPlan(choice.nodes, max(choice.way.forwards, 1), choice.way.starts, choice.min_probability)
+        limits = super().limits(remaining, room, depth)
+        waits = not choice.nodes and max(limits.depth) > 0
+        return replace(limits, enough_found=choice.enough_found, waits=waits)
+
+    def record(self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock) -> None:
+        nodes, parents = walk.nodes.tolist(), tree.parents.tolist()
+        going = [row for row, is_active in enumerate(active) if is_active]
+        whole = [row for row in going if not walk.stopped[row]] if self._choice.nodes else []
+        # From CUDA they come when they come, and are looked at when the times have come too.
+        log_probs = tree.log_probs.to("cpu", non_blocking=tree.log_probs.is_cuda)
+        drafted = bool(self._choice.nodes and self._offer.ways and not state.left_out)
+        seen = Round(
+            self._choice,
+            rows=(),
+            nodes=tree.tokens.shape[1],
+            emitted=sum(map(int, walk.lengths[going])) / len(going),
+            drafted=drafted,
+            found=state.promised,
+            draft=0.0,
+            rest=0.0,
+            usual=not (drafted and self._behind),
+        )
+        self._behind = not drafted
+        rows = [(parents[row], set(nodes[row]), log_probs[row]) for row in whole]
+        self._unread.append((seen, rows, clock, len(clock)))
+
+    def _read(self) -> None:
+        """Tell the controller of the rounds whose times are there."""
+        while self._unread:
+            seen, rows, clock, end = self._unread[0]
+            seconds = clock.seconds(end - 2, end + 1)
+            if seconds is None:
+                return
+            self._unread.popleft()
+            draft, verify, host = seconds
+            paths = [_paths(parents, kept, log_probs.tolist()) for parents, kept, log_probs in rows]
+            if not seen.choice.nodes:
+                draft, host = 0.0, host + draft
+            self._controller.observe(
+                self._setting, self._offer, replace(seen, rows=paths, draft=draft, rest=verify + host)
+            )
+
+    def describe(self) -> str:
+        self._read()
+        return self._controller.describe(self._setting)
+
+
+def _paths(parents: Sequence[int], kept: set[int], log_probs: Sequence[float]) -> list[tuple[float, bool]]:
+    """Log2 of each drafted node's path probability, and whether it was kept."""
+    sums, paths = [0.0] * len(parents), []
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            # As far down as anybody asks.
+            sums[node] = max(sums[parent] + min(log_probs[node], 0.0) * 1.4426950408889634, -100.0)
+            paths.append((sums[node], node in kept))
+    return paths
+
+
+def fixed_plan(plan: DraftingPlan | str | None, drafter: TreeDrafter, device: torch.device) -> DraftingPlan:
+    """A plan, or the drafter's default one on a device where it finds itself or none is given."""
+    return plan if isinstance(plan, DraftingPlan) else drafter.default_plan(device)
+
+
+def setting_of(
+    target: PreTrainedModel, device: torch.device, batch_size: int = 1, sampled: bool = False, compiled: bool = False
+) -> Setting:
+    """What is learned in such a call holds in others like it; the arguments are those of [`~AutoPilot.of_call`]."""
+    text = target.config.get_text_config()
+    name = f"{type(target).__name__} {target.config.name_or_path} {text.num_hidden_layers}x{text.hidden_size}"
+    return Setting(" ".join(name.split()), machine_of(device), str(target.dtype), batch_size, compiled, sampled)
+
+
+@cache
+def machine_of(device: torch.device) -> str:
+    """What a device is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+
+
+def offer_of(drafter: TreeDrafter, device: torch.device, sizes: Sequence[int] = ()) -> Offer:
+    """What a drafter can do on a device; the arguments are those of [`~AutoPilot.of_call`]."""
+    figures: dict[Way, dict[int, float]] = {}
+    # Of the network alone: what look-ups find is known before each round.
+    plans = drafter.network.acceptance()
+    for plan, tau in plans:
+        figures.setdefault(Way(plan.num_forwards, plan.max_starts), {})[plan.tree_budget] = tau
+    ways = {way: sorted(points.items()) for way, points in figures.items()}
+    return Offer(
+        ways={} if drafter.look_ups == "alone" else ways,
+        most=max([plan.tree_budget for plan, _ in plans] + [drafter.default_plan(device).tree_budget]),
+        trusted=drafter.acceptance_measured,
+        finds=drafter.look_ups != "none",
+        # Elsewhere the host would have to wait for the tree.
+        cuts=device.type == "cpu" and not sizes,
+        sizes=tuple(sorted(size - 1 for size in sizes if size > 1)),
+        slope=NODE_COST.get(device.type, NODE_COST_ELSEWHERE),
+    )

@@ -1,0 +1,248 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Running estimates of what rounds cost and what they accept, from few and noisy samples. Whoever keeps them counts the
+rounds, which is all that time means here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+WINDOW = 15
+"""Samples of a time that are kept; their lower quartile counts, because a busy machine only ever adds time."""
+
+FEW, OLD = 5, 400
+"""Samples that a time needs to be known, and rounds after which it has to be taken anew."""
+
+BANDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Drafted nodes of a row, by likelihood: what the nodes between two of these add is estimated together."""
+
+RECENT = 24
+"""Rounds after which what was accepted counts half: texts change their nature within an answer."""
+
+STEADY = 256
+"""The same in rounds that drafted, for what a drafter accepts on the whole, which recent rounds are weighed with."""
+
+CLAIMS = 10
+"""Halvings of a path's probability that are told apart."""
+
+
+@dataclass
+class Times:
+    """
+    Seconds of one part of a round.
+
+    Args:
+        samples (`list[float]`): The latest ones.
+        seen (`int`): The round of the last one.
+    """
+
+    samples: list[float] = field(default_factory=list)
+    seen: int = 0
+
+    def add(self, seconds: float, now: int) -> None:
+        # What was measured long ago may have been on a busier machine, or a quieter one.
+        self.samples = [*self.samples[1 - WINDOW :], seconds] if now - self.seen <= OLD else [seconds]
+        self.seen = now
+
+    def age(self, now: int) -> int:
+        """Rounds since the last sample; many if there are too few."""
+        return now - self.seen if len(self.samples) >= FEW else OLD
+
+    @property
+    def quiet(self) -> float:
+        """The lower quartile; of one to three samples the least."""
+        return sorted(self.samples)[len(self.samples) // 4]
+
+    @property
+    def spread(self) -> float:
+        """How far the median lies above it, as a share."""
+        return sorted(self.samples)[len(self.samples) // 2] / self.quiet - 1 if self.quiet else 0.0
+
+
+@dataclass
+class VerifyTimes:
+    """
+    Seconds of everything but drafting in a round, by the nodes of each row's tree, the root counted; of a plain step
+    for one node.
+
+    Args:
+        slope (`float`): Of a plain step's time that a node adds, for as long as only plain steps are known.
+        sizes (`dict[int, Times]`): By the number of nodes, rounded up to a band with the root.
+    """
+
+    slope: float
+    sizes: dict[int, Times] = field(default_factory=dict)
+
+    def add(self, nodes: int, seconds: float, now: int) -> None:
+        self.sizes.setdefault(self.size_of(nodes), Times()).add(seconds, now)
+
+    def of(self, nodes: int) -> Times:
+        """What is known of such a tree."""
+        return self.sizes.get(self.size_of(nodes)) or Times()
+
+    @staticmethod
+    def size_of(nodes: int) -> int:
+        return next((band + 1 for band in (0, *BANDS) if band + 1 >= nodes), nodes)
+
+    @property
+    def plain(self) -> float:
+        """A plain step's, which is no longer than any other round's."""
+        return self.curve()[0][1]
+
+    def curve(self) -> list[tuple[int, float]]:
+        """
+        The measured points, without dips: less work costs no more than more work was measured to cost. A size that was
+        measured once is none yet: that may have been at a bad moment.
+        """
+        points, most = [], float("inf")
+        for size in sorted((s for s, times in self.sizes.items() if len(times.samples) > 1 or s == 1), reverse=True):
+            most = min(most, self.sizes[size].quiet)
+            points.append((size, most))
+        return points[::-1]
+
+    def at(self, sizes: Sequence[float]) -> list[float]:
+        """
+        Seconds for these numbers of nodes, between the measured ones. Beyond them the least is assumed that they
+        allow, so that it is tried and measured.
+        """
+        points = self.curve()
+        (last, highest), least = points[-1], self.slope * self.plain
+        steep = least
+        if len(points) > 1:
+            before, lower = points[-2]
+            steep = min((highest - lower) / (last - before), (highest - points[0][1]) / (last - points[0][0]))
+            steep = min(max(steep, least / 4), least)
+        points.append((10 * last, highest + 9 * last * steep))
+        seconds = []
+        for size in sizes:
+            right = bisect_left(points, (size, 0.0), 1, len(points) - 1)
+            (x0, y0), (x1, y1) = points[right - 1], points[right]
+            seconds.append(y0 + max(size - x0, 0) * (y1 - y0) / (x1 - x0))
+        return seconds
+
+
+@dataclass
+class Gains:
+    """
+    How many tokens the nodes of each band add, when they are drafted one way.
+
+    A tree that was cut to its n likeliest nodes tells exactly what any smaller cut would have accepted, so every round
+    teaches all bands up to its own size. Beyond them the prior is scaled by how the known bands compare with it.
+
+    Args:
+        hits (`list[float]`): Accepted nodes of each band, fading by `RECENT`.
+        trials (`list[float]`): Rounds that could have accepted some, fading alike.
+        seen (`float`): When it was drafted last.
+        steady_hits (`float`): Accepted nodes, fading by `STEADY`.
+        steady_prior (`float`): How many the prior would have had accepted.
+        fill (`float`): Verified nodes as a share of those that were allowed.
+        rounds (`int`): All of them.
+    """
+
+    hits: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
+    trials: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
+    seen: float = 0.0
+    steady_hits: float = 0.0
+    steady_prior: float = 0.0
+    fill: float = 1.0
+    rounds: int = 0
+
+    def add(
+        self,
+        ranks: Sequence[int],
+        asked: int,
+        verified: int,
+        prior: Sequence[float],
+        now: float,
+        weight: float = 1.0,
+    ) -> float:
+        """
+        Args:
+            ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
+            asked (`int`): Nodes that were allowed.
+            verified (`int`): How many of them there were that seemed worth it; others add nothing and cost nothing.
+            prior (sequence of `float`): Expected tokens of each band.
+            now (`float`): The time, in rounds.
+            weight (`float`, *optional*, defaults to 1.0): Rounds that this one stands for.
+
+        Returns:
+            `float`: What the prior expected of the round.
+        """
+        fade, bands = self.fade(now), bisect_left(BANDS, asked) + 1
+        kept = [0] * len(BANDS)
+        for rank in ranks:
+            kept[min(bisect_left(BANDS, rank + 1), len(BANDS) - 1)] += 1
+        self.hits = [hits * fade + weight * new for hits, new in zip(self.hits, kept, strict=True)]
+        self.trials = [trials * fade + weight * (band < bands) for band, trials in enumerate(self.trials)]
+        steady, expected = 0.5 ** (1 / STEADY), sum(prior[:bands])
+        self.steady_hits = self.steady_hits * steady + len(ranks)
+        self.steady_prior = self.steady_prior * steady + expected
+        self.fill += (verified / asked - self.fill) * max(1 / 8, 1 / (self.rounds + 1))
+        self.seen, self.rounds = now, self.rounds + 1
+        return expected
+
+    def fade(self, now: float) -> float:
+        return 0.5 ** ((now - self.seen) / RECENT)
+
+    def expected(self, prior: Sequence[float], scale: float, now: float, weight: float = 8.0) -> list[float]:
+        """
+        Tokens that trees of up to each band's nodes add.
+
+        Args:
+            prior (sequence of `float`): Expected tokens of each band.
+            scale (`float`): How what is drafted this way or another compares with the prior.
+            now (`float`): The time, in rounds.
+            weight (`float`, *optional*, defaults to 8.0): Rounds that the long run counts for.
+        """
+        # The long run of this way, in which all ways' scale counts as much as four accepted tokens.
+        own = (self.steady_hits + 4 * scale) / (self.steady_prior + 4)
+        fade, total, sums = self.fade(now), 0.0, []
+        for hits, trials, expected in zip(self.hits, self.trials, prior, strict=True):
+            total += (hits * fade + weight * own * expected) / (trials * fade + weight)
+            sums.append(total)
+        return sums
+
+
+@dataclass
+class Claims:
+    """
+    How often nodes are accepted of which the drafter says how likely their path is.
+
+    Args:
+        hits (`list[float]`): Accepted ones, by halvings of the probability, fading.
+        trials (`list[float]`): Verified ones.
+        seen (`int`): The last round.
+    """
+
+    hits: list[float] = field(default_factory=lambda: [0.0] * CLAIMS)
+    trials: list[float] = field(default_factory=lambda: [0.0] * CLAIMS)
+    seen: int = 0
+
+    def add(self, nodes: Sequence[tuple[float, bool]], now: int) -> None:
+        """
+        Args:
+            nodes (sequence of `tuple[float, bool]`): Log2 of each path's probability; whether it was accepted.
+            now (`int`): The round.
+        """
+        fade = 0.5 ** ((now - self.seen) / STEADY)
+        self.hits = [hits * fade for hits in self.hits]
+        self.trials = [trials * fade for trials in self.trials]
+        for claim, accepted in nodes:
+            place = int(min(max(-claim, 0), CLAIMS - 1))
+            self.trials[place] += 1
+            self.hits[place] += accepted
+        self.seen = now
+
+    def least(self, pays: float) -> float:
+        """The path probability, by the drafter, from which nodes are accepted at least so often; 0 if all are."""
+        for place in range(CLAIMS):
+            claimed = 0.75 * 0.5**place
+            chance = (self.hits[place] + 8 * claimed) / (self.trials[place] + 8)
+            if chance < pays:
+                return 0.5**place
+        return 0.0

@@ -1,0 +1,340 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What was learned of one setting, and what to draft next by it: the tree that emits most tokens a second, or none.
+
+Let a round cost s seconds and emit t tokens, and let r be the best rate that is known. Then every way to draft is
+worth t - r s, and the best way is the one that is worth most; its own rate is the next r (Dinkelbach's method for a
+ratio).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from statistics import NormalDist
+from typing import Any
+
+from .estimates import BANDS, OLD, WINDOW, Claims, Gains, Times, VerifyTimes
+from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
+
+
+FIRST_SHARE, SHARE = 6.0, 0.015
+"""What may be spent on rounds that only teach: in plain steps, and as a share of the time."""
+
+LONGEST = 8.0
+"""Plain steps that a round counts for at most, in what was spent and in what may be: more is not of its making."""
+
+PATIENCE = 6
+"""Fewest rounds between two of those."""
+
+TRUST = 6.0
+"""Accepted tokens that figures count for which were measured with the drafter; others count for one."""
+
+MOST_SELECTIVE = 0.2
+"""Chance to be accepted from which a node is verified however dear it seems."""
+
+SLOWER, LESSON_WEIGHT = 1 / 8, 8.0
+"""
+What was accepted lately fades so much slower in rounds that could not tell, and the next one that can stands for up to
+so many: nothing is drafted again only because nobody looked.
+"""
+
+FIRST_NODES = 4
+"""Of the first trees. Later ones are at most twice as large as any before."""
+
+TEXTS_DIFFER = 0.35
+"""
+Standard deviation of tau - 1 between texts, as a share of its mean. With SmolLM2-135M-Instruct and 48 prompts of three
+suites it was 0.34 for the shipped drafter and 0.63 with look-ups (0.30 within HumanEval), 0.2 to 0.4 for others.
+"""
+
+
+@cache
+def share_of_slowest(batch_size: int) -> float:
+    """
+    Of the tokens that drafts add on average, what they add to the slowest of so many texts, which the others wait for,
+    if they differ as `TEXTS_DIFFER` says: the smallest of so many normal draws, by Blom's approximation.
+    """
+    behind = NormalDist().inv_cdf((batch_size - 0.375) / (batch_size + 0.25))
+    return max(1 - TEXTS_DIFFER * behind, 0)
+
+
+Parts = tuple[tuple[float, float, float], ...]
+"""For all that look-ups may promise: the share of rounds, tokens, seconds."""
+
+UNTRIED = Gains()
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """
+    One way with so many nodes, and what is to be expected of it.
+
+    Args:
+        nodes (`int`): 0 for a plain step.
+        way (`Way`): How they are drafted.
+        parts (`Parts`): Of rounds that draft this way.
+        alone (`Parts`): Of rounds that leave the drafter's forwards out; empty where there are no look-ups.
+    """
+
+    nodes: int
+    way: Way
+    parts: Parts
+    alone: Parts
+
+    def totals(self, rate: float) -> tuple[float, float, float]:
+        """
+        Tokens and seconds of a round at the best rate, and how much look-ups must promise for it to do without the
+        drafter.
+        """
+        enough = 0.0 if self.way == LOOKUPS else math.inf
+        tokens = seconds = total = 0.0
+        for found in reversed(range(len(self.parts))):
+            share, here, took = self.parts[found]
+            if found and self.alone and enough == (FOUND[found] if found < len(FOUND) else math.inf):
+                _, other, other_took = self.alone[found]
+                if other - rate * other_took > here - rate * took:
+                    enough, here, took = FOUND[found - 1], other, other_took
+            tokens, seconds, total = tokens + share * here, seconds + share * took, total + share
+        return tokens / total, seconds / total, enough
+
+    def keep_likely(self, rate: float) -> float:
+        tokens, seconds, _ = self.totals(rate)
+        return tokens - rate * seconds
+
+    def rate(self, rate: float) -> float:
+        tokens, seconds, _ = self.totals(rate)
+        return tokens / seconds
+
+
+@dataclass
+class Record:
+    """
+    What was learned of one setting. Everything in it is plain, so that it can be written down.
+
+    Args:
+        slope (`float`): As in [`Offer`].
+        batch_size (`int`): Rows of a batch.
+        now (`int`): Rounds so far.
+        seconds (`float`): Of all of them.
+        spent (`float`): Seconds by which rounds that only teach were slower than the best way.
+        learned (`int`): The last such round.
+        grown (`int`): Nodes of the largest tree so far.
+        verify (`VerifyTimes`): What nodes cost.
+        draft (`dict[str, Times]`): What drafting costs, by the way.
+        gains (`dict[str, Gains]`): What is accepted, by the way and what look-ups promise.
+        share (`list[float]`): Of rounds in which look-ups promise so much.
+        claims (`Claims`): What the drafter's probabilities are worth.
+        hits (`float`): Accepted nodes of all ways that the drafter ran in, fading.
+        prior (`float`): How many the prior expected.
+        rate (`float`): Tokens a second of the way that pays most.
+        times (`list[float]`): How long look-ups alone, and drafter, have been in use: in rounds, others counting less.
+        latest (`list[int]`): Their last rounds.
+    """
+
+    slope: float = 0.06
+    batch_size: int = 1
+    now: int = 0
+    seconds: float = 0.0
+    spent: float = 0.0
+    learned: int = -PATIENCE
+    grown: int = FIRST_NODES // 2
+    verify: VerifyTimes | None = None
+    draft: dict[str, Times] = field(default_factory=dict)
+    gains: dict[str, Gains] = field(default_factory=dict)
+    share: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0, 0.0])
+    claims: Claims = field(default_factory=Claims)
+    hits: float = 0.0
+    prior: float = 0.0
+    rate: float = 0.0
+    times: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    latest: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __post_init__(self) -> None:
+        self.verify = self.verify or VerifyTimes(self.slope)
+
+    def observe(self, offer: Offer, seen: Round) -> None:
+        """Learn from a round."""
+        self.now += 1
+        self.verify.add(seen.nodes, seen.rest, self.now)
+        took = min(seen.draft + seen.rest, LONGEST * self.verify.plain) if 1 in self.verify.sizes else 0.0
+        self.seconds += took
+        if seen.choice.learns and self.rate:
+            tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
+            self.spent = max(self.spent + took - tokens / self.rate, 0.0)
+            self.learned = self.now
+        if not seen.choice.nodes:
+            self.times = [time + SLOWER for time in self.times]
+            return
+        way, found = seen.choice.way if seen.drafted else LOOKUPS, bisect_right(FOUND, seen.found)
+        if seen.usual:
+            self.draft.setdefault(way.name, Times()).add(seen.draft, self.now)
+        self.times = [time + (1 if kind == (way.forwards > 0) else SLOWER) for kind, time in enumerate(self.times)]
+        self.share = [share + ((place == found) - share) / 32 for place, share in enumerate(self.share)]
+        self.grown = max(self.grown, seen.nodes - 1)
+        if seen.rows:
+            self._accept(offer, seen, way, found)
+
+    def _accept(self, offer: Offer, seen: Round, way: Way, found: int) -> None:
+        weight = min(max(self.now - self.latest[way.forwards > 0], 1), LESSON_WEIGHT)
+        self.latest[way.forwards > 0] = self.now
+        prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
+        for row in seen.rows:
+            order = sorted(range(len(row)), key=lambda node: -row[node][0])
+            ranks = [rank for rank, node in enumerate(order) if row[node][1]]
+            expected = gains.add(ranks, seen.choice.nodes, len(row), prior, self.times[way.forwards > 0], weight)
+            self.claims.add(row, self.now)
+            if way.forwards:
+                fade = 0.5 ** (1 / 256)
+                self.hits, self.prior = self.hits * fade + len(ranks), self.prior * fade + expected
+
+    def decide(self, offer: Offer) -> tuple[Choice, Choice | None]:
+        """
+        The way to draft that pays most by what is known, and what to do once instead, to know more.
+
+        Args:
+            offer (`Offer`): What the drafter can do.
+        """
+        plain = self.verify.sizes.get(1)
+        if plain is None or len(plain.samples) < 2:
+            return Choice(0), Choice(0, why="a plain step is measured first")
+        prospects = self._prospects(offer)
+        rate = 1 / self.verify.plain
+        for _ in range(3):
+            best = max(prospects, key=lambda prospect: prospect.keep_likely(rate))
+            rate = best.rate(rate)
+        self.rate = rate
+        choice = self._choice(offer, best)
+        return choice, self._lesson(prospects, choice)
+
+    def _prospects(self, offer: Offer) -> list[Prospect]:
+        """Every way with every number of nodes, a plain step first."""
+        plain = self.verify.plain
+        prospects = [Prospect(0, LOOKUPS, ((1.0, 1.0, plain),), ((1.0, 1.0, plain),))]
+        sizes = offer.allowed(2 * self.grown)
+        shares = self.share if offer.finds else [1.0]
+        alone = self._parts(offer, LOOKUPS, shares, sizes) if offer.finds else None
+        if alone:
+            prospects += [Prospect(nodes, LOOKUPS, part, part) for nodes, part in zip(sizes, alone, strict=True)]
+        for way in offer.ways:
+            parts = self._parts(offer, way, shares, sizes)
+            prospects += [
+                Prospect(nodes, way, part, other)
+                for nodes, part, other in zip(sizes, parts, alone or [()] * len(sizes), strict=True)
+            ]
+        return prospects
+
+    def _parts(self, offer: Offer, way: Way, shares: Sequence[float], sizes: Sequence[int]) -> list[Parts]:
+        """For each number of nodes, and for all that look-ups may promise: its share, tokens and seconds."""
+        columns, draft, slowest = [], self.draft_seconds(way), share_of_slowest(self.batch_size)
+        doubt = TRUST if offer.trusted else 1.0
+        scale = (self.hits + doubt) / (self.prior + doubt) if way.forwards else 1.0
+        for found, share in enumerate(shares):
+            gains = self.gains.get(f"{way.name} {found}", UNTRIED)
+            added = gains.expected(offer.prior(way, found), scale, self.times[way.forwards > 0])
+            fill = gains.fill if gains.rounds or way.forwards or found else 0.0
+            seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
+            tokens = [1 + slowest * added[max(bisect_right(BANDS, nodes), 1) - 1] for nodes in sizes]
+            columns.append([(share, here, draft + rest) for here, rest in zip(tokens, seconds, strict=True)])
+        return list(zip(*columns, strict=True))
+
+    def _choice(self, offer: Offer, best: Prospect) -> Choice:
+        plain = _ms(self.verify.plain)
+        if not best.nodes:
+            return Choice(0, why=f"nothing pays: a plain step takes {plain}")
+        tokens, seconds, enough = best.totals(self.rate)
+        why = f"{tokens:.2f} tokens in {_ms(seconds)}, a plain step takes {plain}"
+        return Choice(best.nodes, best.way, self._least(offer, best.nodes), enough, why)
+
+    def draft_seconds(self, way: Way) -> float:
+        """What drafting costs this way, or a guess from another way or from a plain step."""
+        known = self.draft.get(way.name)
+        if known and len(known.samples) > 1:
+            return known.quiet
+        once = self.draft.get("1/0")
+        guess = way.forwards * (once.quiet if once and len(once.samples) > 1 else 0.25 * self.verify.plain)
+        return min(guess, known.quiet) if known else guess
+
+    def _least(self, offer: Offer, nodes: int) -> float:
+        """The probability from which a node pays for what it adds to the target's forward."""
+        if not offer.cuts:
+            return 0.0
+        none, less, more = self.verify.at([1, 1 + nodes / 2, 1 + nodes])
+        each = min((more - less) / (nodes / 2), (more - none) / nodes)
+        return self.claims.least(min(self.rate * each, MOST_SELECTIVE))
+
+    def _lesson(self, prospects: Sequence[Prospect], best: Choice) -> Choice | None:
+        """
+        Something that is not known well enough, if there is time for it: what costs least for how long ago it was.
+        """
+        plain, rate = self.verify.plain, self.rate
+        allowed = FIRST_SHARE * plain + SHARE * self.seconds - self.spent
+        if not rate or allowed <= 0 or self.now - self.learned < PATIENCE:
+            return None
+        if best.nodes and self.verify.of(1).age(self.now) >= OLD:
+            return Choice(0, why="a plain step is measured again", learns=True)
+        lessons = []
+        for prospect in prospects[1:]:
+            loss, age = -prospect.keep_likely(rate) / rate, self._age(prospect, best)
+            if age and loss <= allowed and prospect.nodes <= 2 * max(best.nodes, FIRST_NODES):
+                lessons.append((max(loss, plain / 5) / age, loss, prospect))
+        if not lessons:
+            return None
+        prospect = min(lessons, key=lambda lesson: lesson[:2])[2]
+        choice = Choice(prospect.nodes, prospect.way, 0.0, prospect.totals(rate)[2], learns=True)
+        return replace(choice, why=f"seeing whether {choice} pay")
+
+    def _age(self, prospect: Prospect, best: Choice) -> int:
+        """
+        Rounds for which nothing was heard of a way or size, 0 if it is known well enough. One may always look again
+        where its like does not pay, and while what is known of a way leaves room for it to be the best.
+        """
+        of_way = self.draft.get(prospect.way.name, Times()).age(self.now)
+        # What look-ups find has a size of its own.
+        age = max(of_way, self.verify.of(prospect.nodes + 1).age(self.now) * bool(prospect.way.forwards))
+        resting = not best.nodes or (best.way == LOOKUPS and prospect.way != LOOKUPS)
+        if not resting and prospect.way != best.way:
+            tokens, seconds, _ = prospect.totals(self.rate)
+            known = (gains.steady_hits for name, gains in self.gains.items() if name.split()[0] == prospect.way.name)
+            resting = (tokens - 1) * (1 + 2 / math.sqrt(1 + sum(known))) > self.rate * seconds - 1
+        return max(age * (age >= OLD), (of_way + 1) * resting)
+
+    def take(self, verify: Sequence[tuple[int, float]], draft: Sequence[tuple[Way, float]]) -> None:
+        """Measured seconds, each of which counts as much as all that is ever kept."""
+        self.verify = VerifyTimes(self.slope)
+        for nodes, seconds in verify:
+            for _ in range(WINDOW):
+                self.verify.add(nodes, seconds, self.now)
+        self.draft |= {way.name: Times([seconds] * WINDOW, self.now) for way, seconds in draft}
+        self.grown = max(self.grown, max(nodes for nodes, _ in verify) - 1)
+
+    def sureness(self) -> str:
+        """How much the estimates rest on."""
+        plain, drafted = self.verify.sizes.get(1), sum(gains.rounds for gains in self.gains.values())
+        if plain is None:
+            return "nothing was measured yet"
+        return f"{self.now} rounds, {drafted} drafted rows, plain steps spread by {plain.spread:.0%}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Record:
+        """From what [`~Record.to_dict`] gave, read as JSON or not."""
+        verify = values["verify"]
+        sizes = {int(size): Times(**times) for size, times in verify["sizes"].items()}
+        parts = {
+            "verify": VerifyTimes(verify["slope"], sizes),
+            "draft": {name: Times(**times) for name, times in values["draft"].items()},
+            "gains": {name: Gains(**gains) for name, gains in values["gains"].items()},
+            "claims": Claims(**values["claims"]),
+        }
+        return cls(**(values | parts))
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"

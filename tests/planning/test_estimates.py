@@ -1,0 +1,103 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Estimates from few and noisy samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_import_contract import imports_of
+
+from specblock_hf import planning
+from specblock_hf.planning.estimates import BANDS, OLD, RECENT, WINDOW, Claims, Gains, Times, VerifyTimes
+
+
+def test_a_busy_machine_only_adds_time():
+    times = Times()
+    for number, seconds in enumerate([2.0, 40.0, 2.2, 40.0, 2.4, 40.0, 2.6]):
+        times.add(seconds, number)
+    assert times.quiet == 2.2 and times.spread == pytest.approx(2.6 / 2.2 - 1)
+
+
+def test_only_the_latest_samples_count():
+    times = Times()
+    for number in range(3 * WINDOW):
+        times.add(1.0 + number, number)
+    assert len(times.samples) == WINDOW and times.samples[0] == 1.0 + 2 * WINDOW
+    times.add(5.0, 3 * WINDOW + OLD)
+    assert times.samples == [5.0]
+
+
+def test_few_samples_make_a_time_old_whenever_they_were_taken():
+    times = Times()
+    assert times.age(3) == OLD
+    for number in range(5):
+        times.add(1.0, number)
+    assert times.age(10) == 6
+
+
+def test_a_curve_between_and_beyond_its_points():
+    verify = VerifyTimes(0.1)
+    verify.add(1, 10.0, 0)
+    assert verify.at([1, 2, 11]) == pytest.approx([10, 11, 20])
+    verify.add(5, 12.0, 1)
+    assert verify.at([5]) == pytest.approx([14])  # one sample is none
+    verify.add(5, 12.5, 1)
+    # Between, and on as steeply as from the first to the last.
+    assert verify.at([1, 3, 5, 9]) == pytest.approx([10, 11, 12, 14])
+    for seconds in (30.0, 11.5):
+        verify.add(9, seconds, 2)
+    # What less work was measured to cost is no more than what more work does; and never flat beyond.
+    assert verify.at([5, 9, 13]) == pytest.approx([11.5, 11.5, 12.5])
+
+
+def test_a_plain_step_takes_no_longer_than_any_round():
+    verify = VerifyTimes(0.1)
+    verify.add(1, 10.0, 0)
+    for seconds in (4.0, 5.0):
+        verify.add(9, seconds, 1)
+    assert verify.plain == 4.0
+
+
+def test_a_cut_tree_tells_what_smaller_ones_accept():
+    gains, prior = Gains(), [0.5] * len(BANDS)
+    for now in range(400):
+        # Ranks 0 and 6 of eight nodes: the first band and the sixth (7 and 8).
+        gains.add([0, 6], 8, 8, prior, now)
+    sums = gains.expected(prior, 1.0, 399)
+    place = BANDS.index(8)
+    assert sums[0] == pytest.approx(1, abs=0.2) and sums[place] == pytest.approx(2, abs=0.6)
+    # Beyond eight nodes the prior, scaled by what came true of it below: 2 of 3.
+    assert sums[place + 1] - sums[place] == pytest.approx(0.5 * 2 / 3, abs=0.01)
+
+
+def test_nodes_that_there_were_not_add_nothing():
+    gains, prior = Gains(), [0.5] * len(BANDS)
+    gains.add([0], 8, 2, prior, 0)
+    assert gains.trials[:7] == [1] * 6 + [0] and gains.hits[:2] == [1, 0] and gains.fill == 0.25
+
+
+def test_what_was_accepted_long_ago_fades_to_the_long_run():
+    gains, prior = Gains(), [0.5] * len(BANDS)
+    for now in range(20):
+        gains.add([], 1, 1, prior, now)
+    soon, later = (gains.expected(prior, 1.0, now)[0] for now in (20, 20 + 4 * RECENT))
+    assert soon < later < 0.2
+
+
+@pytest.mark.parametrize(
+    ("tenths", "least"), [([9, 5, 3, 1, 1], 0.125), ([1, 1, 1, 1, 1], 1.0), ([9, 9, 9, 9, 9], 0.5**5)]
+)
+def test_claims_are_taken_for_what_they_are_worth(tenths, least):
+    claims = Claims()
+    for now in range(300):
+        claims.add([(-place - 0.5, now % 10 < right) for place, right in enumerate(tenths)], now)
+    assert claims.least(0.2) == least
+
+
+def test_the_room_knows_no_torch_and_no_clock():
+    paths = list(Path(planning.__file__).parent.glob("*.py"))
+    assert len(paths) > 3
+    imported = {name.split(".")[0] for path in paths for name in imports_of(path)}
+    assert not imported & {"torch", "transformers", "time", "random"}
