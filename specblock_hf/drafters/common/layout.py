@@ -45,11 +45,13 @@ class Layout(ABC):
         name (`str`): For `specblock convert --to` and messages.
         is_known_by_little (`bool`): Others say of themselves what they are, so they are asked first.
         is_writable (`bool`): Whether drafters can be saved in it, too.
+        hub_words (`tuple[str, ...]`): What such drafters are tagged with on the Hub, or called.
     """
 
     name: ClassVar[str]
     is_known_by_little: ClassVar[bool] = False
     is_writable: ClassVar[bool] = True
+    hub_words: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def matches(self, config: Mapping[str, Any]) -> bool:

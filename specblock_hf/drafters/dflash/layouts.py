@@ -61,6 +61,7 @@ class DFlashLayout(Layout):
     """`DFlashDraftModel`, `DFlash2DraftModel` and JetSpec's, which is a DFlash of another mask."""
 
     name = "dflash"
+    hub_words = ("dflash", "jetspec")
     architectures: tuple[str, ...] = ("DFlashDraftModel", "DFlash2DraftModel")
     has_vocabulary = False
     """Whether the drafter has an embedding and a head of its own."""
@@ -142,6 +143,7 @@ class DSparkLayout(DFlashLayout):
     """DeepSpec's, which predicts from the anchor on, with a Markov head, a confidence head, or without."""
 
     name = "dspark"
+    hub_words = ("dspark",)
     architectures = ("Qwen3DSparkModel",)
     has_vocabulary = True
 

@@ -31,6 +31,7 @@ from .configuration import Eagle3Config
 
 
 class _Eagle3Layout(Layout):
+    hub_words = ("eagle3", "eagle-3")
     layer_prefix = "layers.0."
     """Of the tensors of the only layer."""
 
@@ -123,6 +124,7 @@ class SpeculatorsLayout(_Eagle3Layout):
     """That of vLLM's `speculators`, which records more than the others."""
 
     name = "speculators"
+    hub_words = ("eagle3", "speculators", "speculator")
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return config.get("speculators_model_type") == "eagle3"

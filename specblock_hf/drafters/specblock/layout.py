@@ -32,6 +32,7 @@ class ReleaseLayout(Layout):
     """`LlamaForCausalLMSpecBlock*`, with the draft vocabulary in `vocab_mapping.pt`."""
 
     name = "specblock"
+    hub_words = ("specblock",)
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return any(name.startswith("LlamaForCausalLMSpecBlock") for name in config.get("architectures") or ())

@@ -1,0 +1,80 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`specblock find`: which drafters there are for a target, and which of them fit."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+
+from ..drafters.find import Candidate, Findings, find_drafters
+
+
+_HEADINGS = ("", "drafter", "kind", "layout", "size", "downloads", "stated acceptance")
+_WIDTH = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("target", help="folder or Hub id; only its config.json is read")
+    parser.add_argument("--revision", help="branch, tag or commit of the target")
+    parser.add_argument("--offline", action="store_true", help="ask nobody: only the cache and the package's list")
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Print what was found and the line that loads the best.
+
+    Returns:
+        `int`: 0 if a drafter fits, otherwise 1.
+    """
+    findings = find_drafters(args.target, revision=args.revision, local_files_only=args.offline)
+    print("\n".join(describe_findings(findings)))
+    return 0 if findings.candidates and findings.candidates[0].fits else 1
+
+
+def describe_findings(findings: Findings) -> list[str]:
+    """
+    Args:
+        findings ([`Findings`]): From [`find_drafters`].
+
+    Returns:
+        `list[str]`: A table of all candidates, why some do not fit, and what to do.
+    """
+    lines = []
+    if findings.candidates:
+        rows = [_HEADINGS, *map(_cells, findings.candidates)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+    for one in findings.candidates:
+        reasons = [one.misfit] if one.misfit else []
+        lines += [line for reason in reasons for line in _wrapped(f"{one.name}: {reason}")]
+    lines += [line for note in findings.notes for line in _wrapped(note)]
+    try:
+        best = findings.best()
+    except ValueError as error:
+        return [*lines, *([] if findings.candidates else [str(error)]), *_way_out(findings)]
+    return [*lines, f'drafter = AutoDrafter.from_pretrained("{best.name}", target=target)']
+
+
+def _cells(one: Candidate) -> tuple[str, ...]:
+    stated = one.known and one.known.acceptance
+    return (
+        "fits" if one.fits else "no",
+        one.name,
+        one.kind or "-",
+        one.layout or "-",
+        f"{one.listed.size / 1e6:,.1f} MB" if one.listed and one.listed.size else "-",
+        f"{one.listed.downloads:,}" if one.listed else "-",
+        f"{stated.tau:g} tokens a round ({stated.setting}; {stated.source}, {stated.date})" if stated else "-",
+    )
+
+
+def _way_out(findings: Findings) -> list[str]:
+    return ["No drafter fits; LookupDrafter(target.config) needs no training."] if findings.candidates else []
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="    ", break_long_words=False)

@@ -1,0 +1,244 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The right drafter for a target: found, refused or explained, from the Hub, its cache and the package's list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hub_client
+import pytest
+from block_drafters_for_tests import block_drafter
+from conftest import prompt_of, tiny_target
+from hub_client import Client, ClientError
+from hub_server import Fault, HubServer, Repo
+from test_loading import small_drafter
+
+from specblock_hf.drafters.common.registry import published_layouts
+from specblock_hf.drafters.known import known_drafter, known_drafters
+from specblock_hf.drafters.layouts import OURS, write_checkpoint
+
+
+LAYOUTS = {
+    OURS: small_drafter,
+    "specblock": small_drafter,
+    "safeailab": lambda: small_drafter("eagle3"),
+    "sglang": lambda: small_drafter("eagle3"),
+    "speculators": lambda: small_drafter("eagle3"),
+    "dflash": block_drafter,
+    "dspark": lambda: block_drafter("dspark"),
+}
+BASE = "org/base"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with HubServer() as server:
+        client = Client(server.url, tmp_path_factory.mktemp("home"))
+        yield server, client
+        client.close()
+
+
+@pytest.fixture
+def hub(running):
+    server, _ = running
+    server.repos.clear()
+    server.faults.clear()
+    server.log.clear()
+    return server
+
+
+@pytest.fixture
+def client(running):
+    return running[1]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return str(tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small drafter for the tiny Llama in every layout."""
+    root = tmp_path_factory.mktemp("saved")
+    for layout, make in LAYOUTS.items():
+        write_checkpoint(make(), root / layout, layout)
+    return root
+
+
+def add_target(hub: HubServer, name: str, base: str | None = None, **fields) -> None:
+    config = tiny_target("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]} | fields
+    files = {"config.json": json.dumps(config).encode(), "README.md": card(base)}
+    hub.repos.setdefault(name, Repo()).add("main", files)
+
+
+def add_drafter(
+    hub: HubServer, name: str, folder: Path, base: str | None = BASE, downloads: int = 0, **card_fields
+) -> Repo:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    repo = hub.repos.setdefault(name, Repo(downloads=downloads))
+    repo.add("main", files | {"README.md": card(base, **card_fields)})
+    return repo
+
+
+def card(base: str | None, **fields) -> bytes:
+    lines = [f"base_model: {base}"] if base else []
+    return "\n".join(
+        ["---", *lines, *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---", ""]
+    ).encode()
+
+
+def weights_asked_for(hub: HubServer) -> list[str]:
+    return [
+        path for _, path, *_ in hub.log if path.endswith((".safetensors", ".pt", ".bin")) or path.startswith("/large/")
+    ]
+
+
+def test_every_layout_is_found_and_judged_without_weights(hub, client, folders, cache):
+    assert {layout.name for _, layout in published_layouts().values() if layout.is_writable} <= LAYOUTS.keys()
+    add_target(hub, BASE)
+    for count, layout in enumerate(LAYOUTS):
+        tags = {"tags": ["speculative-decoding"], "license": "mit"}
+        add_drafter(hub, f"lab/{layout}", folders / layout, downloads=count, **tags)
+    add_drafter(hub, "lab/quiet", folders / "specblock")  # neither a tag nor a name that says so
+    found = client(hub_client.search, BASE, cache_dir=cache)
+    assert found["notes"] == () and found["rows"].keys() == {f"lab/{layout}" for layout in LAYOUTS}
+    for layout, make in LAYOUTS.items():
+        trained_for, kind, read, misfit, listed = found["rows"][f"lab/{layout}"]
+        assert (trained_for, kind, read, misfit) == (BASE, make().config.model_type, layout, None)
+        size = sum(weight.numel() * weight.element_size() for weight in make().state_dict().values())
+        assert listed.licence == "mit" and (listed.size == size or layout not in (OURS, "dflash"))
+    assert found["best"] == f"lab/{layout}"  # the most downloaded
+    assert weights_asked_for(hub) == []
+
+
+def test_a_fine_tuned_and_a_quantised_copy_take_their_bases_drafter(hub, client, folders, cache):
+    add_target(hub, BASE)
+    add_target(hub, "me/tuned", BASE)
+    add_target(
+        hub, "me/tuned-gptq", "me/tuned", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}
+    )
+    add_drafter(hub, "lab/base-eagle3", folders / "sglang", downloads=9)
+    assert client(hub_client.search, "me/tuned-gptq", cache_dir=cache)["best"] == "lab/base-eagle3"
+    # One of its own goes first, however little it is used.
+    add_drafter(hub, "me/tuned-specblock", folders / OURS, base="me/tuned")
+    found = client(hub_client.search, "me/tuned-gptq", cache_dir=cache)
+    assert list(found["rows"]) == ["me/tuned-specblock", "lab/base-eagle3"]
+    assert [row[0] for row in found["rows"].values()] == ["me/tuned", BASE]
+    name, text = client(hub_client.find_and_generate, "me/tuned-gptq", cache_dir=cache)
+    assert name == "me/tuned-specblock"
+    assert text == tiny_target("llama").generate(prompt_of(6), max_new_tokens=16, do_sample=False)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"vocab_size": 40}, r"its vocabulary is 32, that of this LlamaForCausalLM 40"),
+        ({"hidden_size": 64}, r"its hidden size is 32, that of this LlamaForCausalLM 64"),
+        ({"num_hidden_layers": 6}, r"its number of layers is 4, that of this LlamaForCausalLM 6"),
+    ],
+)
+def test_a_resized_copy_is_refused_with_the_reason_and_a_way_out(hub, client, folders, cache, fields, why):
+    add_target(hub, BASE)
+    add_target(hub, "me/resized", BASE, **fields)
+    add_drafter(hub, "lab/base-specblock", folders / OURS)
+    with pytest.raises(ClientError, match=rf"^ValueError: No drafter was found that fits me/resized: .*{why}.*Lookup"):
+        client(hub_client.find_and_generate, "me/resized", cache_dir=cache)
+    assert weights_asked_for(hub) == []
+
+
+def test_an_unknown_target_and_one_that_is_no_model(hub, client, cache, tmp_path):
+    add_target(hub, "me/unknown")
+    best = client(hub_client.search, "me/unknown", cache_dir=cache)["best"]
+    assert best == (
+        "No drafter was found that fits me/unknown: none is known. Train one with `specblock train`, or pass "
+        "assistant_model=LookupDrafter(target.config), which needs no training."
+    )
+    tiny_target("llama").config.save_pretrained(tmp_path / "folder")
+    assert "none is known" in client(hub_client.search, str(tmp_path / "folder"), cache_dir=cache)["best"]
+    with pytest.raises(ClientError, match=r"^OSError: .*me/nowhere"):
+        client(hub_client.search, "me/nowhere", cache_dir=cache)
+
+
+def test_what_is_no_drafter_or_may_not_be_read_says_why(hub, client, folders, cache):
+    add_target(hub, BASE)
+    add_target(hub, "me/eagle3-tuned", BASE)  # a model that is called like a drafter
+    add_drafter(hub, "lab/gated-dflash", folders / "dflash").gated = True
+    hub.repos["lab/gguf-eagle3"] = Repo()
+    hub.repos["lab/gguf-eagle3"].add("main", {"README.md": card(BASE), "model.gguf": b"?"})
+    trap = add_drafter(hub, "lab/strange-dflash", folders / "dflash")
+    config = json.loads(trap.branches["main"].files["config.json"])
+    code = {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "architectures": ["DFlash9DraftModel"]}
+    trap.add("main", {"config.json": json.dumps(config | code).encode(), "dflash.py": b"raise RuntimeError('run')"})
+    rows = client(hub_client.search, BASE, cache_dir=cache)["rows"]
+    for name, why in {
+        "me/eagle3-tuned": "is not a drafter in a known layout",
+        "lab/gated-dflash": "lab/gated-dflash is gated; accept its terms",
+        "lab/gguf-eagle3": "has no config.json",
+        "lab/strange-dflash": "is a variant of DFlash that is not known",
+    }.items():
+        assert why in rows[name][3]
+    assert not any("dflash.py" in path for _, path, *_ in hub.log)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 429}, {"status": 500}, {"cut": 40}, {"change": lambda body: b"<html>"}],
+    ids=["429", "500", "cut", "html"],
+)
+def test_a_hub_that_fails_leaves_the_cache_and_the_list(hub, client, folders, cache, fault):
+    add_target(hub, BASE)
+    add_drafter(hub, "lab/base-specblock", folders / OURS)
+    hub.faults.append(Fault("GET /api/models", 1000, **fault))
+    found = client(hub_client.search, BASE, cache_dir=cache)
+    assert found["rows"] == {} and "none is known; the Hub could not be asked (" in found["best"]
+    hub.faults.clear()
+    assert client(hub_client.search, BASE, cache_dir=cache)["best"] == "lab/base-specblock"
+    hub.faults.append(Fault("GET /api/models", 1000, **fault))
+    again = client(hub_client.search, BASE, cache_dir=cache)
+    # Its own configuration says nothing of a target.
+    assert list(again["rows"]) == ["lab/base-specblock"]
+    assert again["rows"]["lab/base-specblock"][3].startswith("its sizes fit, but nothing says that it is for this")
+
+
+def test_offline_the_cache_is_searched(hub, client, folders, cache, tmp_path):
+    drafter = small_drafter()
+    drafter.config.target_name_or_path = BASE
+    drafter.save_pretrained(tmp_path / "named")
+    add_target(hub, BASE)
+    add_drafter(hub, "lab/named-specblock", tmp_path / "named", base=None)
+    add_drafter(hub, "lab/mute-eagle3", folders / "sglang", base=None)
+    for name in ("lab/named-specblock", "lab/mute-eagle3"):
+        client(hub_client.pull, name, cache_dir=cache)
+    client(hub_client.search, BASE, cache_dir=cache)
+    hub.log.clear()
+    found = client(hub_client.search, BASE, cache_dir=cache, local_files_only=True)
+    assert list(found["rows"]) == ["lab/named-specblock", "lab/mute-eagle3"] and found["best"] == "lab/named-specblock"
+    assert (
+        client(hub_client.find_and_generate, BASE, cache_dir=cache, local_files_only=True)[0] == "lab/named-specblock"
+    )
+    assert hub.log == []
+
+
+def test_the_list_knows_what_the_hub_does_not_say(hub, client, folders, cache):
+    target = "meta-llama/Llama-3.1-8B-Instruct"
+    add_target(hub, target)
+    add_drafter(hub, "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", folders / "safeailab", base=None)
+    found = client(hub_client.search, target, cache_dir=cache)
+    assert found["best"] == "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"
+    others = [drafter.id for drafter in known_drafters() if drafter.target == target]
+    assert set(found["rows"]) == set(others) and all(
+        found["rows"][name][3] for name in others if name != found["best"]
+    )
+
+
+def test_the_list_names_kinds_and_layouts_that_there_are():
+    ids = [drafter.id for drafter in known_drafters()]
+    assert len(ids) == len(set(ids)) > 50
+    for drafter in known_drafters():
+        assert drafter.id.count("/") == drafter.target.count("/") == 1 and drafter.source
+        assert not drafter.layout or drafter.layout in published_layouts(), drafter
+        assert not drafter.acceptance or (1 < drafter.acceptance.tau < 20 and drafter.acceptance.date.startswith("20"))
+    assert known_drafter("z-lab/qwen3-8b-dflash-b16").thinking is False
