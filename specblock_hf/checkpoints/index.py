@@ -12,7 +12,6 @@ from typing import Any
 
 from huggingface_hub import CacheNotFound, HfApi, ModelInfo, is_offline_mode, metadata_load, scan_cache_dir
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
-
 from yaml import YAMLError
 
 from .files import DrafterFiles
@@ -20,7 +19,6 @@ from .files import DrafterFiles
 
 TAG = "speculative-decoding"
 """What authors of drafters tag them with, whatever their kind."""
-FIELDS = ["downloads", "safetensors", "tags"]
 MOST_LISTED = 100
 LONGEST_LINEAGE = 8
 _BITS = {"F64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I64": 64, "U8": 8, "I8": 8, "BOOL": 8}
@@ -72,13 +70,14 @@ class HubIndex:
     ):
         self.notes: list[str] = []
         self._api = HfApi(token=token)
-        self._given = {"token": token, "cache_dir": cache_dir}
+        self._token, self._cache_dir = token, cache_dir
         self._is_asked = not (local_files_only or is_offline_mode())
 
     @property
     def options(self) -> dict[str, Any]:
         """For [`DrafterFiles`]."""
-        return self._given | {"local_files_only": not self._is_asked or None}
+        asked = {"token": self._token, "cache_dir": self._cache_dir}
+        return asked | {"local_files_only": True} if not self._is_asked else asked
 
     def lineage(self, name: str, revision: str | None = None) -> list[str]:
         """
@@ -118,9 +117,9 @@ class HubIndex:
 
     def cached(self) -> Iterator[str]:
         """Repositories in the cache, where nobody else is asked."""
-        folder = self._given["cache_dir"]
+        folder = None if self._cache_dir is None else os.fspath(self._cache_dir)
         try:
-            found = () if self._is_asked else scan_cache_dir(folder).repos
+            found = frozenset() if self._is_asked else scan_cache_dir(folder).repos
         except CacheNotFound:
             return
         yield from sorted(repo.repo_id for repo in found if repo.repo_type == "model")
@@ -146,7 +145,8 @@ class HubIndex:
         if not self._is_asked:
             return []
         try:
-            return list(self._api.list_models(**query, sort="downloads", limit=MOST_LISTED, expand=FIELDS))
+            expand: list[Any] = ["downloads", "safetensors", "tags"]
+            return list(self._api.list_models(**query, sort="downloads", limit=MOST_LISTED, expand=expand))
         except (HTTPError, ValueError) as error:
             self._give_up(error)
             return []

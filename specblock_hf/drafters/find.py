@@ -125,7 +125,7 @@ def find_drafters(
         OSError: The target's configuration cannot be had.
         ValueError: It describes no model that transformers can build.
     """
-    model, name = _without_weights(
+    model, name = _model_and_name(
         target,
         revision=revision,
         token=token,
@@ -144,7 +144,7 @@ def find_drafters(
     return Findings(name or f"this {type(model).__name__}", tuple(judged), tuple(index.notes))
 
 
-def _without_weights(target: Any, **options: Any) -> tuple[PreTrainedModel, str]:
+def _model_and_name(target: Any, **options: Any) -> tuple[PreTrainedModel, str]:
     """A target as what it is asked of here, and its name."""
     if isinstance(target, PreTrainedModel):
         return target, target.config.name_or_path
@@ -183,7 +183,9 @@ def _judge(candidate: Candidate, target: PreTrainedModel, lineage: list[str], op
                 kind = drafter_kind(files.config["model_type"])
                 config = kind.config_class.from_dict(files.config, name_or_path=candidate.name)
             else:
-                config = layout.read_config(files.config, candidate.name, {}, target.config)
+                nameless = copy(target.config)
+                nameless.name_or_path = ""  # which would pass for what the file says
+                config = layout.read_config(files.config, candidate.name, {}, nameless)
                 kind = drafter_kind(config.model_type)
             candidate = _with_target(replace(candidate, kind=config.model_type), config, lineage)
             with torch.device("meta"):

@@ -51,7 +51,7 @@ class Layout(ABC):
     name: ClassVar[str]
     is_known_by_little: ClassVar[bool] = False
     is_writable: ClassVar[bool] = True
-    hub_words: ClassVar[tuple[str, ...]] = ()
+    hub_words: tuple[str, ...] = ()
 
     @abstractmethod
     def matches(self, config: Mapping[str, Any]) -> bool:
@@ -153,12 +153,18 @@ def rope_parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **scaling, "rope_theta": float(config.get("rope_theta", 10000.0))}
 
 
-def target_fields(target: PreTrainedConfig) -> dict[str, Any]:
-    """What a target's configuration says that layouts do not record."""
+def target_fields(target: PreTrainedConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What a target's configuration says that layouts do not record.
+
+    Args:
+        target ([`~transformers.PreTrainedConfig`]): The target's.
+        recorded (`dict`): Fields of our configuration that were read; which target it is goes by them.
+    """
     text = target.get_text_config()
     return {
-        "target_num_layers": text.num_hidden_layers,
-        "target_name_or_path": target.name_or_path or None,
+        "target_num_layers": recorded.get("target_num_layers") or text.num_hidden_layers,
+        "target_name_or_path": recorded.get("target_name_or_path") or target.name_or_path or None,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,

@@ -61,7 +61,7 @@ class DFlashLayout(Layout):
     """`DFlashDraftModel`, `DFlash2DraftModel` and JetSpec's, which is a DFlash of another mask."""
 
     name = "dflash"
-    hub_words = ("dflash", "jetspec")
+    hub_words: tuple[str, ...] = ("dflash", "jetspec")
     architectures: tuple[str, ...] = ("DFlashDraftModel", "DFlash2DraftModel")
     has_vocabulary = False
     """Whether the drafter has an embedding and a head of its own."""
@@ -98,7 +98,7 @@ class DFlashLayout(Layout):
         if "fc.weight" in tensors:
             fields["target_hidden_size"] = tensors["fc.weight"].shape[1] // len(fields["feature_layers"])
         if target is not None:
-            fields |= target_fields(target)
+            fields |= target_fields(target, fields)
             if not self.has_vocabulary:  # then it is the target's, whatever the file says about it
                 fields["vocab_size"] = target.get_text_config().vocab_size
         return BlockDiffusionConfig(**fields)

@@ -5,9 +5,11 @@
 from ..common.registry import register_drafter
 from .configuration import Eagle3Config
 from .drafting import Eagle3Drafter
-from .layouts import SafeAILabLayout, SGLangLayout, SpeculatorsLayout
+from .layouts import DeepSpecLayout, SafeAILabLayout, SGLangLayout, SpeculatorsLayout
 
 
-register_drafter(Eagle3Config, Eagle3Drafter, layouts=[SpeculatorsLayout(), SGLangLayout(), SafeAILabLayout()])
+register_drafter(
+    Eagle3Config, Eagle3Drafter, layouts=[SpeculatorsLayout(), SGLangLayout(), DeepSpecLayout(), SafeAILabLayout()]
+)
 
 __all__ = ["Eagle3Config", "Eagle3Drafter"]

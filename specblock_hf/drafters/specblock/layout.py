@@ -47,7 +47,7 @@ class ReleaseLayout(Layout):
         fields = read_llama_fields(config, name)
         require(config, ("draft_vocab_size", "diffspec_draft_token_num", "num_hidden_layers"), name)
         if target is not None:
-            fields |= target_fields(target)
+            fields |= target_fields(target, fields)
         return SpecBlockConfig(
             **fields,
             draft_vocab_size=config["draft_vocab_size"],
