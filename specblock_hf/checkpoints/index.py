@@ -101,13 +101,11 @@ class HubIndex:
 
         Args:
             base (`str`): Hub id of the model.
-            words (sequence of `str`): Of which one is a tag, or part of the name, of a drafter.
+            words (sequence of `str`): Of which one is part of the name of a drafter that is not tagged as one.
         """
         family = f"base_model:{base}"
         queries: list[dict[str, Any]] = [{"filter": [family, TAG]}]
-        queries += [
-            query for word in words for query in ({"filter": [family, word]}, {"filter": family, "search": word})
-        ]
+        queries += [{"filter": family, "search": word} for word in words]
         seen: set[str] = set()
         for query in queries if "/" in base and not os.path.isdir(base) else ():
             for info in self._list(query):

@@ -5,63 +5,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import SIZES, prompt_of, tiny_target
+from layouts_for_tests import deepspec_folder, eagle3_drafter
 from safetensors.torch import load_file, save_file
 from test_loading import assert_same
 
-from specblock_hf import AutoDrafter, Eagle3Config, Eagle3Drafter
+from specblock_hf import AutoDrafter
 from specblock_hf.drafters.layouts import layout_of, write_checkpoint
-
-
-def drafter_with(**fields) -> Eagle3Drafter:
-    torch.manual_seed(4)
-    sizes = {name: value for name, value in SIZES.items() if name not in ("num_hidden_layers", "initializer_range")}
-    sizes |= {"draft_vocab_size": 24, "head_dim": 8, "target_num_layers": 4, "feature_layers": [2, 2, 1]}
-    drafter = Eagle3Drafter(Eagle3Config(**sizes | fields)).eval()
-    with torch.no_grad():
-        for name, weight in drafter.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5)
-    return drafter
-
-
-def deepspec_folder(folder: Path, **changes) -> Eagle3Drafter:
-    """What DeepSpec saves of a small drafter: its own names of fields, and the target's embedding."""
-    drafter = drafter_with(qk_norm=True, draft_vocab_size=SIZES["vocab_size"], feature_layers=[1, 2, 3])
-    config, tensors = drafter.config, drafter.state_dict()
-    tensors = {name: value for name, value in tensors.items() if name not in ("d2t", "t2d")}
-    tensors["embed_tokens.weight"] = tiny_target("qwen3").get_input_embeddings().weight.detach().clone()
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
-    written = {name: getattr(config, name) for name in names} | {
-        "architectures": ["Qwen3Eagle3Model"],
-        "model_type": "qwen3",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": dict(config.rope_parameters),
-        "num_hidden_layers": 1,
-        "draft_num_hidden_layers": 1,
-        "layer_types": ["full_attention"],
-        "num_target_layers": 4,
-        "target_layer_ids": [0, 1, 2],
-        "target_model_name_or_path": "Qwen/Qwen3-8B",
-        "ttt_length": 7,
-        "step_loss_decay": 0.8,
-        "tie_word_embeddings": False,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(written | changes))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return drafter
 
 
 @pytest.mark.parametrize(
@@ -74,7 +27,7 @@ def deepspec_folder(folder: Path, **changes) -> Eagle3Drafter:
     ],
 )
 def test_a_way_there_and_back_changes_nothing(tmp_path, layout, fields):
-    drafter = drafter_with(**fields)
+    drafter = eagle3_drafter(**fields)
     write_checkpoint(drafter, tmp_path / "there", layout)
     target = tiny_target("llama")
     again = AutoDrafter.from_pretrained(tmp_path / "there", target=target)
@@ -86,9 +39,9 @@ def test_a_way_there_and_back_changes_nothing(tmp_path, layout, fields):
 def test_a_layout_without_the_words_is_refused(tmp_path):
     for layout, fields in {"safeailab": {"norm_output": True}, "sglang": {"qk_norm": True}}.items():
         with pytest.raises(ValueError, match=rf"^The layout {layout} has no word for this drafter's norms"):
-            write_checkpoint(drafter_with(**fields), tmp_path / layout, layout)
+            write_checkpoint(eagle3_drafter(**fields), tmp_path / layout, layout)
     with pytest.raises(ValueError, match=r"^The layout deepspec holds the target's embedding"):
-        write_checkpoint(drafter_with(qk_norm=True), tmp_path / "deepspec", "deepspec")
+        write_checkpoint(eagle3_drafter(qk_norm=True), tmp_path / "deepspec", "deepspec")
     assert list(tmp_path.iterdir()) == []
 
 

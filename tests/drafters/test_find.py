@@ -13,6 +13,7 @@ from block_drafters_for_tests import block_drafter
 from conftest import prompt_of, tiny_target
 from hub_client import Client, ClientError
 from hub_server import Fault, HubServer, Repo
+from layouts_for_tests import deepspec_folder, speculators_folder
 from test_loading import small_drafter
 
 from specblock_hf.drafters.common.registry import published_layouts
@@ -29,6 +30,8 @@ LAYOUTS = {
     "dflash": block_drafter,
     "dspark": lambda: block_drafter("dspark"),
 }
+READ_ONLY = {"deepspec": deepspec_folder, "speculators-dflash": speculators_folder}
+"""Layouts that are written by a test alone."""
 BASE = "org/base"
 
 
@@ -65,6 +68,8 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
     for layout, make in LAYOUTS.items():
         write_checkpoint(make(), root / layout, layout)
+    for layout, write in READ_ONLY.items():
+        write(root / layout)
     return root
 
 
@@ -99,18 +104,20 @@ def weights_asked_for(hub: HubServer) -> list[str]:
 def test_every_layout_is_found_and_judged_without_weights(hub, client, folders, cache):
     assert {layout.name for _, layout in published_layouts().values() if layout.is_writable} <= LAYOUTS.keys()
     add_target(hub, BASE)
-    for count, layout in enumerate(LAYOUTS):
+    for count, layout in enumerate([*LAYOUTS, *READ_ONLY]):
         tags = {"tags": ["speculative-decoding"], "license": "mit"}
         add_drafter(hub, f"lab/{layout}", folders / layout, downloads=count, **tags)
     add_drafter(hub, "lab/quiet", folders / "specblock")  # neither a tag nor a name that says so
     found = client(hub_client.search, BASE, cache_dir=cache)
-    assert found["notes"] == () and found["rows"].keys() == {f"lab/{layout}" for layout in LAYOUTS}
+    assert found["notes"] == () and found["rows"].keys() == {f"lab/{layout}" for layout in (*LAYOUTS, *READ_ONLY)}
     for layout, make in LAYOUTS.items():
         trained_for, kind, read, misfit, listed = found["rows"][f"lab/{layout}"]
         assert (trained_for, kind, read, misfit) == (BASE, make().config.model_type, layout, None)
         size = sum(weight.numel() * weight.element_size() for weight in make().state_dict().values())
         assert listed.licence == "mit" and (listed.size == size or layout not in (OURS, "dflash"))
-    assert found["best"] == f"lab/{layout}"  # the most downloaded
+    for layout, kind in {"deepspec": "eagle3", "speculators-dflash": "block_diffusion"}.items():
+        assert found["rows"][f"lab/{layout}"][:4] == (BASE, kind, layout, None)
+    assert found["best"] == "lab/speculators-dflash"  # the most downloaded
     assert weights_asked_for(hub) == []
 
 

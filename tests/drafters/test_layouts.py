@@ -315,7 +315,19 @@ def test_tensors_that_do_not_fit_are_named(copy, source, change, sentence):
             {"layer_types": ["sliding_attention"], "sliding_window": 2048},
             r"sees 2048 tokens back and EAGLE-3 drafters see everything here",
         ),
-        (SPECULATORS, {"speculators_model_type": "dflash"}, r"is not a drafter in a known layout"),
+        (
+            SPECULATORS,
+            {"speculators_model_type": "mtp"},
+            r"is a multi-token prediction \(MTP\) drafter, which cannot be",
+        ),
+        (
+            SPECULATORS,
+            {"speculators_model_type": "peagle"},
+            r"is a P-EAGLE drafter, which cannot be run here because it",
+        ),
+        (SPECULATORS, {"speculators_model_type": "xpress"}, r"is a XPress drafter, which cannot be run here because"),
+        (SAFEAILAB, {"architectures": ["Gemma4Eagle3Model"]}, r"is a Gemma 4 EAGLE-3 drafter, which cannot be run"),
+        (SPECULATORS, {"speculators_model_type": "other"}, r"is not a drafter in a known layout"),
     ],
 )
 def test_what_a_configuration_asks_for_in_vain(copy, source, changes, sentence):

@@ -45,10 +45,10 @@ class Layout(ABC):
         name (`str`): For `specblock convert --to` and messages.
         is_known_by_little (`bool`): Others say of themselves what they are, so they are asked first.
         is_writable (`bool`): Whether drafters can be saved in it, too.
-        hub_words (`tuple[str, ...]`): What such drafters are tagged with on the Hub, or called.
+        hub_words (`tuple[str, ...]`): Of which one is part of the names of such drafters on the Hub.
     """
 
-    name: ClassVar[str]
+    name: str
     is_known_by_little: ClassVar[bool] = False
     is_writable: ClassVar[bool] = True
     hub_words: tuple[str, ...] = ()
@@ -113,6 +113,59 @@ class Layout(ABC):
         """What to raise where a layout is another drafter's."""
         return ValueError(
             f"A {drafter.config.model_type} drafter cannot be written in the layout {self.name}; choose another."
+        )
+
+
+class UnreadLayout(Layout):
+    """
+    A layout that is known by its name, and whose drafters cannot be run.
+
+    Args:
+        name (`str`): Of the layout.
+        method (`str`): What its drafters are called.
+        lacking (`str`): What they have that nothing here has, as the rest of a sentence.
+        architectures (`tuple[str, ...]`, *optional*): Those of its configurations.
+        speculators (`str`, *optional*): Its `speculators_model_type`.
+        projector (`str`, *optional*): Its `projector_type` in `dflash_config`.
+        hub_words (`tuple[str, ...]`, *optional*): See [`Layout`].
+    """
+
+    is_writable = False
+    name: str
+
+    def __init__(
+        self,
+        name: str,
+        method: str,
+        lacking: str,
+        architectures: tuple[str, ...] = (),
+        speculators: str | None = None,
+        projector: str | None = None,
+        hub_words: tuple[str, ...] = (),
+    ):
+        self.name, self.hub_words = name, hub_words
+        self._method, self._lacking = method, lacking
+        self._architectures, self._speculators, self._projector = architectures, speculators, projector
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        block = config.get("dflash_config")
+        projector = block.get("projector_type") if isinstance(block, dict) else None
+        return (
+            any(name in self._architectures for name in config.get("architectures") or ())
+            or (self._speculators is not None and config.get("speculators_model_type") == self._speculators)
+            or (self._projector is not None and projector == self._projector)
+        )
+
+    def read_config(
+        self,
+        config: Mapping[str, Any],
+        name: object,
+        tensors: Mapping[str, torch.Tensor],
+        target: PreTrainedConfig | None = None,
+    ) -> PreTrainedConfig:
+        raise ValueError(
+            f"{name} is a {self._method} drafter, which cannot be run here because {self._lacking}; load another "
+            "drafter."
         )
 
 

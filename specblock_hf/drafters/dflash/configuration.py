@@ -52,6 +52,8 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
             where the first row predicts nothing).
         own_embedding (`bool`, *optional*, defaults to `False`):
             The drafter has an embedding and a head of its own (DSpark).
+        restricted_vocabulary (`bool`, *optional*, defaults to `False`):
+            It says only the tokens that the buffer `t2d` marks (`speculators` checkpoints), whoever's the head is.
         input_embedding_scale (`float`, *optional*, defaults to 1.0): Factor of a block's embeddings.
         output_multiplier (`float`, *optional*, defaults to 1.0): Factor of the logits.
         final_logit_softcapping (`float`, *optional*): Bound s of the logits, as s tanh(logit / s).
@@ -103,6 +105,7 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
     causal: bool | None = None
     predicts_from_anchor: bool = False
     own_embedding: bool = False
+    restricted_vocabulary: bool = False
     input_embedding_scale: float = 1.0
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None

@@ -99,7 +99,9 @@ class DFlashLayout(Layout):
             fields["target_hidden_size"] = tensors["fc.weight"].shape[1] // len(fields["feature_layers"])
         if target is not None:
             fields |= target_fields(target, fields)
-            if not self.has_vocabulary:  # then it is the target's, whatever the file says about it
+            if not self.has_vocabulary and not fields.get(
+                "restricted_vocabulary"
+            ):  # then it is the target's, whatever the file says about it
                 fields["vocab_size"] = target.get_text_config().vocab_size
         return BlockDiffusionConfig(**fields)
 
@@ -148,22 +150,7 @@ class DSparkLayout(DFlashLayout):
     has_vocabulary = True
 
     def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
-        rank = config.get("markov_rank", 0)
-        kind = str(config.get("markov_head_type", "vanilla")).lower()
-        if rank and kind != "vanilla":
-            raise ValueError(
-                f'{name} has a Markov head of the type {kind!r}; only "vanilla" ones can be run, so load another '
-                "drafter."
-            )
-        confidence = bool(config.get("enable_confidence_head", False))
-        return {
-            "causal": False,
-            "predicts_from_anchor": True,
-            "own_embedding": True,
-            "markov_rank": rank,
-            "confidence_head": confidence,
-            "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
-        }
+        return {"causal": False, "predicts_from_anchor": True, "own_embedding": True} | dspark_heads(config, name)
 
     def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
         return block | {
@@ -174,6 +161,22 @@ class DSparkLayout(DFlashLayout):
             "enable_confidence_head": config.confidence_head,
             "confidence_head_with_markov": config.confidence_head_with_markov,
         }
+
+
+def dspark_heads(config: Mapping[str, Any], name: object) -> dict[str, Any]:
+    """Fields of our configuration about DSpark's heads, which all its layouts name alike."""
+    rank = config.get("markov_rank", 0)
+    kind = str(config.get("markov_head_type", "vanilla")).lower()
+    if rank and kind != "vanilla":
+        raise ValueError(
+            f'{name} has a Markov head of the type {kind!r}; only "vanilla" ones can be run, so load another drafter.'
+        )
+    confidence = bool(config.get("enable_confidence_head", False))
+    return {
+        "markov_rank": rank,
+        "confidence_head": confidence,
+        "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
+    }
 
 
 class OtherDFlashLayout(Layout):

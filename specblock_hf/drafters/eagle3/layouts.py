@@ -35,7 +35,7 @@ _NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 class _Eagle3Layout(Layout):
-    hub_words: tuple[str, ...] = ("eagle3", "eagle-3")
+    hub_words: tuple[str, ...] = ("eagle",)
     layer_prefix = "layers.0."
     """Of the tensors of the only layer."""
     says_layer_type = False
@@ -139,7 +139,7 @@ class SpeculatorsLayout(_Eagle3Layout):
 
     name = "speculators"
     says_layer_type = True
-    hub_words = ("eagle3", "speculators", "speculator")
+    hub_words = ("eagle", "speculator")
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return config.get("speculators_model_type") == "eagle3"
