@@ -7,6 +7,8 @@ are read only when `huggingface_hub` is imported.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import time
@@ -182,3 +184,10 @@ def find_and_generate(target: str, **options: Any) -> tuple[str, list[int]]:
     output = tiny_target("llama").generate(prompt_of(6), max_new_tokens=16, do_sample=False, assistant_model=drafter)
     assert drafter.last_statistics.rounds > 0
     return drafter.config.name_or_path, output[0].tolist()
+
+
+def spoken(*arguments: str) -> tuple[int, str]:
+    """A command's exit status, and what it said."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        status = cli.main(list(arguments))
+    return status, said.getvalue()

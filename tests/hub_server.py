@@ -242,7 +242,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def tree(self, name: str, revision: str) -> None:
         if repo := self.readable(name):
-            files = repo.find(revision).files.items()
+            if (commit := repo.find(revision)) is None:  # or a folder of a revision, and none has any
+                return self.refuse(404, "EntryNotFound")
+            files = commit.files.items()
             listing = [
                 {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for path, data in files

@@ -7,6 +7,9 @@ from __future__ import annotations
 import argparse
 import textwrap
 
+from transformers import AutoTokenizer
+
+from ..data.template import PromptStyle
 from ..drafters.find import Candidate, Findings, find_drafters
 
 
@@ -30,7 +33,25 @@ def run(args: argparse.Namespace) -> int:
     """
     findings = find_drafters(args.target, revision=args.revision, local_files_only=args.offline)
     print("\n".join(describe_findings(findings)))
-    return 0 if findings.candidates and findings.candidates[0].fits else 1
+    if not (findings.candidates and findings.candidates[0].fits):
+        return 1
+    advice = _advice(findings.best(), args)
+    if advice:
+        print("\n".join(_wrapped(advice)))
+    return 0
+
+
+def _advice(best: Candidate, args: argparse.Namespace) -> str | None:
+    """Whether prompts of the target's tokenizer are those that the drafter was trained behind."""
+    if best.prompt_style == PromptStyle():  # nobody says
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.target, revision=args.revision, local_files_only=args.offline, trust_remote_code=False
+        )
+    except (ValueError, OSError):
+        return "The target's tokenizer cannot be had, so its chat template was not compared with the drafter's."
+    return best.prompt_style.advice(tokenizer)
 
 
 def describe_findings(findings: Findings) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import DrafterFiles
 from ..checkpoints.index import HubIndex, Listed
+from ..data.template import PromptStyle
 from .common.registry import drafter_kind, published_layouts
 from .known import KnownDrafter, known_drafter, known_drafters
 from .layouts import OURS, layout_of
@@ -41,6 +42,7 @@ class Candidate:
         known ([`KnownDrafter`], *optional*): What the package's list says.
         kind (`str`, *optional*): `model_type` of its configuration; empty if there is none to be read.
         layout (`str`, *optional*): Name of its layout.
+        config (`dict`, *optional*): What its `config.json` says.
         misfit (`str`, *optional*): Why it does not fit, in one sentence; `None` if it does.
     """
 
@@ -51,6 +53,7 @@ class Candidate:
     known: KnownDrafter | None = None
     kind: str = ""
     layout: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
     misfit: str | None = None
 
     @property
@@ -61,6 +64,11 @@ class Candidate:
     def revision(self) -> str | None:
         """What to load of it."""
         return self.known.revision if self.known else None
+
+    @property
+    def prompt_style(self) -> PromptStyle:
+        """What it was trained behind, as far as anybody says."""
+        return PromptStyle.recorded(self.config, self.known.thinking if self.known else None)
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -177,7 +185,7 @@ def _judge(candidate: Candidate, target: PreTrainedModel, lineage: list[str], op
     files = DrafterFiles.of(candidate.name, {**options, "revision": candidate.revision})
     try:
         layout = layout_of(files.config, candidate.name)
-        candidate = replace(candidate, layout=OURS if layout is None else layout.name)
+        candidate = replace(candidate, layout=OURS if layout is None else layout.name, config=files.config)
         with refusing_misfits(candidate.name):
             if layout is None:
                 kind = drafter_kind(files.config["model_type"])

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import hub_client
@@ -14,6 +15,7 @@ from conftest import prompt_of, tiny_target
 from hub_client import Client, ClientError
 from hub_server import Fault, HubServer, Repo
 from layouts_for_tests import deepspec_folder, speculators_folder
+from models_for_tests import save_models, tiny_tokenizer
 from test_loading import small_drafter
 
 from specblock_hf.drafters.common.registry import published_layouts
@@ -249,3 +251,53 @@ def test_the_list_names_kinds_and_layouts_that_there_are():
         assert not drafter.layout or drafter.layout in published_layouts(), drafter
         assert not drafter.acceptance or (1 < drafter.acceptance.tau < 20 and drafter.acceptance.date.startswith("20"))
     assert known_drafter("z-lab/qwen3-8b-dflash-b16").thinking is False
+
+
+# The commands.
+
+
+def test_the_find_command(hub, client, folders, tmp_path):
+    add_target(hub, BASE)
+    add_target(hub, "me/resized", BASE, vocab_size=40)
+    tags = {"tags": ["speculative-decoding"]}
+    add_drafter(hub, "lab/first-specblock", folders / OURS, downloads=1234, **tags)
+    hub.repos["lab/gguf-eagle3"] = Repo()
+    hub.repos["lab/gguf-eagle3"].add("main", {"README.md": card(BASE)})
+    status, said = client(hub_client.spoken, "find", BASE)
+    lines = said.splitlines()
+    assert status == 0 and re.search(r"^fits +lab/first-specblock +specblock +specblock_hf +0\.\d MB +1,234", lines[1])
+    assert re.search(r"^no +lab/gguf-eagle3 +- +-", lines[2]) and lines[3].startswith(
+        "lab/gguf-eagle3: lab/gguf-eagle3 has no"
+    )
+    assert lines[-1] == 'drafter = AutoDrafter.from_pretrained("lab/first-specblock", target=target)'
+    status, said = client(hub_client.spoken, "find", "me/resized")
+    assert status == 1 and "vocabulary is 32" in said.replace("\n    ", " ") and "LookupDrafter(target.config)" in said
+    status, said = client(hub_client.spoken, "find", "me/nowhere")
+    assert status == 2 and "specblock find: " in said
+
+
+def test_the_doctor_finds_a_drafter_and_says_how_to_use_it(hub, client, tmp_path):
+    names = save_models(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking is false %}no{% endif %}"
+    tokenizer.save_pretrained(names["target"])
+    config = json.loads((tmp_path / "specblock" / "config.json").read_text()) | {"thinking": False}
+    (tmp_path / "specblock" / "config.json").write_text(json.dumps(config))
+    add_drafter(hub, "org/tiny", tmp_path / "target", base=None)
+    add_drafter(hub, "lab/tiny-specblock", tmp_path / "specblock", base="org/tiny")
+    status, said = client(hub_client.spoken, "doctor", "org/tiny", "--max-new-tokens", "8", "--plan", "6", "1", "4")
+    assert status in (0, 1) and said.startswith(
+        "found: lab/tiny-specblock (specblock, layout specblock_hf, for org/tiny)"
+    )
+    assert "pass enable_thinking=False to apply_chat_template" in said and "use it here? " in said
+    assert said.endswith(
+        "\n\nfrom specblock_hf import AutoDrafter\n"
+        'drafter = AutoDrafter.from_pretrained("lab/tiny-specblock", target=target, dtype=target.dtype)\n'
+        "output = target.generate(**inputs, assistant_model=drafter)\n"
+    )
+    assert "pass enable_thinking=False" in client(hub_client.spoken, "find", "org/tiny")[1].replace("\n    ", " ")
+    del hub.repos["lab/tiny-specblock"]
+    hub.log.clear()
+    status, said = client(hub_client.spoken, "doctor", "org/tiny")
+    assert status == 2 and "No drafter was found that fits org/tiny: none is known" in said
+    assert weights_asked_for(hub) == []

@@ -44,6 +44,8 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
         target_hidden_size (`int`, *optional*, defaults to `hidden_size`): Width of the target's states.
         target_num_layers (`int`, *optional*): N, to refuse a target of another depth.
         target_name_or_path (`str`, *optional*): The target that the drafter was trained for.
+        chat_template (`str`, *optional*): Of the prompts that it was trained behind; see [`PromptStyle`].
+        thinking (`bool`, *optional*): Whether the target thought before the answers that it was trained on.
         causal (`bool`, *optional*):
             Whether the rows of a block see earlier rows only (JetSpec). `None` leaves it to the layer: sliding ones
             are causal, full ones are not.
@@ -102,6 +104,8 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
     target_hidden_size: int | None = None
     target_num_layers: int | None = None
     target_name_or_path: str | None = None
+    chat_template: str | None = None
+    thinking: bool | None = None
     causal: bool | None = None
     predicts_from_anchor: bool = False
     own_embedding: bool = False

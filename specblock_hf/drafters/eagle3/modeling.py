@@ -52,7 +52,6 @@ class Eagle3Layer(nn.Module):
         super().__init__()
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         self.norm_before_residual = config.norm_before_residual
-        self.qk_norm = config.qk_norm
         self.input_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.self_attn = attention_of(config)
@@ -93,7 +92,7 @@ class Eagle3Layer(nn.Module):
         query, keys, values = (
             project(inputs).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        if self.qk_norm:
+        if attention.config.qk_norm:
             query, keys = attention.q_norm(query), attention.k_norm(keys)
         query, keys, values = (part.transpose(1, 2) for part in (query, keys, values))
         query, keys = apply_rotary_pos_emb(query, keys, *position_embeddings)
