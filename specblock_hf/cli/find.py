@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from ..data.template import PromptStyle
 from ..drafters.find import Candidate, Findings, find_drafters
+from .find_list import describe_list
 
 
 _HEADINGS = ("", "drafter", "kind", "layout", "size", "downloads", "stated acceptance")
@@ -19,7 +20,9 @@ _WIDTH = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
-    parser.add_argument("target", help="folder or Hub id; only its config.json is read")
+    parser.add_argument(
+        "target", nargs="?", help="folder or Hub id; only its config.json is read (default: print the package's list)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the target")
     parser.add_argument("--offline", action="store_true", help="ask nobody: only the cache and the package's list")
 
@@ -31,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0 if a drafter fits, otherwise 1.
     """
+    if args.target is None:
+        print(describe_list(), end="")
+        return 0
     findings = find_drafters(args.target, revision=args.revision, local_files_only=args.offline)
     print("\n".join(describe_findings(findings)))
     if not (findings.candidates and findings.candidates[0].fits):

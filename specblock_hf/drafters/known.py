@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 LIST = Path(__file__).parent / "known.json"
@@ -20,7 +20,7 @@ class Acceptance(NamedTuple):
     compare.
 
     Args:
-        tau (`float`): Tokens a round, the target's own included.
+        tau (`float`): Tokens a round, as the source counts them.
         setting (`str`): Model, data, temperature and tree, as far as they are stated.
         source (`str`): Where.
         date (`str`): When, year and month at least.
@@ -61,12 +61,21 @@ class KnownDrafter:
 
 
 @cache
+def _list() -> dict[str, Any]:
+    return json.loads(LIST.read_text(encoding="utf-8"))
+
+
+def tests_of_layouts() -> dict[str, str]:
+    """By which tensors the reader of each layout is tested: golden ones, or random ones that are read and run."""
+    return _list()["tested"]
+
+
+@cache
 def known_drafters() -> tuple[KnownDrafter, ...]:
     """The list, in order."""
-    rows = json.loads(LIST.read_text(encoding="utf-8"))["drafters"]
     return tuple(
         KnownDrafter(**row | {"acceptance": Acceptance(**row["acceptance"]) if row.get("acceptance") else None})
-        for row in rows
+        for row in _list()["drafters"]
     )
 
 

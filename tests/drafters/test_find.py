@@ -18,8 +18,9 @@ from layouts_for_tests import deepspec_folder, speculators_folder
 from models_for_tests import save_models, tiny_tokenizer
 from test_loading import small_drafter
 
+from specblock_hf import cli
 from specblock_hf.drafters.common.registry import published_layouts
-from specblock_hf.drafters.known import known_drafter, known_drafters
+from specblock_hf.drafters.known import known_drafter, known_drafters, tests_of_layouts
 from specblock_hf.drafters.layouts import OURS, write_checkpoint
 
 
@@ -254,6 +255,13 @@ def test_the_list_names_kinds_and_layouts_that_there_are():
 
 
 # The commands.
+
+
+def test_the_page_of_known_drafters_is_what_the_command_prints(capsys):
+    assert cli.main(["find"]) == 0
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert page.read_text(encoding="utf-8") == capsys.readouterr().out, "run specblock find > docs/models.md"
+    assert set(tests_of_layouts()) == {layout for layout in (*LAYOUTS, *READ_ONLY) if layout != OURS}
 
 
 def test_the_find_command(hub, client, folders, tmp_path):

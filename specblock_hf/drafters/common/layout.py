@@ -44,12 +44,14 @@ class Layout(ABC):
     Attributes:
         name (`str`): For `specblock convert --to` and messages.
         is_known_by_little (`bool`): Others say of themselves what they are, so they are asked first.
+        is_readable (`bool`): Whether any drafter of it can be loaded.
         is_writable (`bool`): Whether drafters can be saved in it, too.
         hub_words (`tuple[str, ...]`): Of which one is part of the names of such drafters on the Hub.
     """
 
     name: str
     is_known_by_little: ClassVar[bool] = False
+    is_readable: ClassVar[bool] = True
     is_writable: ClassVar[bool] = True
     hub_words: tuple[str, ...] = ()
 
@@ -130,8 +132,7 @@ class UnreadLayout(Layout):
         hub_words (`tuple[str, ...]`, *optional*): See [`Layout`].
     """
 
-    is_writable = False
-    name: str
+    is_readable = is_writable = False
 
     def __init__(
         self,

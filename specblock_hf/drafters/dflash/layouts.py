@@ -184,7 +184,7 @@ class OtherDFlashLayout(Layout):
 
     name = "dflash-variant"
     is_known_by_little = True
-    is_writable = False
+    is_readable = is_writable = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         names = config.get("architectures") or ()
