@@ -131,6 +131,7 @@ class HubServer(ThreadingHTTPServer):
         # Large files come from another host, as from the Hub's: the client must not show that one its token.
         self.storage_url = f"http://localhost:{self.server_port}"
         self.repos: dict[str, Repo] = {}
+        self.moved: dict[str, str] = {}
         self.large: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, int, str | None]] = []
@@ -197,7 +198,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def readable(self, name: str) -> Repo | None:
         """The repository, or `None` after the refusal that the real Hub gives."""
-        repo = self.server.repos.get(name)
+        repo = self.server.repos.get(self.server.moved.get(name, name))
         if repo is None or (repo.private and self.token not in (OWNER, READER)):
             self.refuse(404 if self.token else 401, "RepoNotFound")
         elif repo.gated and self.token != OWNER:
@@ -227,7 +228,9 @@ class HubHandler(BaseHTTPRequestHandler):
             if (commit := repo.find(revision)) is None:
                 return self.refuse(404, "RevisionNotFound")
             siblings = [{"rfilename": path} for path in sorted(commit.files)]
-            self.answer(200, repo.described(name) | {"sha": commit.sha, "siblings": siblings})
+            self.answer(
+                200, repo.described(self.server.moved.get(name, name)) | {"sha": commit.sha, "siblings": siblings}
+            )
 
     def search(self) -> None:
         asked = parse_qs(urlsplit(self.path).query)

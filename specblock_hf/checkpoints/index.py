@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ TAG = "speculative-decoding"
 """What authors of drafters tag them with, whatever their kind."""
 MOST_LISTED = 100
 LONGEST_LINEAGE = 8
+_CACHED = re.compile(r"/models--(.+?)--(.+?)/snapshots/")
+"""The folder of a repository in the Hub's cache, which tells its name."""
 _BITS = {"F64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I64": 64, "U8": 8, "I8": 8, "BOOL": 8}
 
 
@@ -123,21 +126,25 @@ class HubIndex:
         yield from sorted(repo.repo_id for repo in found if repo.repo_type == "model")
 
     def _bases(self, name: str, revision: str | None) -> list[str]:
+        if stored := _CACHED.search(Path(name).as_posix()):
+            return ["/".join(stored.groups())]
         bases: Any = None
+        renamed: list[str] = []
         if os.path.isdir(name) or not self._is_asked:
             path = DrafterFiles.of(name, {**self.options, "revision": revision}).optional("README.md")
             bases = path and (_metadata(path) or {}).get("base_model")
         else:
             try:
-                card = self._api.model_info(name, revision=revision, expand=["cardData"]).card_data
-                bases = card and card.base_model
+                info = self._api.model_info(name, revision=revision, expand=["cardData"])
+                bases = info.card_data and info.card_data.base_model
+                renamed = [info.id]  # if it was
             except (RepositoryNotFoundError, HFValidationError):
                 return []  # a folder of another machine, or a name that says nothing to the Hub
             except (HTTPError, ValueError) as error:
                 self._give_up(error)
                 return self._bases(name, revision)
         bases = [bases] if isinstance(bases, str) else bases or []
-        return [base for base in bases if isinstance(base, str)]
+        return renamed + [base for base in bases if isinstance(base, str)]
 
     def _list(self, query: dict[str, Any]) -> list[ModelInfo]:
         if not self._is_asked:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from ..drafters.common.registry import published_layouts
-from ..drafters.known import KnownDrafter, known_drafters, tests_of_layouts
+from ..drafters.known import KnownDrafter, known_drafters, layouts_tested
 
 
 _INTRODUCTION = """\
@@ -41,7 +41,7 @@ def describe_list() -> str:
 
 
 def _row(drafter: KnownDrafter) -> str:
-    tested = tests_of_layouts().get(drafter.layout, "config only") if drafter.kind else "cannot be run"
+    tested = layouts_tested().get(drafter.layout, "config only") if drafter.kind else "cannot be run"
     thinking = {None: "", True: "yes", False: "no"}[drafter.thinking]
     stated = drafter.acceptance
     figure = f"{stated.tau:g} tokens a round: {stated.setting} ({stated.source}, {stated.date})" if stated else ""
@@ -53,7 +53,7 @@ def _row(drafter: KnownDrafter) -> str:
 def _layouts() -> str:
     layouts = {name: layout for name, (_, layout) in published_layouts().items()}
     unread = [name for name, layout in layouts.items() if not layout.is_readable and not layout.is_known_by_little]
-    read = [name for name in tests_of_layouts() if name in layouts]
+    read = [name for name in layouts_tested() if name in layouts]
     written = [name for name in read if layouts[name].is_writable]
     return (
         f"Layouts that are read: {', '.join(read)}.\nOf these `specblock convert` writes: {', '.join(written)}.\n"

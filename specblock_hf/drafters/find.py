@@ -142,6 +142,8 @@ def find_drafters(
     )
     index = HubIndex(token, cache_dir, local_files_only)
     lineage = index.lineage(name, revision) if name else []
+    if name and os.path.isdir(name) and len(lineage) == 1:
+        index.notes.append(f"{name} is a folder that names no model of the Hub; search by the name that it has there.")
     candidates = sorted(_candidates(index, lineage), key=lambda one: one.rank)
     judged = [_judge(one, model, lineage, index.options) for one in candidates[:MOST_CHECKED]]
     if len(candidates) > MOST_CHECKED:

@@ -65,7 +65,7 @@ def _list() -> dict[str, Any]:
     return json.loads(LIST.read_text(encoding="utf-8"))
 
 
-def tests_of_layouts() -> dict[str, str]:
+def layouts_tested() -> dict[str, str]:
     """By which tensors the reader of each layout is tested: golden ones, or random ones that are read and run."""
     return _list()["tested"]
 

@@ -14,13 +14,13 @@ from block_drafters_for_tests import block_drafter
 from conftest import prompt_of, tiny_target
 from hub_client import Client, ClientError
 from hub_server import Fault, HubServer, Repo
-from layouts_for_tests import deepspec_folder, speculators_folder
+from layouts_for_tests import DSPARK, deepspec_folder, speculators_folder
 from models_for_tests import save_models, tiny_tokenizer
 from test_loading import small_drafter
 
 from specblock_hf import cli
 from specblock_hf.drafters.common.registry import published_layouts
-from specblock_hf.drafters.known import known_drafter, known_drafters, tests_of_layouts
+from specblock_hf.drafters.known import known_drafter, known_drafters, layouts_tested
 from specblock_hf.drafters.layouts import OURS, write_checkpoint
 
 
@@ -32,6 +32,7 @@ LAYOUTS = {
     "speculators": lambda: small_drafter("eagle3"),
     "dflash": block_drafter,
     "dspark": lambda: block_drafter("dspark"),
+    "specforge-dspark": lambda: block_drafter(**DSPARK),
 }
 READ_ONLY = {"deepspec": deepspec_folder, "speculators-dflash": speculators_folder}
 """Layouts that are written by a test alone."""
@@ -51,6 +52,7 @@ def hub(running):
     server, _ = running
     server.repos.clear()
     server.faults.clear()
+    server.moved.clear()
     server.log.clear()
     return server
 
@@ -167,9 +169,24 @@ def test_an_unknown_target_and_one_that_is_no_model(hub, client, cache, tmp_path
         "assistant_model=LookupDrafter(target.config), which needs no training."
     )
     tiny_target("llama").config.save_pretrained(tmp_path / "folder")
-    assert "none is known" in client(hub_client.search, str(tmp_path / "folder"), cache_dir=cache)["best"]
+    best = client(hub_client.search, str(tmp_path / "folder"), cache_dir=cache)["best"]
+    assert re.search(r"none is known; .*folder is a folder that names no model of the Hub; search by the name", best)
     with pytest.raises(ClientError, match=r"^OSError: .*me/nowhere"):
         client(hub_client.search, "me/nowhere", cache_dir=cache)
+
+
+def test_a_folder_of_the_cache_tells_its_name_and_the_hub_a_new_one(hub, client, folders, tmp_path):
+    target = "Qwen/Qwen3-8B"
+    folder = tmp_path / "hub" / "models--Qwen--Qwen3-8B" / "snapshots" / "0123"
+    tiny_target("llama").config.save_pretrained(folder)
+    add_drafter(hub, "lab/qwen3-eagle3", folders / "sglang", base=target)
+    found = client(hub_client.search, str(folder), cache_dir=str(tmp_path / "cache"))
+    assert found["best"] == "lab/qwen3-eagle3" and found["rows"]["lab/qwen3-eagle3"][0] == target
+    assert "z-lab/Qwen3-8B-DFlash-b16" in found["rows"] and found["notes"] == ()
+    add_target(hub, "new/name")
+    hub.moved["old/name"] = "new/name"
+    add_drafter(hub, "lab/new-eagle3", folders / "sglang", base="new/name")
+    assert client(hub_client.search, "old/name", cache_dir=str(tmp_path / "cache"))["best"] == "lab/new-eagle3"
 
 
 def test_what_is_no_drafter_or_may_not_be_read_says_why(hub, client, folders, cache):
@@ -261,7 +278,7 @@ def test_the_page_of_known_drafters_is_what_the_command_prints(capsys):
     assert cli.main(["find"]) == 0
     page = Path(__file__).parents[2] / "docs" / "models.md"
     assert page.read_text(encoding="utf-8") == capsys.readouterr().out, "run specblock find > docs/models.md"
-    assert set(tests_of_layouts()) == {layout for layout in (*LAYOUTS, *READ_ONLY) if layout != OURS}
+    assert set(layouts_tested()) == {layout for layout in (*LAYOUTS, *READ_ONLY) if layout != OURS}
 
 
 def test_the_find_command(hub, client, folders, tmp_path):

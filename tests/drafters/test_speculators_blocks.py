@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from block_drafters_for_tests import block_drafter
 from conftest import prompt_of, tiny_target
-from layouts_for_tests import SAID, WINDOWS, speculators_folder
+from layouts_for_tests import DSPARK, SAID, WINDOWS, speculators_folder
 from safetensors.torch import load_file
 from test_loading import assert_same
 
@@ -93,6 +95,37 @@ def test_a_restricted_drafter_is_not_trained():
     drafter = block_drafter(restricted_vocabulary=True)
     with pytest.raises(ValueError, match=r"^Block-diffusion drafters with a restricted vocabulary are loaded and run"):
         drafter.loss(None)
+
+
+@pytest.mark.parametrize("fields", [{}, {"confidence_head": False, "confidence_head_with_markov": False}, WINDOWS])
+def test_specforges_dspark_there_and_back(tmp_path, fields):
+    drafter, target, prompt = block_drafter(**DSPARK | fields), tiny_target("llama"), prompt_of(8)
+    write_checkpoint(drafter, tmp_path / "there", "specforge-dspark")
+    written = json.loads((tmp_path / "there" / "config.json").read_text())
+    assert written["architectures"] == ["DSparkDraftModel"] and written["dflash_config"]["projector_type"] == "dspark"
+    again = AutoDrafter.from_pretrained(tmp_path / "there", target=target).eval()
+    assert_same(again, drafter)
+    names = ("predicts_from_anchor", "own_embedding", "markov_rank", "confidence_head", "causal", "layer_rules")
+    assert all(getattr(again.config, name) == getattr(drafter.config, name) for name in names)
+    expected = target.generate(prompt, max_new_tokens=16, do_sample=False)
+    assert torch.equal(target.generate(prompt, max_new_tokens=16, do_sample=False, assistant_model=again), expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [
+        ("dflash", DSPARK),
+        ("dflash", {"predicts_from_anchor": True}),
+        ("dflash", {"restricted_vocabulary": True}),
+        ("dspark", DSPARK),
+        ("specforge-dspark", {}),
+        ("specforge-dspark", {"predicts_from_anchor": True, "conv_kernel_size": 2, "conv_group_size": 8}),
+    ],
+)
+def test_what_a_layout_has_no_words_for_is_not_written(tmp_path, layout, fields):
+    with pytest.raises(ValueError, match=rf"^A block_diffusion drafter cannot be written in the layout {layout}; "):
+        write_checkpoint(block_drafter(**fields), tmp_path / "there", layout)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_not_written(tmp_path):

@@ -6,7 +6,7 @@ from ..common.layout import UnreadLayout
 from ..common.registry import register_drafter
 from .configuration import BlockDiffusionConfig
 from .drafting import BlockDiffusionDrafter
-from .layouts import DFlashLayout, DSparkLayout, OtherDFlashLayout
+from .layouts import DFlashLayout, DSparkLayout, OtherDFlashLayout, SpecForgeDSparkLayout
 from .speculators import SpeculatorsBlockLayout
 
 
@@ -27,7 +27,14 @@ register_drafter(
     BlockDiffusionConfig,
     BlockDiffusionDrafter,
     trainable={"dflash": {}, "jetspec": {"causal": True}},
-    layouts=[*UNREAD, DFlashLayout(), DSparkLayout(), SpeculatorsBlockLayout(), OtherDFlashLayout()],
+    layouts=[
+        *UNREAD,
+        DFlashLayout(),
+        DSparkLayout(),
+        SpecForgeDSparkLayout(),
+        SpeculatorsBlockLayout(),
+        OtherDFlashLayout(),
+    ],
 )
 
 __all__ = ["BlockDiffusionConfig", "BlockDiffusionDrafter"]

@@ -45,7 +45,9 @@ _NUMBERS = {
     "selector_top_k": 0,
 }
 """Fields that mean the same to us, with what they are where nothing is said."""
-_KNOWN = {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal", "causal_head", *_NUMBERS}
+_KNOWN = frozenset(
+    {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal", "causal_head", *_NUMBERS}
+)
 _FOREIGN_TENSORS = {
     "qkv_proj": "fused projections",
     "g_proj": "gated attention",
@@ -65,6 +67,10 @@ class DFlashLayout(Layout):
     architectures: tuple[str, ...] = ("DFlashDraftModel", "DFlash2DraftModel")
     has_vocabulary = False
     """Whether the drafter has an embedding and a head of its own."""
+    is_dspark = False
+    """Whether it predicts from the anchor on, with DSpark's heads."""
+    words: frozenset[str] = _KNOWN
+    """What `dflash_config` may say."""
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return any(name in self.architectures for name in config.get("architectures") or ())
@@ -77,7 +83,7 @@ class DFlashLayout(Layout):
         target: PreTrainedConfig | None = None,
     ) -> BlockDiffusionConfig:
         dflash = config.get("dflash_config") or {}
-        _refuse_unknown(dflash, name, tensors)
+        _refuse_unknown(dflash, self.words, name, tensors)
         given = {**config, **{key: value for key, value in dflash.items() if value is not None}}
         require(given, (*_REQUIRED, "mask_token_id"), name)
         rope = rope_parameters_of(config)
@@ -111,7 +117,7 @@ class DFlashLayout(Layout):
 
     def write(self, drafter: Any, folder: str | Path) -> None:
         config = drafter.config
-        if config.own_embedding != self.has_vocabulary:
+        if not self.can_say(config):
             raise self.unwritable(drafter)
         if UNRECORDED_LAYER in config.feature_layers:
             raise ValueError(f"The layout {self.name} lists the states that a drafter reads; record feature_layers.")
@@ -130,6 +136,16 @@ class DFlashLayout(Layout):
         }
         write_folder(folder, written | self.written_block(config, block), drafter.state_dict())
 
+    def can_say(self, config: BlockDiffusionConfig) -> bool:
+        """Whether the layout has words for all that a drafter does."""
+        heads = bool(config.markov_rank or config.confidence_head)
+        convolves = bool(config.conv_kernel_size or config.selector_rank)
+        return (
+            (config.own_embedding, config.predicts_from_anchor) == (self.has_vocabulary, self.is_dspark)
+            and not config.restricted_vocabulary
+            and not (convolves if self.is_dspark else heads)
+        )
+
     def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
         """What `config.json` says of the block, and where."""
         numbers = {key: getattr(config, key) for key, default in _NUMBERS.items() if getattr(config, key) != default}
@@ -146,20 +162,47 @@ class DSparkLayout(DFlashLayout):
 
     name = "dspark"
     hub_words = ("dspark",)
-    architectures = ("Qwen3DSparkModel",)
+    architectures: tuple[str, ...] = ("Qwen3DSparkModel",)
     has_vocabulary = True
+    is_dspark = True
 
     def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
         return {"causal": False, "predicts_from_anchor": True, "own_embedding": True} | dspark_heads(config, name)
 
     def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
-        return block | {
+        # Of its training; readers ask for it.
+        return block | {"architectures": list(self.architectures), "num_anchors": 512} | written_heads(config)
+
+
+class SpecForgeDSparkLayout(DFlashLayout):
+    """SpecForge's DSpark: laid out as its DFlash, without an embedding and a head of its own."""
+
+    name = "specforge-dspark"
+    architectures = ("DSparkDraftModel",)
+    hub_words = ("dspark",)
+    is_dspark = True
+    words = _KNOWN | {
+        "projector_type",
+        "attention_mode",  # which the numbers of heads tell as well
+        "markov_rank",
+        "markov_head_type",
+        "enable_confidence_head",
+        "confidence_head_with_markov",
+        "confidence_head_alpha",
+    }
+
+    def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
+        block = config.get("dflash_config") or {}
+        enabled = {"enable_confidence_head": bool(block.get("confidence_head_alpha"))}
+        return {"predicts_from_anchor": True} | dspark_heads(enabled | block, name)
+
+    def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
+        mode = {"attention_mode": "gqa" if config.num_key_value_heads < config.num_attention_heads else "mha"}
+        inner = super().written_block(config, block)["dflash_config"] | written_heads(config) | mode
+        return {
             "architectures": list(self.architectures),
-            "num_anchors": 512,  # of its training; readers ask for it
-            "markov_rank": config.markov_rank,
-            "markov_head_type": "vanilla",
-            "enable_confidence_head": config.confidence_head,
-            "confidence_head_with_markov": config.confidence_head_with_markov,
+            "block_size": config.block_size,
+            "dflash_config": inner | {"projector_type": "dspark"},
         }
 
 
@@ -176,6 +219,16 @@ def dspark_heads(config: Mapping[str, Any], name: object) -> dict[str, Any]:
         "markov_rank": rank,
         "confidence_head": confidence,
         "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
+    }
+
+
+def written_heads(config: BlockDiffusionConfig) -> dict[str, Any]:
+    """The same back."""
+    return {
+        "markov_rank": config.markov_rank,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": config.confidence_head,
+        "confidence_head_with_markov": config.confidence_head_with_markov,
     }
 
 
@@ -204,8 +257,10 @@ class OtherDFlashLayout(Layout):
         )
 
 
-def _refuse_unknown(dflash: Mapping[str, Any], name: object, tensors: Mapping[str, torch.Tensor]) -> None:
-    unknown = sorted(key for key, value in dflash.items() if key not in _KNOWN and value not in (None, False))
+def _refuse_unknown(
+    dflash: Mapping[str, Any], known: frozenset[str], name: object, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    unknown = sorted(key for key, value in dflash.items() if key not in known and value not in (None, False))
     if unknown:
         raise ValueError(
             f"dflash_config of {name} sets {', '.join(unknown)}, which this library does not know; load a drafter "
