@@ -261,6 +261,24 @@ def test_the_list_knows_what_the_hub_does_not_say(hub, client, folders, cache):
     )
 
 
+@pytest.mark.parametrize("target", ["Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_small_drafters_under_real_names_are_what_the_list_says(hub, client, folders, cache, target):
+    add_target(hub, target)
+    served = [one for one in known_drafters() if one.target == target and one.layout in {*LAYOUTS, *READ_ONLY}]
+    for drafter in served:
+        add_drafter(hub, drafter.id, folders / drafter.layout, base=None)
+    unread = {"speculators_model_type": "peagle", "architectures": ["PEagleSpeculator"]}
+    hub.repos["RedHatAI/Qwen3-8B-speculator.peagle"] = Repo()
+    hub.repos["RedHatAI/Qwen3-8B-speculator.peagle"].add("main", {"config.json": json.dumps(unread).encode()})
+    found = client(hub_client.search, target, cache_dir=cache)
+    for drafter in served:
+        assert found["rows"][drafter.id] == (target, drafter.kind, drafter.layout, None, None)
+    assert found["best"] == served[0].id  # of several that fit, the list's first
+    if target == "Qwen/Qwen3-8B":
+        assert {drafter.layout for drafter in served} >= {"specblock", "dflash", "dspark", "deepspec", "speculators"}
+        assert "is a P-EAGLE drafter, which cannot be run" in found["rows"]["RedHatAI/Qwen3-8B-speculator.peagle"][3]
+
+
 def test_the_list_names_kinds_and_layouts_that_there_are():
     ids = [drafter.id for drafter in known_drafters()]
     assert len(ids) == len(set(ids)) > 50
