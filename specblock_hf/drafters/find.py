@@ -104,7 +104,7 @@ class Findings:
         nearest = "; ".join(f"{one.name} ({one.misfit.rstrip('.')})" for one in self.candidates[:3])
         told = [f"the nearest are {nearest}" if nearest else "none is known", *map(_clause, self.notes)]
         raise ValueError(
-            f"No drafter was found that fits {self.target}: {'; '.join(told)}. Train one with `specblock train`, or "
+            f"No drafter was found that fits {self.target}: {'; '.join(told)}; train one with `specblock train`, or "
             "pass assistant_model=LookupDrafter(target.config), which needs no training."
         )
 

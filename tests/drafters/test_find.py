@@ -165,7 +165,7 @@ def test_an_unknown_target_and_one_that_is_no_model(hub, client, cache, tmp_path
     add_target(hub, "me/unknown")
     best = client(hub_client.search, "me/unknown", cache_dir=cache)["best"]
     assert best == (
-        "No drafter was found that fits me/unknown: none is known. Train one with `specblock train`, or pass "
+        "No drafter was found that fits me/unknown: none is known; train one with `specblock train`, or pass "
         "assistant_model=LookupDrafter(target.config), which needs no training."
     )
     tiny_target("llama").config.save_pretrained(tmp_path / "folder")
