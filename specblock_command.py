@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "demo": ("specblock_hf.cli.demo", "answer six prompts with and without a drafter, and compare"),
+    "find": ("specblock_hf.cli.find", "list the drafters that there are for a target, and which of them fit"),
     "doctor": ("specblock_hf.cli.doctor", "check a target and a drafter, and whether using them pays on this machine"),
     "regenerate": ("specblock_hf.cli.regenerate", "write a target's answers to prompts, to train a drafter on"),
     "train": ("specblock_hf.cli.train", "train a drafter on the target's own answers"),

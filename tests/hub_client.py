@@ -7,6 +7,8 @@ are read only when `huggingface_hub` is imported.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import time
@@ -22,6 +24,7 @@ from transformers import AutoModel
 
 import specblock_hf
 from specblock_hf import AutoDrafter, cli
+from specblock_hf.drafters.find import find_drafters
 
 
 NAPS: list[float] = []
@@ -162,3 +165,29 @@ def command(*arguments: str) -> int:
         return cli.main(list(arguments))
     finally:
         del os.environ["HF_TOKEN"]
+
+
+def search(target: str, **kwargs: Any) -> dict[str, Any]:
+    """All that a search finds: by name, the facts of every candidate; what is best, or why nothing is; and notes."""
+    findings = find_drafters(target, **kwargs)
+    rows = {one.name: (one.trained_for, one.kind, one.layout, one.misfit, one.listed) for one in findings.candidates}
+    try:
+        best = findings.best().name
+    except ValueError as error:
+        best = str(error)
+    return {"rows": rows, "best": best, "notes": findings.notes}
+
+
+def find_and_generate(target: str, **options: Any) -> tuple[str, list[int]]:
+    """Find the drafter of a model that is the tiny Llama, and draft with it: what was loaded, and the text."""
+    drafter = AutoDrafter.find(target, **options).eval()
+    output = tiny_target("llama").generate(prompt_of(6), max_new_tokens=16, do_sample=False, assistant_model=drafter)
+    assert drafter.last_statistics.rounds > 0
+    return drafter.config.name_or_path, output[0].tolist()
+
+
+def spoken(*arguments: str) -> tuple[int, str]:
+    """A command's exit status, and what it said."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        status = cli.main(list(arguments))
+    return status, said.getvalue()

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 A server on this machine that speaks as much of the Hub's protocol as the unmodified `huggingface_hub` client needs to
-create a repository, upload (plain or LFS), list and download; and that can be told to fail.
+create a repository, upload (plain or LFS), search, list and download; and that can be told to fail.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 OWNER, READER = "hf_owner", "hf_reader"
@@ -40,8 +44,42 @@ class Commit:
 class Repo:
     private: bool = False
     gated: bool = False
+    downloads: int = 0
     branches: dict[str, Commit] = field(default_factory=lambda: {"main": Commit()})
     history: dict[str, Commit] = field(default_factory=dict)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What stands above the text of the card."""
+        head = self.branches["main"].files.get("README.md", b"").decode().removeprefix("---").split("---")[0]
+        return yaml.safe_load(head) or {}
+
+    @property
+    def tags(self) -> list[str]:
+        """Those of the card, and what the Hub makes of its other fields."""
+        card = self.card
+        bases = card.get("base_model") or []
+        bases = [bases] if isinstance(bases, str) else bases
+        licences = [card["license"]] if card.get("license") else []
+        return [
+            *card.get("tags", ()),
+            *(f"base_model:{base}" for base in bases),
+            *(f"license:{one}" for one in licences),
+        ]
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What the Hub's index says of it."""
+        commit = self.branches["main"]
+        weights = commit.files.get("model.safetensors")
+        parameters = {} if weights is None else counted(weights)
+        return {
+            "id": name,
+            "sha": commit.sha,
+            "private": self.private,
+            "downloads": self.downloads,
+            "tags": self.tags,
+            "cardData": self.card,
+        } | ({"safetensors": {"parameters": parameters, "total": sum(parameters.values())}} if parameters else {})
 
     def find(self, revision: str) -> Commit | None:
         return self.branches.get(revision) or self.history.get(revision)
@@ -50,6 +88,16 @@ class Repo:
         commit = Commit({**self.branches.get(branch, self.branches["main"]).files, **files})
         self.branches[branch] = self.history[commit.sha] = commit
         return commit
+
+
+def counted(weights: bytes) -> dict[str, int]:
+    """Numbers of a safetensors file by dtype."""
+    head = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    found: dict[str, int] = {}
+    for name, tensor in head.items():
+        if name != "__metadata__":
+            found[tensor["dtype"]] = found.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
+    return found
 
 
 @dataclass
@@ -83,6 +131,7 @@ class HubServer(ThreadingHTTPServer):
         # Large files come from another host, as from the Hub's: the client must not show that one its token.
         self.storage_url = f"http://localhost:{self.server_port}"
         self.repos: dict[str, Repo] = {}
+        self.moved: dict[str, str] = {}
         self.large: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, int, str | None]] = []
@@ -149,7 +198,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def readable(self, name: str) -> Repo | None:
         """The repository, or `None` after the refusal that the real Hub gives."""
-        repo = self.server.repos.get(name)
+        repo = self.server.repos.get(self.server.moved.get(name, name))
         if repo is None or (repo.private and self.token not in (OWNER, READER)):
             self.refuse(404 if self.token else 401, "RepoNotFound")
         elif repo.gated and self.token != OWNER:
@@ -179,11 +228,26 @@ class HubHandler(BaseHTTPRequestHandler):
             if (commit := repo.find(revision)) is None:
                 return self.refuse(404, "RevisionNotFound")
             siblings = [{"rfilename": path} for path in sorted(commit.files)]
-            self.answer(200, {"id": name, "sha": commit.sha, "private": repo.private, "siblings": siblings})
+            self.answer(
+                200, repo.described(self.server.moved.get(name, name)) | {"sha": commit.sha, "siblings": siblings}
+            )
+
+    def search(self) -> None:
+        asked = parse_qs(urlsplit(self.path).query)
+        word = asked.get("search", [""])[0].lower()
+        found = [
+            repo.described(name)
+            for name, repo in self.server.repos.items()
+            if not repo.private and word in name.lower() and set(asked.get("filter", ())) <= set(repo.tags)
+        ]
+        found.sort(key=lambda one: -one["downloads"])
+        self.answer(200, found[: int(asked.get("limit", ["1000"])[0])])
 
     def tree(self, name: str, revision: str) -> None:
         if repo := self.readable(name):
-            files = repo.find(revision).files.items()
+            if (commit := repo.find(revision)) is None:  # or a folder of a revision, and none has any
+                return self.refuse(404, "EntryNotFound")
+            files = commit.files.items()
             listing = [
                 {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for path, data in files
@@ -267,6 +331,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 _NAME = r"([^/]+/[^/]+)"
 ROUTES: list[tuple[str, Callable]] = [
+    (r"GET /api/models", HubHandler.search),
     (r"POST /api/repos/create", HubHandler.create),
     (r"POST /api/validate-yaml", lambda handler: handler.answer(200, {"errors": [], "warnings": []})),
     (rf"POST /api/models/{_NAME}/branch/(.+)", HubHandler.branch),

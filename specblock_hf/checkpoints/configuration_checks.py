@@ -50,7 +50,7 @@ _LISTS: dict[str, tuple[type, float, float]] = {
 }
 _LONGEST = 1024
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_TEXTS = ("target_name_or_path", "expansion", "hidden_act")
+_TEXTS = ("target_name_or_path", "chat_template", "expansion", "hidden_act")
 _ALSO_READ = {"architectures", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "transformers_version"}
 _NOT_READ = {"use_cache", "pretraining_tp", "tie_word_embeddings"}
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`specblock doctor`: does this drafter fit this target, and is it worth using on this machine?"""
+"""`specblock doctor`: does this drafter, or the one that is found, fit this target, and does it pay here?"""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import argparse
 from transformers import PreTrainedModel
 
 from ..calibration.calibrate import calibrate
+from ..data.template import PromptStyle
+from ..drafters.find import Candidate, find_drafters
+from ..drafters.known import known_drafter
 from ..drafting.drafter import TreeDrafter
 from ..drafting.plan import DraftingPlan
 from ..drafting.statistics import GenerationStatistics
 from ..generation.hook import is_installed
 from .demo import PROMPTS, describe_calibration, describe_setting, warm_up
 from .models import add_model_arguments, ask, encode, load_models
+
+
+PASTE = """
+from specblock_hf import AutoDrafter
+drafter = AutoDrafter.from_pretrained("{name}", target=target, dtype=target.dtype)
+output = target.generate(**inputs, assistant_model=drafter)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +39,16 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0 if the drafter is worth using here, 1 if not.
     """
+    found = find_drafters(args.target).best() if args.target and not args.drafter else None
+    if found is not None:
+        args.drafter = found.name
+        print(f"found: {found.name} ({found.kind}, layout {found.layout}, for {found.trained_for})")
     target, tokenizer, drafter = load_models(args)
     print(describe_setting(target))
     print(f"hook in generate(): {'installed' if is_installed() else 'missing; call specblock_hf.install()'}")
     print(f"compatible: yes ({describe_reading(target, drafter)})")
+    if advice := _style(found, drafter).advice(tokenizer):
+        print(advice)
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
     if not args.plan:
@@ -48,7 +63,16 @@ def run(args: argparse.Namespace) -> int:
     drafts = not isinstance(plan, DraftingPlan) or plan.tree_budget > 0
     print(f"plan in effect: {figures.plan}")
     print("\n".join(diagnose(step, figures, speedup, drafts)))
+    if found is not None:
+        print(PASTE.format(name=found.name))
     return int(speedup <= 1 or not drafts)
+
+
+def _style(found: Candidate | None, drafter: TreeDrafter) -> PromptStyle:
+    if found is not None:
+        return found.prompt_style
+    known = known_drafter(drafter.config.name_or_path)
+    return PromptStyle.recorded(drafter.config.to_dict(), known.thinking if known else None)
 
 
 def describe_reading(target: PreTrainedModel, drafter: TreeDrafter) -> str:

@@ -100,8 +100,7 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_target(args.target, dtype)
     # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
-    drafter = AutoDrafter.from_pretrained(drafter_path, dtype="auto").eval().to(args.device)
-    drafter.check_target(target)
+    drafter = AutoDrafter.from_pretrained(drafter_path, target=target, dtype="auto").eval().to(args.device)
     if args.lookup:
         drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
     if args.plan:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.examples import Example, load_examples, split_examples
+from ..data.template import PromptStyle
 from ..drafters.auto import AutoDrafter
 from ..drafters.common.head import DraftHead
 from ..drafters.common.registry import trainable_drafters
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     examples = load_examples(args.data, tokenizer, arguments.max_length)
     train, held_out = split_examples(examples, arguments.held_out)
     drafter = _make_drafter(args, target, train, print if main else _silent).to(accelerator.device)
+    drafter.config.chat_template, drafter.config.thinking = PromptStyle.of(tokenizer)
     objective = _objective(drafter, args.objective)
     chosen = [example for example in train if example.greedy or not args.greedy_only]
     views = _views(args.views, chosen, target, drafter.feature_layers, accelerator)

@@ -7,13 +7,18 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles
 from .common.layout import Layout
 from .common.registry import drafter_kind
+from .find import find_drafters
 from .layouts import layout_of
+
+
+logger = logging.get_logger(__name__)
 
 
 class AutoDrafter:
@@ -31,7 +36,9 @@ class AutoDrafter:
     """
 
     def __init__(self):
-        raise TypeError("AutoDrafter has no instances; call AutoDrafter.from_pretrained(name).")
+        raise TypeError(
+            "AutoDrafter has no instances; call AutoDrafter.from_pretrained(name) or AutoDrafter.find(target)."
+        )
 
     @classmethod
     def from_pretrained(
@@ -69,6 +76,45 @@ class AutoDrafter:
         if isinstance(target, PreTrainedModel):
             drafter.check_target(target)
         return drafter
+
+    @classmethod
+    def find(
+        cls,
+        target: str | os.PathLike | PreTrainedModel | PreTrainedConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ) -> Any:
+        """
+        Find the right drafter for a target on the Hub, or in a list in the package, and load it. What fits is judged
+        by `config.json` alone; see [`find_drafters`] for all that was found. No code of a repository is ever run.
+
+        Args:
+            target ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`], `str` or `os.PathLike`):
+                The target, or the folder or Hub id of one.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                The target's. Warns where its prompts are not of the kind that the drafter was trained behind.
+            **kwargs:
+                As in `from_pretrained`, but for `revision`, which is the target's where it is named.
+
+        Raises:
+            ValueError: No drafter fits; the message names the nearest ones and why they do not.
+            OSError: The target's configuration, or the drafter that fits, cannot be had.
+
+        Example:
+
+        ```python
+        >>> drafter = AutoDrafter.find(target, dtype=target.dtype)
+        >>> output = target.generate(**inputs, assistant_model=drafter)
+        ```
+        """
+        asked = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        best = find_drafters(target, revision=kwargs.pop("revision", None), **asked).best()
+        advice = None if tokenizer is None else best.prompt_style.advice(tokenizer)
+        if advice is not None:
+            logger.warning(advice)
+        known = target if isinstance(target, PreTrainedModel | PreTrainedConfig) else None
+        return cls.from_pretrained(best.name, target=known, revision=best.revision, **kwargs)
 
 
 def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> Any:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -170,3 +172,15 @@ def test_a_target_with_other_names_for_its_sizes(train, answers, tmp_path, capsy
     settings = {"do_sample": False, "max_new_tokens": 12}
     output = target.generate(prompt_of(6), assistant_model=drafter, **settings)
     assert torch.equal(output, target.generate(prompt_of(6), **settings))
+
+
+def test_a_drafter_remembers_which_prompts_it_was_trained_behind(train, answers, tmp_path, capsys):
+    shutil.copytree(answers / "target", tmp_path / "target")
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking is true %}y{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "target")
+    assert train("--target", tmp_path / "target") == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert config["thinking"] is False
+    assert config["chat_template"] == hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
+    assert "| Trained on answers | without thinking |" in (tmp_path / "run" / "final" / "README.md").read_text()

@@ -139,7 +139,7 @@ def test_the_target_fills_in_what_is_not_recorded(copy):
         ("full", {"drop": ("target_layer_ids", "num_target_layers"), "dflash": {}}, r"lacks target_layer_ids; take"),
         (
             "full",
-            {"dflash": {"projector_type": "domino"}},
+            {"dflash": {"projector_type": "other"}},
             r"^dflash_config of .* sets projector_type, which this lib",
         ),
         ("full", {"dflash": {"use_swa": True, "attention_mode": "mla"}}, r" sets attention_mode, use_swa, which "),
@@ -150,7 +150,16 @@ def test_the_target_fills_in_what_is_not_recorded(copy):
             {"rope_parameters": {"full_attention": {"rope_theta": 1}}},
             r" states no rope_theta for all layers",
         ),
-        ("full", {"architectures": ["DominoDraftModel"]}, r"^.*copy is a variant of DFlash that is not known \(arch"),
+        (
+            "full",
+            {"architectures": ["DominoDraftModel"]},
+            r"^.*copy is a Domino drafter, which cannot be run here because",
+        ),
+        (
+            "full",
+            {"dflash": {"projector_type": "domino"}},
+            r"^.*copy is a Domino drafter, which cannot be run here because",
+        ),
         ("dspark", {"architectures": ["Gemma4DSparkModel"]}, r"is a variant of DFlash that is not known \(architec"),
         ("dspark", {"markov_head_type": "rnn"}, r"^.*copy has a Markov head of the type 'rnn'; only \"vanilla\" ones"),
     ],

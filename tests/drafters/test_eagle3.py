@@ -247,8 +247,15 @@ class OracleEagle3(Eagle3Drafter):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"norm_before_residual": True, "norm_before_fc": True}, {"own_embedding": True}, {"attention_bias": True}],
-    ids=["plain", "norms", "embedding", "bias"],
+    [
+        {},
+        {"norm_before_residual": True, "norm_before_fc": True},
+        {"own_embedding": True},
+        {"attention_bias": True},
+        {"fc_norm": True, "norm_output": True},
+        {"qk_norm": True},
+    ],
+    ids=["plain", "norms", "embedding", "bias", "3.1", "heads"],
 )
 def test_random_weights_leave_the_text_alone(target, overrides):
     prompt = prompt_of(7)
@@ -405,6 +412,39 @@ def test_the_norms_of_speculators():
     expected = hidden + layer.mlp(norm(hidden, layer.post_attention_layernorm.weight))
     made = drafter(token, condition[None, None], torch.tensor([[3]]))
     assert torch.allclose(made[0, 0, 0], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_norms_of_eagle_3_1_and_of_qwen3():
+    drafter = random_drafter(fc_norm=True, norm_output=True, qk_norm=True)
+    for name, weight in drafter.named_parameters():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)
+    layer, generator = drafter.layers[0], torch.Generator().manual_seed(1)
+    features, tokens = (torch.randn(1, 2, size, generator=generator) for size in (96, 32))
+
+    def norm(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return states * (states.square().mean(-1, keepdim=True) + drafter.config.rms_norm_eps).rsqrt() * weight
+
+    parts = [norm(part, own.weight) for part, own in zip(features.split(32, -1), drafter.fc_norm, strict=True)]
+    conditions = torch.cat(parts, -1) @ drafter.fc.weight.T
+    assert torch.allclose(drafter.project_features(features), conditions, atol=1e-5)
+    attention = layer.self_attn
+    inputs = torch.cat([norm(tokens, layer.input_layernorm.weight), norm(conditions, layer.hidden_norm.weight)], -1)
+    query = norm((inputs @ attention.q_proj.weight.T).view(2, 4, 8), attention.q_norm.weight)
+    keys = norm((inputs @ attention.k_proj.weight.T).view(2, 2, 8), attention.k_norm.weight).repeat_interleave(2, 1)
+    values = (inputs @ attention.v_proj.weight.T).view(2, 2, 8).repeat_interleave(2, 1)
+    cos, sin = (part[0].unsqueeze(1) for part in drafter.rotary_emb(inputs, torch.tensor([[3, 4]])))
+    query, keys = (part * cos + torch.cat([-part[..., 4:], part[..., :4]], -1) * sin for part in (query, keys))
+    scores = torch.einsum("qhd,khd->hqk", query, keys) / 8**0.5
+    weights = scores.masked_fill(torch.ones(2, 2).triu(1).bool(), -torch.inf).softmax(-1)
+    attended = torch.einsum("hqk,khd->qhd", weights, values).flatten(1) @ attention.o_proj.weight.T
+    hidden = conditions + attended
+    expected = norm(hidden + layer.mlp(norm(hidden, layer.post_attention_layernorm.weight)), drafter.norm.weight)
+    made = drafter(tokens, conditions, torch.tensor([[3, 4]]))
+    assert torch.allclose(made[:, :, 0], expected, atol=1e-5)
+    normed, logits = drafter.draft_logits(made)  # which are not normed a second time
+    assert torch.equal(normed, made) and torch.allclose(logits, made @ drafter.lm_head.weight.T)
 
 
 def test_parameters_of_a_scope():

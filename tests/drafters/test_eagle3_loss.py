@@ -16,7 +16,12 @@ from specblock_hf.training.cpu_attention import NAME as CHUNKED
 
 
 LENGTHS, STARTS = (20, 13, 17), (3, 6, 2)
-VARIANTS = [{}, {"norm_before_residual": True, "norm_before_fc": True}, {"own_embedding": True}]
+VARIANTS = [
+    {},
+    {"norm_before_residual": True, "norm_before_fc": True},
+    {"own_embedding": True},
+    {"fc_norm": True, "norm_output": True, "qk_norm": True},
+]
 
 
 def naive_states(drafter, told: Told, row: int, pair: int, num_steps: int) -> list[torch.Tensor]:
@@ -37,7 +42,7 @@ def naive_states(drafter, told: Told, row: int, pair: int, num_steps: int) -> li
     return states
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "norms", "embedding"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "norms", "embedding", "3.1"])
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_loss_counts_and_gradients_equal_the_naive_ones(num_steps, variant):
     drafter, told = baseline("eagle3", **variant).train(), Told(3, 20)

@@ -302,14 +302,32 @@ def test_tensors_that_do_not_fit_are_named(copy, source, change, sentence):
     ("source", "changes", "sentence"),
     [
         (SAFEAILAB, {"architectures": ["LlamaForCausalLM"], "draft_vocab_size": None}, r"draft_vocab_size"),
-        (SPECULATORS, {"fc_norm": True}, r"sets fc_norm, which this library does not know"),
-        (SPECULATORS, {"norm_output": True}, r"sets norm_output, which"),
+        (SPECULATORS, {"fc_norm": True}, r"missing fc_norm\.0\.weight"),
+        (SPECULATORS, {"fc_norm": True, "norm_before_fc": True}, r"norm_before_fc and fc_norm norm the same"),
         (
             SPECULATORS,
-            {"transformer_layer_config": {"model_type": "qwen3"}},
-            r"has qwen3 layers and only Llama layers",
+            {"transformer_layer_config": {"model_type": "qwen2"}},
+            r"has qwen2 layers and only Llama's and Qwen3's",
         ),
-        (SPECULATORS, {"speculators_model_type": "dflash"}, r"is not a drafter in a known layout"),
+        (SPECULATORS, {"transformer_layer_config": {"num_hidden_layers": 2}}, r"has 2 layers and an EAGLE-3 drafter"),
+        (
+            SAFEAILAB,
+            {"layer_types": ["sliding_attention"], "sliding_window": 2048},
+            r"sees 2048 tokens back and EAGLE-3 drafters see everything here",
+        ),
+        (
+            SPECULATORS,
+            {"speculators_model_type": "mtp"},
+            r"is a multi-token prediction \(MTP\) drafter, which cannot be",
+        ),
+        (
+            SPECULATORS,
+            {"speculators_model_type": "peagle"},
+            r"is a P-EAGLE drafter, which cannot be run here because it",
+        ),
+        (SPECULATORS, {"speculators_model_type": "xpress"}, r"is a XPress drafter, which cannot be run here because"),
+        (SAFEAILAB, {"architectures": ["Gemma4Eagle3Model"]}, r"is a Gemma 4 EAGLE-3 drafter, which cannot be run"),
+        (SPECULATORS, {"speculators_model_type": "other"}, r"is not a drafter in a known layout"),
     ],
 )
 def test_what_a_configuration_asks_for_in_vain(copy, source, changes, sentence):

@@ -121,6 +121,8 @@ class DrafterConfig(CheckedConfig, LlamaConfig):
         target_hidden_size (`int`, *optional*, defaults to `hidden_size`): Width of the target's states.
         target_num_layers (`int`, *optional*): N, to refuse a target of another depth.
         target_name_or_path (`str`, *optional*): The target that the drafter was trained for.
+        chat_template (`str`, *optional*): Of the prompts that it was trained behind; see [`PromptStyle`].
+        thinking (`bool`, *optional*): Whether the target thought before the answers that it was trained on.
         tree_budget (`int`, *optional*, defaults to 60): Most drafted nodes of a tree.
         acceptance (`list[list[float]]`, *optional*):
             Measured tau of several plans, in the rows that [`SpecBlockConfig`] describes.
@@ -136,6 +138,8 @@ class DrafterConfig(CheckedConfig, LlamaConfig):
     target_hidden_size: int | None = None
     target_num_layers: int | None = None
     target_name_or_path: str | None = None
+    chat_template: str | None = None
+    thinking: bool | None = None
     tree_budget: int = 60
     acceptance: list[list[float]] | None = None
 

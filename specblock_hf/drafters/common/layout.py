@@ -44,12 +44,16 @@ class Layout(ABC):
     Attributes:
         name (`str`): For `specblock convert --to` and messages.
         is_known_by_little (`bool`): Others say of themselves what they are, so they are asked first.
+        is_readable (`bool`): Whether any drafter of it can be loaded.
         is_writable (`bool`): Whether drafters can be saved in it, too.
+        hub_words (`tuple[str, ...]`): Of which one is part of the names of such drafters on the Hub.
     """
 
-    name: ClassVar[str]
+    name: str
     is_known_by_little: ClassVar[bool] = False
+    is_readable: ClassVar[bool] = True
     is_writable: ClassVar[bool] = True
+    hub_words: tuple[str, ...] = ()
 
     @abstractmethod
     def matches(self, config: Mapping[str, Any]) -> bool:
@@ -114,6 +118,58 @@ class Layout(ABC):
         )
 
 
+class UnreadLayout(Layout):
+    """
+    A layout that is known by its name, and whose drafters cannot be run.
+
+    Args:
+        name (`str`): Of the layout.
+        method (`str`): What its drafters are called.
+        lacking (`str`): What they have that nothing here has, as the rest of a sentence.
+        architectures (`tuple[str, ...]`, *optional*): Those of its configurations.
+        speculators (`str`, *optional*): Its `speculators_model_type`.
+        projector (`str`, *optional*): Its `projector_type` in `dflash_config`.
+        hub_words (`tuple[str, ...]`, *optional*): See [`Layout`].
+    """
+
+    is_readable = is_writable = False
+
+    def __init__(
+        self,
+        name: str,
+        method: str,
+        lacking: str,
+        architectures: tuple[str, ...] = (),
+        speculators: str | None = None,
+        projector: str | None = None,
+        hub_words: tuple[str, ...] = (),
+    ):
+        self.name, self.hub_words = name, hub_words
+        self._method, self._lacking = method, lacking
+        self._architectures, self._speculators, self._projector = architectures, speculators, projector
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        block = config.get("dflash_config")
+        projector = block.get("projector_type") if isinstance(block, dict) else None
+        return (
+            any(name in self._architectures for name in config.get("architectures") or ())
+            or (self._speculators is not None and config.get("speculators_model_type") == self._speculators)
+            or (self._projector is not None and projector == self._projector)
+        )
+
+    def read_config(
+        self,
+        config: Mapping[str, Any],
+        name: object,
+        tensors: Mapping[str, torch.Tensor],
+        target: PreTrainedConfig | None = None,
+    ) -> PreTrainedConfig:
+        raise ValueError(
+            f"{name} is a {self._method} drafter, which cannot be run here because {self._lacking}; load another "
+            "drafter."
+        )
+
+
 def require(config: Mapping[str, Any], keys: Iterable[str], name: object) -> None:
     """Refuse a configuration in which one of the fields is missing or null, naming all such fields."""
     lacking = [key for key in keys if config.get(key) is None]
@@ -151,12 +207,18 @@ def rope_parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **scaling, "rope_theta": float(config.get("rope_theta", 10000.0))}
 
 
-def target_fields(target: PreTrainedConfig) -> dict[str, Any]:
-    """What a target's configuration says that layouts do not record."""
+def target_fields(target: PreTrainedConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What a target's configuration says that layouts do not record.
+
+    Args:
+        target ([`~transformers.PreTrainedConfig`]): The target's.
+        recorded (`dict`): Fields of our configuration that were read; which target it is goes by them.
+    """
     text = target.get_text_config()
     return {
-        "target_num_layers": text.num_hidden_layers,
-        "target_name_or_path": target.name_or_path or None,
+        "target_num_layers": recorded.get("target_num_layers") or text.num_hidden_layers,
+        "target_name_or_path": recorded.get("target_name_or_path") or target.name_or_path or None,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,

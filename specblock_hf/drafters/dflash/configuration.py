@@ -44,6 +44,8 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
         target_hidden_size (`int`, *optional*, defaults to `hidden_size`): Width of the target's states.
         target_num_layers (`int`, *optional*): N, to refuse a target of another depth.
         target_name_or_path (`str`, *optional*): The target that the drafter was trained for.
+        chat_template (`str`, *optional*): Of the prompts that it was trained behind; see [`PromptStyle`].
+        thinking (`bool`, *optional*): Whether the target thought before the answers that it was trained on.
         causal (`bool`, *optional*):
             Whether the rows of a block see earlier rows only (JetSpec). `None` leaves it to the layer: sliding ones
             are causal, full ones are not.
@@ -52,6 +54,8 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
             where the first row predicts nothing).
         own_embedding (`bool`, *optional*, defaults to `False`):
             The drafter has an embedding and a head of its own (DSpark).
+        restricted_vocabulary (`bool`, *optional*, defaults to `False`):
+            It says only the tokens that the buffer `t2d` marks (`speculators` checkpoints), whoever's the head is.
         input_embedding_scale (`float`, *optional*, defaults to 1.0): Factor of a block's embeddings.
         output_multiplier (`float`, *optional*, defaults to 1.0): Factor of the logits.
         final_logit_softcapping (`float`, *optional*): Bound s of the logits, as s tanh(logit / s).
@@ -100,9 +104,12 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
     target_hidden_size: int | None = None
     target_num_layers: int | None = None
     target_name_or_path: str | None = None
+    chat_template: str | None = None
+    thinking: bool | None = None
     causal: bool | None = None
     predicts_from_anchor: bool = False
     own_embedding: bool = False
+    restricted_vocabulary: bool = False
     input_embedding_scale: float = 1.0
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None

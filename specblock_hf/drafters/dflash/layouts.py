@@ -45,7 +45,9 @@ _NUMBERS = {
     "selector_top_k": 0,
 }
 """Fields that mean the same to us, with what they are where nothing is said."""
-_KNOWN = {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal", "causal_head", *_NUMBERS}
+_KNOWN = frozenset(
+    {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal", "causal_head", *_NUMBERS}
+)
 _FOREIGN_TENSORS = {
     "qkv_proj": "fused projections",
     "g_proj": "gated attention",
@@ -61,9 +63,14 @@ class DFlashLayout(Layout):
     """`DFlashDraftModel`, `DFlash2DraftModel` and JetSpec's, which is a DFlash of another mask."""
 
     name = "dflash"
+    hub_words: tuple[str, ...] = ("dflash", "jetspec")
     architectures: tuple[str, ...] = ("DFlashDraftModel", "DFlash2DraftModel")
     has_vocabulary = False
     """Whether the drafter has an embedding and a head of its own."""
+    is_dspark = False
+    """Whether it predicts from the anchor on, with DSpark's heads."""
+    words: frozenset[str] = _KNOWN
+    """What `dflash_config` may say."""
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return any(name in self.architectures for name in config.get("architectures") or ())
@@ -76,7 +83,7 @@ class DFlashLayout(Layout):
         target: PreTrainedConfig | None = None,
     ) -> BlockDiffusionConfig:
         dflash = config.get("dflash_config") or {}
-        _refuse_unknown(dflash, name, tensors)
+        _refuse_unknown(dflash, self.words, name, tensors)
         given = {**config, **{key: value for key, value in dflash.items() if value is not None}}
         require(given, (*_REQUIRED, "mask_token_id"), name)
         rope = rope_parameters_of(config)
@@ -97,8 +104,10 @@ class DFlashLayout(Layout):
         if "fc.weight" in tensors:
             fields["target_hidden_size"] = tensors["fc.weight"].shape[1] // len(fields["feature_layers"])
         if target is not None:
-            fields |= target_fields(target)
-            if not self.has_vocabulary:  # then it is the target's, whatever the file says about it
+            fields |= target_fields(target, fields)
+            if not self.has_vocabulary and not fields.get(
+                "restricted_vocabulary"
+            ):  # then it is the target's, whatever the file says about it
                 fields["vocab_size"] = target.get_text_config().vocab_size
         return BlockDiffusionConfig(**fields)
 
@@ -108,7 +117,7 @@ class DFlashLayout(Layout):
 
     def write(self, drafter: Any, folder: str | Path) -> None:
         config = drafter.config
-        if config.own_embedding != self.has_vocabulary:
+        if not self.can_say(config):
             raise self.unwritable(drafter)
         if UNRECORDED_LAYER in config.feature_layers:
             raise ValueError(f"The layout {self.name} lists the states that a drafter reads; record feature_layers.")
@@ -127,6 +136,16 @@ class DFlashLayout(Layout):
         }
         write_folder(folder, written | self.written_block(config, block), drafter.state_dict())
 
+    def can_say(self, config: BlockDiffusionConfig) -> bool:
+        """Whether the layout has words for all that a drafter does."""
+        heads = bool(config.markov_rank or config.confidence_head)
+        convolves = bool(config.conv_kernel_size or config.selector_rank)
+        return (
+            (config.own_embedding, config.predicts_from_anchor) == (self.has_vocabulary, self.is_dspark)
+            and not config.restricted_vocabulary
+            and not (convolves if self.is_dspark else heads)
+        )
+
     def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
         """What `config.json` says of the block, and where."""
         numbers = {key: getattr(config, key) for key, default in _NUMBERS.items() if getattr(config, key) != default}
@@ -142,36 +161,75 @@ class DSparkLayout(DFlashLayout):
     """DeepSpec's, which predicts from the anchor on, with a Markov head, a confidence head, or without."""
 
     name = "dspark"
-    architectures = ("Qwen3DSparkModel",)
+    hub_words = ("dspark",)
+    architectures: tuple[str, ...] = ("Qwen3DSparkModel",)
     has_vocabulary = True
+    is_dspark = True
 
     def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
-        rank = config.get("markov_rank", 0)
-        kind = str(config.get("markov_head_type", "vanilla")).lower()
-        if rank and kind != "vanilla":
-            raise ValueError(
-                f'{name} has a Markov head of the type {kind!r}; only "vanilla" ones can be run, so load another '
-                "drafter."
-            )
-        confidence = bool(config.get("enable_confidence_head", False))
-        return {
-            "causal": False,
-            "predicts_from_anchor": True,
-            "own_embedding": True,
-            "markov_rank": rank,
-            "confidence_head": confidence,
-            "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
-        }
+        return {"causal": False, "predicts_from_anchor": True, "own_embedding": True} | dspark_heads(config, name)
 
     def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
-        return block | {
+        # Of its training; readers ask for it.
+        return block | {"architectures": list(self.architectures), "num_anchors": 512} | written_heads(config)
+
+
+class SpecForgeDSparkLayout(DFlashLayout):
+    """SpecForge's DSpark: laid out as its DFlash, without an embedding and a head of its own."""
+
+    name = "specforge-dspark"
+    architectures = ("DSparkDraftModel",)
+    hub_words = ("dspark",)
+    is_dspark = True
+    words = _KNOWN | {
+        "projector_type",
+        "attention_mode",  # which the numbers of heads tell as well
+        "markov_rank",
+        "markov_head_type",
+        "enable_confidence_head",
+        "confidence_head_with_markov",
+        "confidence_head_alpha",
+    }
+
+    def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
+        block = config.get("dflash_config") or {}
+        enabled = {"enable_confidence_head": bool(block.get("confidence_head_alpha"))}
+        return {"predicts_from_anchor": True} | dspark_heads(enabled | block, name)
+
+    def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
+        mode = {"attention_mode": "gqa" if config.num_key_value_heads < config.num_attention_heads else "mha"}
+        inner = super().written_block(config, block)["dflash_config"] | written_heads(config) | mode
+        return {
             "architectures": list(self.architectures),
-            "num_anchors": 512,  # of its training; readers ask for it
-            "markov_rank": config.markov_rank,
-            "markov_head_type": "vanilla",
-            "enable_confidence_head": config.confidence_head,
-            "confidence_head_with_markov": config.confidence_head_with_markov,
+            "block_size": config.block_size,
+            "dflash_config": inner | {"projector_type": "dspark"},
         }
+
+
+def dspark_heads(config: Mapping[str, Any], name: object) -> dict[str, Any]:
+    """Fields of our configuration about DSpark's heads, which all its layouts name alike."""
+    rank = config.get("markov_rank", 0)
+    kind = str(config.get("markov_head_type", "vanilla")).lower()
+    if rank and kind != "vanilla":
+        raise ValueError(
+            f'{name} has a Markov head of the type {kind!r}; only "vanilla" ones can be run, so load another drafter.'
+        )
+    confidence = bool(config.get("enable_confidence_head", False))
+    return {
+        "markov_rank": rank,
+        "confidence_head": confidence,
+        "confidence_head_with_markov": confidence and bool(config.get("confidence_head_with_markov", False)),
+    }
+
+
+def written_heads(config: BlockDiffusionConfig) -> dict[str, Any]:
+    """The same back."""
+    return {
+        "markov_rank": config.markov_rank,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": config.confidence_head,
+        "confidence_head_with_markov": config.confidence_head_with_markov,
+    }
 
 
 class OtherDFlashLayout(Layout):
@@ -179,7 +237,7 @@ class OtherDFlashLayout(Layout):
 
     name = "dflash-variant"
     is_known_by_little = True
-    is_writable = False
+    is_readable = is_writable = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         names = config.get("architectures") or ()
@@ -199,8 +257,10 @@ class OtherDFlashLayout(Layout):
         )
 
 
-def _refuse_unknown(dflash: Mapping[str, Any], name: object, tensors: Mapping[str, torch.Tensor]) -> None:
-    unknown = sorted(key for key, value in dflash.items() if key not in _KNOWN and value not in (None, False))
+def _refuse_unknown(
+    dflash: Mapping[str, Any], known: frozenset[str], name: object, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    unknown = sorted(key for key, value in dflash.items() if key not in known and value not in (None, False))
     if unknown:
         raise ValueError(
             f"dflash_config of {name} sets {', '.join(unknown)}, which this library does not know; load a drafter "

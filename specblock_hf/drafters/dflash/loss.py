@@ -86,6 +86,11 @@ def block_diffusion_loss(
             "Drafters with a selector, Markov or confidence head are loaded and run but not trained by this library; "
             "train one without."
         )
+    if config.restricted_vocabulary:
+        raise ValueError(
+            "Block-diffusion drafters with a restricted vocabulary are loaded and run but not trained by this "
+            "library; train one without."
+        )
     if batch.table is None:
         raise ValueError("The batch has no table, and this drafter predicts with the target's head; pass the table.")
     causal = all(causal for causal, _ in config.layer_rules)

@@ -170,6 +170,8 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         if config.own_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
             self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        if config.restricted_vocabulary:
+            self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
         self.fc = nn.Linear(len(config.feature_layers) * config.target_hidden_size, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockDiffusionLayer(config, i) for i in range(config.num_hidden_layers))
@@ -290,4 +292,4 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         if self.config.final_logit_softcapping:
             bound = self.config.final_logit_softcapping
             logits = torch.tanh(logits / bound) * bound
-        return logits
+        return logits.masked_fill(~self.t2d, -torch.inf) if self.config.restricted_vocabulary else logits

@@ -25,7 +25,13 @@ class Eagle3Config(DrafterConfig):
         norm_before_residual (`bool`, *optional*, defaults to `False`):
             The residual is the normed condition (`speculators` checkpoints).
         norm_before_fc (`bool`, *optional*, defaults to `False`):
-            The features are normed before they are projected (`speculators` checkpoints for gpt-oss).
+            The features are normed together before they are projected (`speculators` checkpoints for gpt-oss).
+        fc_norm (`bool`, *optional*, defaults to `False`):
+            Each feature is normed for itself before they are projected (EAGLE-3.1).
+        norm_output (`bool`, *optional*, defaults to `False`):
+            The next row of a path reads the normed state, the one that the head reads (EAGLE-3.1).
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Queries and keys are normed head by head, as Qwen3 does (DeepSpec's checkpoints).
         own_embedding (`bool`, *optional*, defaults to `False`):
             The drafter has a trained embedding and does not read the target's.
         num_blocks (`int`, *optional*, defaults to 8):
@@ -62,6 +68,9 @@ class Eagle3Config(DrafterConfig):
 
     norm_before_residual: bool = False
     norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    qk_norm: bool = False
     own_embedding: bool = False
     num_blocks: int = 8
     beam_width: int = 10
@@ -74,6 +83,8 @@ class Eagle3Config(DrafterConfig):
                 f"An EAGLE-3 drafter has one layer and num_hidden_layers is {self.num_hidden_layers}; drafters of "
                 "several layers are not supported."
             )
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm norm the same features; set one of them.")
         if self.hidden_size != self.target_hidden_size and not self.own_embedding:
             raise ValueError(
                 f"The target's embedding is {self.target_hidden_size} wide and the drafter's states "

@@ -9,13 +9,14 @@ before it) and the token `x` that followed. One forward turns every row into the
     h = c + Attention([norm_in(E x) ; norm_c(c)]),   y = h + MLP(norm_post(h)),   logits = W_lm norm(y)
 
 y, not normed, is the condition of the next row. A row at position i sits at RoPE index i. With
-`norm_before_residual` the first sum starts from norm_c(c).
+`norm_before_residual` the first sum starts from norm_c(c); with `norm_output` the next row reads norm(y).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import Qwen3Config
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
@@ -23,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
@@ -30,6 +32,17 @@ from ..common.cache import BlockCache, backend_mask
 from ..common.head import DraftHead
 from ..common.path_attention import PathCache
 from .configuration import Eagle3Config
+
+
+def attention_of(config: Eagle3Config) -> nn.Module:
+    """Llama's attention, or Qwen3's, which norms queries and keys."""
+    if not config.qk_norm:
+        return LlamaAttention(config, layer_idx=0)
+    # Which takes its sizes from a configuration of its own kind, and what it is run with from ours.
+    sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "attention_bias")
+    attention = Qwen3Attention(Qwen3Config(**{name: getattr(config, name) for name in sizes}), layer_idx=0)
+    attention.config = config
+    return attention
 
 
 class Eagle3Layer(nn.Module):
@@ -41,7 +54,7 @@ class Eagle3Layer(nn.Module):
         self.norm_before_residual = config.norm_before_residual
         self.input_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, layer_idx=0)
+        self.self_attn = attention_of(config)
         self.self_attn.q_proj = nn.Linear(2 * hidden, heads * config.head_dim, bias=bias)
         self.self_attn.k_proj = nn.Linear(2 * hidden, config.num_key_value_heads * config.head_dim, bias=bias)
         self.self_attn.v_proj = nn.Linear(2 * hidden, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -77,9 +90,11 @@ class Eagle3Layer(nn.Module):
         attention = self.self_attn
         heads = (*inputs.shape[:-1], -1, attention.head_dim)
         query, keys, values = (
-            project(inputs).view(heads).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            project(inputs).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if attention.config.qk_norm:
+            query, keys = attention.q_norm(query), attention.k_norm(keys)
+        query, keys, values = (part.transpose(1, 2) for part in (query, keys, values))
         query, keys = apply_rotary_pos_emb(query, keys, *position_embeddings)
         cache.update(keys, values, attention.layer_idx)
         return attention.o_proj(cache.attend(query, attention.scaling))
@@ -107,6 +122,9 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.norm_before_fc:
             self.input_norm = LlamaRMSNorm(features, eps=config.rms_norm_eps)
+        if config.fc_norm:
+            width, count = config.target_hidden_size, len(config.feature_layers)
+            self.fc_norm = nn.ModuleList(LlamaRMSNorm(width, eps=config.rms_norm_eps) for _ in range(count))
         self.fc = nn.Linear(features, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([Eagle3Layer(config)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -120,7 +138,18 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `[..., F * d_target]`, in the order of `feature_layers`, to conditions `[..., d]`."""
-        return self.fc(self.input_norm(features) if self.config.norm_before_fc else features)
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
+
+    def draft_logits(
+        self, hidden: torch.Tensor, before: torch.LongTensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As [`~DraftHead.draft_logits`], of what `forward` returns."""
+        return (hidden, self.lm_head(hidden)) if self.config.norm_output else super().draft_logits(hidden, before)
 
     def forward(
         self,
@@ -145,7 +174,8 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
                 is the next one of pair i's path, and no mask is asked for.
 
         Returns:
-            `torch.Tensor` of shape `[B, R, 1, d]`: The states before the final norm, as a block of one slot.
+            `torch.Tensor` of shape `[B, R, 1, d]`: The states before the final norm, or after it with `norm_output`,
+            as a block of one slot.
         """
         on_path = isinstance(cache, PathCache) and cache.holds_pairs
         if self.config._attn_implementation == "eager" and not on_path:
@@ -155,4 +185,5 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
                 attention_mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=position_ids.device).tril()
             attention_mask = backend_mask(attention_mask, "eager", token_embeds.dtype)
         position_embeddings = self.rotary_emb(token_embeds, position_ids)
-        return self.layers[0](token_embeds, conditions, position_embeddings, attention_mask, cache).unsqueeze(2)
+        hidden = self.layers[0](token_embeds, conditions, position_embeddings, attention_mask, cache)
+        return (self.norm(hidden) if self.config.norm_output else hidden).unsqueeze(2)

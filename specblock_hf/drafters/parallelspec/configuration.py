@@ -47,7 +47,7 @@ class ParallelSpecConfig(DrafterConfig):
         year=2024,
     )
     # Of an EAGLE-3 network's variants, none.
-    norm_before_residual = norm_before_fc = own_embedding = False
+    norm_before_residual = norm_before_fc = fc_norm = norm_output = qk_norm = own_embedding = False
 
     block_size: int = 5
     tree_width: int = 10

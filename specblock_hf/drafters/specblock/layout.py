@@ -32,6 +32,7 @@ class ReleaseLayout(Layout):
     """`LlamaForCausalLMSpecBlock*`, with the draft vocabulary in `vocab_mapping.pt`."""
 
     name = "specblock"
+    hub_words = ("specblock",)
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return any(name.startswith("LlamaForCausalLMSpecBlock") for name in config.get("architectures") or ())
@@ -46,7 +47,7 @@ class ReleaseLayout(Layout):
         fields = read_llama_fields(config, name)
         require(config, ("draft_vocab_size", "diffspec_draft_token_num", "num_hidden_layers"), name)
         if target is not None:
-            fields |= target_fields(target)
+            fields |= target_fields(target, fields)
         return SpecBlockConfig(
             **fields,
             draft_vocab_size=config["draft_vocab_size"],
