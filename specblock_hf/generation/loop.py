@@ -56,7 +56,7 @@ def decode(
     Returns:
         [`GenerationStatistics`]: Of this call.
     """
-    lent = lent or Lent()
+    lent = Lent() if lent is None else lent
     clock, statistics = Clock(target.device), GenerationStatistics(eager_because=lent.reason)
     batch_size = target.base.shape[0]
     listeners = Listeners(drafter.callbacks)
