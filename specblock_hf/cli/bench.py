@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,12 +29,13 @@ from ..evaluation.plans import apply_plans, choose_plans
 from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
 from ..evaluation.summary import summarise
+from .default_target import find_default_drafter
 from .demo import PROMPTS
-from .models import DEFAULT_DRAFTER, add_device, add_dtype, encode, load_target
+from .models import add_device, add_dtype, encode, load_target
 
 
 OWN = "specblock"
-"""The drafter that needs no `--drafter` where the default one lies in the repository."""
+"""The drafter that needs no `--drafter` where the target is the default one."""
 
 TRIALS = 3
 """Prompts that the calibrated plans are chosen by: a function, a chat and a sum."""
@@ -147,9 +149,11 @@ def read_units(args: argparse.Namespace) -> list[Unit]:
 
 
 def drafter_paths(args: argparse.Namespace) -> dict[str, str]:
-    """Every drafter's folder or Hub id by its name; the default drafter is there if its target is."""
-    default = {OWN: str(DEFAULT_DRAFTER)} if args.target is None and DEFAULT_DRAFTER.is_dir() else {}
-    return default | dict(args.drafter)
+    """Every drafter's folder or Hub id by its name; the default drafter is there if its target is and it is wanted."""
+    given = dict(args.drafter)
+    if args.target is None and OWN not in given and any(re.match(rf"{OWN}\b", name) for name in args.methods):
+        return {OWN: str(find_default_drafter())} | given
+    return given
 
 
 def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Sequence[Method]) -> dict[str, Any]:

