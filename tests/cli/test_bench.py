@@ -54,7 +54,7 @@ def test_tables_figures_and_plots_are_written(folders, tmp_path, capsys):
         assert figures["methods"][1]["to_eagle3"].keys() == {"draft_ms", "rows", "draft_share"}
     text = (tmp_path / "new" / "results.md").read_text()
     assert text in output and "| method | gsm8k Spd | gsm8k tau | prompts Spd |" in text
-    for name in ("speedup.png", "round.png", "acceptance.png"):
+    for name in ("tokens.png", "speedup.png", "round.png", "acceptance.png"):
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG") and name in output
     assert "wall time of the command: " in output
     assert summary["conditions"]["given_plans"] == {"specblock": [6, 2, 3], "eagle3": [6, 2, 3]}
