@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.card import TRAINING, TRAINING_FACTS, CardFacts
+from ..checkpoints.provenance import published, recorded_command
+from ..checkpoints.saving import save_text_whole
 from ..data.examples import Example, load_examples, split_examples
 from ..drafters.auto import AutoDrafter
 from ..drafters.common.head import DraftHead
@@ -115,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
     trainer.train()
     trained = trainer.whole_drafter().to(target.dtype)
     if main:
-        finish(args, trained, table, held_out, target)
+        facts = training_facts(args, arguments, chosen, held_out)
+        finish(args, trained, table, held_out, target, facts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -126,6 +131,7 @@ def finish(
     table: TokenTable,
     held_out: list[Example],
     target: PreTrainedModel,
+    facts: CardFacts,
 ) -> None:
     """Measure what the drafter's plans accept, which [`calibrate`] chooses by, and save it in the target's dtype."""
     drafter.set_attn_implementation("sdpa")
@@ -138,7 +144,28 @@ def finish(
             taus = [simulate_acceptance(d, table, greedy, views, plan).tau for d in (drafter, joined)]
             row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
             drafter.config.acceptance.append(row)
-    drafter.save_pretrained(Path(args.output_dir) / "final")
+    final = Path(args.output_dir) / "final"
+    drafter.save_pretrained(final, facts=facts)
+    recorded = {name: getattr(facts, name) for name in TRAINING_FACTS}
+    save_text_whole(final / TRAINING, json.dumps(recorded, indent=2) + "\n")
+
+
+def training_facts(
+    args: argparse.Namespace, arguments: DrafterTrainingArguments, train: list[Example], held_out: list[Example]
+) -> CardFacts:
+    """What the drafter's card says of its training; of paths the last component."""
+    tokens = sum(len(example.input_ids) - example.answer_start for example in train)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "report_to")}
+    chosen = {"config": args.config, "objective": args.objective, "init_from": args.init_from}
+    settings |= {name: value for name, value in chosen.items() if value}
+    lists = {name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list | tuple)}
+    names = {name: published(value) for name, value in settings.items() if isinstance(value, str)}
+    return CardFacts(
+        data=f"{len(train):,} answers of the target itself ({tokens:,} answer tokens) from `{published(args.data)}`; "
+        f"{len(held_out):,} others were held out",
+        command=recorded_command(sys.argv),
+        training=settings | lists | names,
+    )
 
 
 def _silent(*values: object) -> None:
