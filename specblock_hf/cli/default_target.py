@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from ..checkpoints.saving import save_folder_whole
 from ..compat import take_special_tokens
+from .bars import without_bars
 
 
 logger = logging.get_logger(__name__)
@@ -71,7 +72,7 @@ def load_default_target(
         OSError: The cache cannot be written.
     """
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    with nullcontext() if progress else _no_progress_bars():
+    with nullcontext() if progress else without_bars():
         folder = cached_folder(
             root, GGUF_SHA256, lambda into: convert_gguf(find_gguf(), into, progress), CONVERTED_BYTES
         )
@@ -139,7 +140,7 @@ def convert_gguf(gguf: Path, into: Path, progress: bool = True) -> None:
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
     """
     with tqdm(total=3, desc=f"Converting {gguf.stem} (once)", unit="step", disable=not progress) as bar:
-        with _no_progress_bars():
+        with without_bars():
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(into)
             bar.update()
             # A model that keeps its GGUF quantiser attached cannot be saved.
@@ -221,15 +222,3 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars, and only if they were on."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

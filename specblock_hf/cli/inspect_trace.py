@@ -30,10 +30,11 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--plan",
         type=plan_of,
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="NODES,FORWARDS[,STARTS]",
-        help="how much a round drafts; given twice, the second is the other drafter's (default: each one's own)",
+        help="how much a round drafts; a second one is the other drafter's (default: each one's own)",
     )
     add("--lookup", action="store_true", help="add continuations found in the text so far to the trees")
     add_dtype(group)

@@ -7,10 +7,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -34,9 +35,10 @@ from ..evaluation.simulate import simulate_acceptance
 from ..training.arguments import DrafterTrainingArguments
 from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
 from ..training.cpu_attention import NAME as CPU_ATTENTION
-from ..training.estimate import rehearse
+from ..training.estimate import drafting_seconds, rehearse
 from ..training.initial_weights import reshape, start_from_target
 from ..training.target_views import FeatureStore, TargetView, view_target
+from ..training.termination import Terminated
 from ..training.trainer import DrafterTrainer, make_accelerator
 from .models import load_target
 from .options import add_fields, read_pairs
@@ -79,8 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, DrafterTrainingArguments, "output_dir")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train, and leave the drafter in `OUTPUT/final`."""
+def run(args: argparse.Namespace) -> int:
+    """
+    Train, and leave the drafter in `OUTPUT/final`.
+
+    Returns:
+        `int`: 0, or what a shell says of SIGTERM if the run was ended by it.
+    """
     names = [field.name for field in dataclasses.fields(DrafterTrainingArguments)]
     arguments = DrafterTrainingArguments(**{name: getattr(args, name) for name in names})
     accelerator = make_accelerator(arguments, args.cpu)
@@ -97,8 +104,9 @@ def run(args: argparse.Namespace) -> None:
     drafter = _make_drafter(args, target, train, print if main else _silent).to(accelerator.device)
     objective = _objective(drafter, args.objective)
     chosen = [example for example in train if example.greedy or not args.greedy_only]
-    views = _views(args.views, chosen, target, drafter.feature_layers, accelerator)
-    evaluate = _evaluation(args, arguments, drafter, table, objective, held_out, target) if main else None
+    views = _views(args.views, chosen, target, drafter.feature_layers, accelerator, not args.quiet)
+    measured = _measured(args, held_out, target, drafter) if main else None
+    evaluate = _evaluation(args, arguments, table, objective, measured) if measured else None
     if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
     trainer = DrafterTrainer(
@@ -110,38 +118,45 @@ def run(args: argparse.Namespace) -> None:
         evaluate,
         objective,
         accelerator,
+        progress=not args.quiet,
     )
-    rehearsal = rehearse(trainer, target)
+    rehearsal = rehearse(
+        trainer, target, *(_expected(arguments, drafter, table, target, measured) if measured else ())
+    )
     if main:
         batches = batches_of_epoch(trainer.examples, arguments.batch_tokens, arguments.seed, 0)
         print(f"padding: {padding_share(trainer.examples, batches):.1%} of the batches' places")
         print(rehearsal)
-    trainer.train()
+    try:
+        trainer.train()
+    except Terminated as end:
+        print(f"specblock train: {end}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     trained = trainer.whole_drafter().to(target.dtype)
     if main:
         facts = training_facts(args, arguments, chosen, held_out)
-        finish(args, trained, table, held_out, target, facts)
+        finish(args, trained, table, measured, target, facts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    return 0
 
 
 def finish(
     args: argparse.Namespace,
     drafter: PreTrainedModel,
     table: TokenTable,
-    held_out: list[Example],
+    measured: Measured | None,
     target: PreTrainedModel,
     facts: CardFacts,
 ) -> None:
     """Measure what the drafter's plans accept, which [`calibrate`] chooses by, and save it in the target's dtype."""
     drafter.set_attn_implementation("sdpa")
-    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
-    if greedy:
-        views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+    if measured:
         joined = JoinedDrafter(drafter, LookupDrafter(target.config))
         drafter.config.acceptance = []
-        for plan in tqdm(drafter.plans_to_measure(), desc="acceptance of every plan"):
-            taus = [simulate_acceptance(d, table, greedy, views, plan).tau for d in (drafter, joined)]
+        plans = drafter.plans_to_measure()
+        for plan in tqdm(plans, desc="acceptance of every plan", unit="plan", disable=args.quiet):
+            taus = [simulate_acceptance(d, table, *measured, plan).tau for d in (drafter, joined)]
             row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
             drafter.config.acceptance.append(row)
     final = Path(args.output_dir) / "final"
@@ -233,40 +248,83 @@ def _views(
     target: PreTrainedModel,
     layers: tuple[int, ...],
     accelerator: Accelerator | None = None,
+    progress: bool = True,
 ) -> Callable[[list[int]], list[TargetView]]:
     if folder is None:
         return lambda indices: view_target(target, [examples[i] for i in indices], layers, TOP_K)
     store = FeatureStore(folder, examples)
     if accelerator is None:
-        store.build(target, layers, TOP_K)
+        store.build(target, layers, TOP_K, progress=progress)
     else:
-        store.build(target, layers, TOP_K, part=(accelerator.process_index, accelerator.num_processes))
+        part = (accelerator.process_index, accelerator.num_processes)
+        store.build(target, layers, TOP_K, part=part, progress=progress)
         accelerator.wait_for_everyone()
     return lambda indices: [store[i] for i in indices]
+
+
+class Measured(NamedTuple):
+    """Held-out answers that are drafted along, and the target's views of them."""
+
+    examples: list[Example]
+    views: list[TargetView]
+
+
+def _measured(
+    args: argparse.Namespace, held_out: list[Example], target: PreTrainedModel, drafter: PreTrainedModel
+) -> Measured | None:
+    """Greedy ones alone: sampled answers would measure another distribution."""
+    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
+    if not greedy:
+        return None
+    views = _views(args.views, greedy, target, drafter.feature_layers, progress=not args.quiet)
+    return Measured(greedy, views(list(range(len(greedy)))))
+
+
+def _plans_of_evaluation(arguments: DrafterTrainingArguments, drafter: PreTrainedModel) -> list[DraftingPlan]:
+    forwards = drafter.default_plan(torch.device("cuda")).num_forwards
+    return [DraftingPlan(budget, forwards) for budget in arguments.eval_budgets]
 
 
 def _evaluation(
     args: argparse.Namespace,
     arguments: DrafterTrainingArguments,
-    drafter: PreTrainedModel,
     table: TokenTable,
     objective: Any,
-    held_out: list[Example],
-    target: PreTrainedModel,
-) -> Callable[[nn.Module], dict[str, Any]] | None:
+    measured: Measured,
+) -> Callable[[nn.Module], dict[str, Any]]:
     """What is measured on held-out answers while training: only the main process asks."""
-    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
-    if not greedy:
-        return None
-    views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
 
     def evaluate(trained: nn.Module) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
-        forwards = trained.default_plan(torch.device("cuda")).num_forwards
-        for budget in arguments.eval_budgets:
-            result = simulate_acceptance(trained, table, greedy, views, DraftingPlan(budget, forwards))
-            numbers[f"tau_{budget}"] = round(result.tau, 4)
+        plans = _plans_of_evaluation(arguments, trained)
+        for plan in tqdm(plans, desc="evaluation", unit="plan", leave=False, disable=args.quiet):
+            result = simulate_acceptance(trained, table, *measured, plan)
+            numbers[f"tau_{plan.tree_budget}"] = round(result.tau, 4)
         numbers["depths"] = [round(rate, 4) for rate in result.rates()]
-        return numbers | held_out_rates(trained, table, greedy, views, objective, arguments.batch_tokens)
+        return numbers | held_out_rates(trained, table, *measured, objective, arguments.batch_tokens)
 
     return evaluate
+
+
+def _expected(
+    arguments: DrafterTrainingArguments,
+    drafter: PreTrainedModel,
+    table: TokenTable,
+    target: PreTrainedModel,
+    measured: Measured,
+) -> tuple[float, float]:
+    """Seconds that an evaluation will take, and measuring every plan at the end."""
+    attention = drafter.config._attn_implementation
+    drafter.eval()
+    evaluation = sum(
+        drafting_seconds(drafter, table, *measured, plan) for plan in _plans_of_evaluation(arguments, drafter)
+    )
+    drafter.set_attn_implementation("sdpa")
+    joined = JoinedDrafter(drafter, LookupDrafter(target.config))
+    finish = sum(
+        drafting_seconds(either, table, *measured, plan)
+        for plan in drafter.plans_to_measure()
+        for either in (drafter, joined)
+    )
+    drafter.set_attn_implementation(attention)
+    return evaluation, finish

@@ -18,6 +18,9 @@ from ..training.target_views import TargetView
 from ..trees.verification import Select, sample_and_walk
 
 
+SIMULATED_TOKENS = 96
+
+
 @dataclass
 class SimulatedAcceptance:
     """
@@ -51,7 +54,7 @@ def simulate_acceptance(
     examples: Sequence[Example],
     views: Sequence[TargetView],
     plan: DraftingPlan,
-    max_new_tokens: int = 96,
+    max_new_tokens: int = SIMULATED_TOKENS,
 ) -> SimulatedAcceptance:
     """
     Draft along known texts as `generate()` would, every round with the drafter's real tree.

@@ -1,18 +1,29 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The costliest step once before the start: whether it fits, how long the run will take, and what bounds it."""
+"""
+Two steps and some drafts before the start: whether the costliest step fits, what bounds a usual one, and how long the
+run will take with all that is measured on the way.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from ..data.examples import Example
+from ..drafting.drafter import TreeDrafter
+from ..drafting.pairs import TokenTable
+from ..drafting.plan import DraftingPlan
+from ..evaluation.simulate import SIMULATED_TOKENS, simulate_acceptance
+from .target_views import TargetView
 
 
 if TYPE_CHECKING:
@@ -27,6 +38,11 @@ ADVICE = {
 }
 
 
+EXPECTED_TAU = 2.0
+
+TRIED_TOKENS = 16
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """
@@ -36,10 +52,13 @@ class Rehearsal:
         target (`int`): Weights of the target.
         states (`int`): Weights, gradients and both moments of the drafter, in this process if it is not sharded.
         peak (`int`): The most memory that this process held during the step, the target and all else included.
-        seconds (`float`): Of the step, without the optimiser's part.
+        seconds (`float`): Of a usual step, without the optimiser's part.
         steps (`int`): Of the run.
-        shares (`dict[str, float]`): Share of the step by phase.
-        tokens (`int`): Answer tokens of the step, all processes together.
+        shares (`dict[str, float]`): Share of that step by phase.
+        tokens (`int`): Answer tokens of that step, all processes together.
+        evaluations (`int`, *optional*, defaults to 0): Of the run.
+        evaluation (`float`, *optional*, defaults to 0.0): Seconds of one.
+        finish (`float`, *optional*, defaults to 0.0): Seconds of measuring every plan at the end.
     """
 
     target: int
@@ -49,6 +68,14 @@ class Rehearsal:
     steps: int
     shares: dict[str, float]
     tokens: int
+    evaluations: int = 0
+    evaluation: float = 0.0
+    finish: float = 0.0
+
+    @property
+    def run_seconds(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.seconds + self.evaluations * self.evaluation + self.finish
 
     def __str__(self) -> str:
         bound = max(self.shares, key=self.shares.get)
@@ -57,35 +84,76 @@ class Rehearsal:
             f"memory: target {self.target / 1e9:.2f} GB, drafter with gradients and moments "
             f"{self.states / 1e9:.2f} GB, peak of the largest step {self.peak / 1e9:.2f} GB\n"
             f"a step: {self.seconds:.2f} s for {self.tokens} answer tokens ({parts}), bound by {ADVICE[bound]}\n"
-            f"the run: {self.steps} steps, at most {self.steps * self.seconds / 3600:.1f} h without evaluations"
+            f"the run: {self.steps} steps in {duration(self.steps * self.seconds)}, {self.evaluations} evaluation(s) "
+            f"of {duration(self.evaluation)}, every plan's acceptance in {duration(self.finish)}: about "
+            f"{duration(self.run_seconds)} in all"
         )
 
 
-def rehearse(trainer: DrafterTrainer, target: PreTrainedModel) -> Rehearsal:
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def rehearse(
+    trainer: DrafterTrainer, target: PreTrainedModel, evaluation: float = 0.0, finish: float = 0.0
+) -> Rehearsal:
     """
-    Take the step with the most tokens with everything joined, and leave no trace: weights, optimiser, step and
-    randomness stay as they were.
+    Take the step with the most tokens and a usual one with everything joined, and leave no trace: weights, optimiser,
+    step and randomness stay as they were.
 
     Args:
         trainer ([`DrafterTrainer`]): About to train.
         target ([`~transformers.PreTrainedModel`]): For its size.
+        evaluation (`float`, *optional*, defaults to 0.0): Seconds that `trainer.evaluate` is expected to take.
+        finish (`float`, *optional*, defaults to 0.0): Seconds of what follows the last step.
     """
-    batches = trainer.largest_step()
-    device = trainer.accelerator.device
+    _seconds_of(trainer, trainer.sized_step(0))  # which warms up, too
+    peak, usual = _peak(trainer.accelerator.device), trainer.sized_step(0.5)
+    seconds, shares = _seconds_of(trainer, usual)
+    steps = trainer.total_steps
+    if trainer.args.max_seconds:
+        steps = max(1, round(trainer.args.max_seconds / seconds))
+    return Rehearsal(
+        target=_bytes(target),
+        states=4 * _bytes(trainer.module),
+        peak=peak,
+        seconds=seconds,
+        steps=steps,
+        shares=shares,
+        tokens=trainer.answer_tokens(usual),
+        evaluations=-(-steps // trainer.args.eval_steps) if evaluation else 0,
+        evaluation=evaluation,
+        finish=finish,
+    )
+
+
+def _seconds_of(trainer: DrafterTrainer, batches: list[list[int]]) -> tuple[float, dict[str, float]]:
+    """What a step takes, and the shares of its phases."""
     trainer.clock.shares()
     started = time.perf_counter()
     trainer.gradients(batches, progress=1.0)
     trainer.optimizer.zero_grad()
-    seconds = time.perf_counter() - started
-    return Rehearsal(
-        target=_bytes(target),
-        states=4 * _bytes(trainer.module),
-        peak=_peak(device),
-        seconds=seconds,
-        steps=trainer.total_steps,
-        shares=trainer.clock.shares(),
-        tokens=trainer.answer_tokens(batches),
-    )
+    return time.perf_counter() - started, trainer.clock.shares()
+
+
+def drafting_seconds(
+    drafter: TreeDrafter,
+    table: TokenTable,
+    examples: Sequence[Example],
+    views: Sequence[TargetView],
+    plan: DraftingPlan,
+) -> float:
+    """
+    Seconds that [`simulate_acceptance`] will take over all examples once the drafter has learned something
+    (`EXPECTED_TAU`), from a few rounds over one of them.
+    """
+    started = time.perf_counter()
+    tried = simulate_acceptance(drafter, table, examples[:1], views[:1], plan, TRIED_TOKENS)
+    seconds = (time.perf_counter() - started) / max(1, len(tried.accepted))
+    return seconds * len(examples) * SIMULATED_TOKENS / EXPECTED_TAU
 
 
 def _bytes(module: nn.Module) -> int:
