@@ -88,4 +88,4 @@ docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 new-user:
-	PYTHON=$(PYTHON) tests/new_user.sh
+	PYTHON=$(PYTHON) tests/test_new_user.sh

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -73,6 +75,16 @@ def test_the_rounds_of_an_answer_are_a_page(folders, capsys, tmp_path):
         assert len(kept) == len(one["emitted"]) and [node["text"] for node in kept[1:]] == one["emitted"][:-1]
         assert len(one["nodes"]) <= 7 and len(one["milliseconds"]) == 3 and min(one["milliseconds"]) > 0
         assert [node["parent"] for node in kept] == [None, *(one["nodes"].index(node) for node in kept[:-1])]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_a_browser_shows_the_round_that_the_address_names(folders, tmp_path):
+    page = tmp_path / "tree.html"
+    assert trace(folders, "--plan", "6,1", "--html", str(page)) == 0
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"{page.as_uri()}#2"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"round 2 of \d+: 6 drafted, \d kept, \d emitted", dom)
+    assert len(re.findall(r'<g class="node">', dom)) == 7 and len(re.findall(r"<path ", dom)) == 6
 
 
 def test_no_text_ends_the_script_of_a_page(monkeypatch):
