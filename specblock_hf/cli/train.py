@@ -31,11 +31,11 @@ from ..drafters.lookup import LookupDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
 from ..evaluation.held_out import held_out_rates
-from ..evaluation.simulate import simulate_acceptance
+from ..evaluation.simulate import expected_seconds, simulate_acceptance
 from ..training.arguments import DrafterTrainingArguments
 from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
 from ..training.cpu_attention import NAME as CPU_ATTENTION
-from ..training.estimate import drafting_seconds, rehearse
+from ..training.estimate import rehearse
 from ..training.initial_weights import reshape, start_from_target
 from ..training.target_views import FeatureStore, TargetView, view_target
 from ..training.termination import Terminated
@@ -317,12 +317,12 @@ def _expected(
     attention = drafter.config._attn_implementation
     drafter.eval()
     evaluation = sum(
-        drafting_seconds(drafter, table, *measured, plan) for plan in _plans_of_evaluation(arguments, drafter)
+        expected_seconds(drafter, table, *measured, plan) for plan in _plans_of_evaluation(arguments, drafter)
     )
     drafter.set_attn_implementation("sdpa")
     joined = JoinedDrafter(drafter, LookupDrafter(target.config))
     finish = sum(
-        drafting_seconds(either, table, *measured, plan)
+        expected_seconds(either, table, *measured, plan)
         for plan in drafter.plans_to_measure()
         for either in (drafter, joined)
     )

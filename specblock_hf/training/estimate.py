@@ -10,20 +10,12 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from ..data.examples import Example
-from ..drafting.drafter import TreeDrafter
-from ..drafting.pairs import TokenTable
-from ..drafting.plan import DraftingPlan
-from ..evaluation.simulate import SIMULATED_TOKENS, simulate_acceptance
-from .target_views import TargetView
 
 
 if TYPE_CHECKING:
@@ -36,11 +28,6 @@ ADVICE = {
     "backward": "the drafter's backward pass; fewer blocks or a smaller starts_share in --objective cost less",
     "update": "the optimiser; a larger --batch-tokens makes fewer of these",
 }
-
-
-EXPECTED_TAU = 2.0
-
-TRIED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -137,23 +124,6 @@ def _seconds_of(trainer: DrafterTrainer, batches: list[list[int]]) -> tuple[floa
     trainer.gradients(batches, progress=1.0)
     trainer.optimizer.zero_grad()
     return time.perf_counter() - started, trainer.clock.shares()
-
-
-def drafting_seconds(
-    drafter: TreeDrafter,
-    table: TokenTable,
-    examples: Sequence[Example],
-    views: Sequence[TargetView],
-    plan: DraftingPlan,
-) -> float:
-    """
-    Seconds that [`simulate_acceptance`] will take over all examples once the drafter has learned something
-    (`EXPECTED_TAU`), from a few rounds over one of them.
-    """
-    started = time.perf_counter()
-    tried = simulate_acceptance(drafter, table, examples[:1], views[:1], plan, TRIED_TOKENS)
-    seconds = (time.perf_counter() - started) / max(1, len(tried.accepted))
-    return seconds * len(examples) * SIMULATED_TOKENS / EXPECTED_TAU
 
 
 def _bytes(module: nn.Module) -> int:

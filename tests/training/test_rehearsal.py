@@ -10,9 +10,6 @@ from safetensors.torch import load_file
 from test_trainer import tiny_trainer
 from training_for_tests import tiny_drafter
 
-from specblock_hf import DraftingPlan
-from specblock_hf.evaluation.simulate import SimulatedAcceptance
-from specblock_hf.training import estimate
 from specblock_hf.training.estimate import Rehearsal, rehearse
 
 
@@ -50,19 +47,6 @@ def test_measurements_are_part_of_the_estimate(tmp_path):
     trainer.args.max_seconds = 100 * rehearsal.seconds
     limited = rehearse(trainer, tiny_target("llama"))
     assert limited.evaluations == 0 and limited.run_seconds == limited.steps * limited.seconds
-
-
-def test_what_a_simulation_will_take_is_told_by_its_first_rounds(monkeypatch):
-    clock, rounds = [0.0], [1, 0, 1, 2]
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
-
-    def simulate(drafter, table, examples, views, plan, max_new_tokens):
-        assert len(examples) == len(views) == 1 and max_new_tokens == 16
-        clock[0] += 2.0
-        return SimulatedAcceptance(rounds)
-
-    monkeypatch.setattr(estimate, "simulate_acceptance", simulate)
-    assert estimate.drafting_seconds(None, None, [None] * 6, [None] * 6, DraftingPlan(8, 1)) == 0.5 * 6 * 48
 
 
 def test_what_it_says():
