@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     table = TokenTable.of(target)
     examples = load_examples(args.data, tokenizer, arguments.max_length)
     train, held_out = split_examples(examples, arguments.held_out)
-    drafter = _make_drafter(args, target, train, print if main else _silent).to(accelerator.device)
+    drafter = _make_drafter(args, target, train, held_out, print if main else _silent).to(accelerator.device)
     objective = _objective(drafter, args.objective)
     chosen = [example for example in train if example.greedy or not args.greedy_only]
     views = _views(args.views, chosen, target, drafter.feature_layers, accelerator, not args.quiet)
@@ -211,13 +211,18 @@ def _load_target(args: argparse.Namespace, arguments: DrafterTrainingArguments, 
 
 
 def _make_drafter(
-    args: argparse.Namespace, target: PreTrainedModel, train: list[Example], say: Callable[..., None]
+    args: argparse.Namespace,
+    target: PreTrainedModel,
+    train: list[Example],
+    held_out: list[Example],
+    say: Callable[..., None],
 ) -> PreTrainedModel:
     vocab_size = target.config.get_text_config().vocab_size
 
     def chosen(size: int) -> torch.LongTensor:
-        ids, coverage = draft_vocabulary(train, size, vocab_size)
-        say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the answers' tokens")
+        ids, coverage = draft_vocabulary(train, size, vocab_size, held_out)
+        of = "held-out answers'" if held_out else "same answers'"
+        say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the {of} tokens")
         return ids
 
     if args.init_from:

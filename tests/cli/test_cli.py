@@ -360,6 +360,16 @@ def test_a_missing_drafter_ends_in_one_sentence(models_on_disk, monkeypatch, tmp
     )
 
 
+def test_what_a_layout_cannot_hold_is_said(tmp_path, capsys):
+    drafter = tiny_drafter(rank_top_k=20, rank_hidden_size=256, feature_layers=[2, 2, 1])
+    drafter.config.acceptance = [[8, 1, 0, 2.0, 2.5]]
+    drafter.save_pretrained(tmp_path / "ours")
+    assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "specblock"]) == 0
+    assert "the layout specblock has no place for what the drafter's plans accept" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "copy")]) == 0
+    assert "no place" not in capsys.readouterr().err
+
+
 def test_prompts_use_the_chat_template_if_there_is_one(models_on_disk):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(models_on_disk[0])
     assert terminal.encode(tokenizer, "ab", torch.device("cpu")).tolist() == [[2, 3]]

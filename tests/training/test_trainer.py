@@ -99,6 +99,8 @@ def test_draft_vocabulary_takes_the_answers_tokens_by_frequency():
     assert ids.tolist() == [5, 7] and coverage == pytest.approx(7 / 8)
     ids, coverage = draft_vocabulary(examples, 5, VOCAB)
     assert ids.tolist() == [0, 1, 2, 5, 7] and coverage == 1
+    ids, coverage = draft_vocabulary(examples, 5, VOCAB, [example_of([5, 5, 3, 7, 9], 1)])
+    assert ids.tolist() == [0, 1, 2, 5, 7] and coverage == 2 / 4
 
 
 def test_collate_pads_and_marks_the_answers():
