@@ -1,8 +1,8 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What README and docs show works: every Python block is run, every `specblock` line is parsed, and the README's table is
-the one in `benchmarks/results`.
+What README, docs and notebook show works: every Python block is run, every `specblock` line is parsed, and the
+README's table is the one in `benchmarks/results`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,18 @@ def test_the_readme_runs_as_it_is(tmp_path, monkeypatch, capsys):
     assert "def " in capsys.readouterr().out
     plain = names["target"].generate(**names["inputs"], max_new_tokens=64, do_sample=False)
     assert torch.equal(names["output"], plain)
+
+
+@pytest.mark.real
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)  # they would name somebody's machine
+    names: dict[str, object] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file() and "tau " in capsys.readouterr().out
 
 
 def commands(page: Path) -> list[str]:

@@ -43,7 +43,7 @@ specblock regenerate --prompts prompts.jsonl --output answers --max-new-tokens 3
 [[ $(cat answers/*.jsonl | wc -l) -eq 20 ]] || fail "answers are missing"
 say "20 answers"
 
-train=(specblock train --data answers --output run --epochs 10 --batch-tokens 256 --learning-rate 1e-3 --held-out 0.1 --quiet
+train=(specblock train --data answers --output run --epochs 3 --batch-tokens 256 --learning-rate 1e-3 --held-out 0.25 --quiet
     --draft-vocab-size 1024 --config num_hidden_layers=1 --eval-examples 2 --eval-budgets 8 --log-steps 1 --mixed-precision no --cpu)
 "${train[@]}" &
 training=$!
