@@ -17,7 +17,8 @@ import resource
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from pprint import pprint
 from typing import Any
@@ -37,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from calls_for_tests import judge  # noqa: E402
+from cases_for_tests import Case  # noqa: E402
 from draws_for_tests import draw_case  # noqa: E402
 from verdicts_for_tests import FAULTS  # noqa: E402
 
@@ -114,16 +116,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--only", type=int, metavar="SEED", help="print what this seed draws and run it alone")
+    parser.add_argument("--attached", action="store_true", help="attach the drafters instead of naming them")
     parser.add_argument("--resume", action="store_true", help="go on where the run that wrote --output was cut short")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz_generate.json")
     arguments = parser.parse_args()
     prepare()
     if arguments.only is not None:
-        pprint(draw_case(arguments.only), width=119)
-        pprint(judge(draw_case(arguments.only)), width=119)
+        case = drawn(arguments.only, arguments.attached)
+        pprint(case, width=119)
+        pprint(judge(case), width=119)
         return
     settings = {
         "seed": arguments.seed,
+        "attached": arguments.attached,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
@@ -145,7 +150,8 @@ def run(record: Record, arguments: argparse.Namespace) -> None:
         context.Pool(arguments.workers, initializer=prepare) as pool,
         tqdm(total=arguments.calls, initial=record.calls, unit="call", smoothing=0.05) as progress,
     ):
-        for result in pool.imap(judge_seed, seeds, chunksize=CHUNK):
+        judged = partial(judge_seed, attached=arguments.attached)
+        for result in pool.imap(judged, seeds, chunksize=CHUNK):
             record.add(*result)
             progress.update()
             progress.set_postfix(faults=record.num_faults, refresh=False)
@@ -163,8 +169,13 @@ def prepare() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def judge_seed(seed: int) -> tuple[int, str, str, float, int]:
-    verdict = judge(draw_case(seed))
+def drawn(seed: int, attached: bool) -> Case:
+    case = draw_case(seed)
+    return replace(case, entry="attached") if attached else case
+
+
+def judge_seed(seed: int, attached: bool) -> tuple[int, str, str, float, int]:
+    verdict = judge(drawn(seed, attached))
     return seed, verdict.outcome, verdict.detail, verdict.seconds, verdict.kept
 
 

@@ -81,6 +81,7 @@ class Conversation:
         self.ours, self.theirs = self._new_cache(), self._new_cache()
         self.drafter: TreeDrafter | None = None
         self.kept = 0
+        self.left_alone = False
         self.alike = True  # an exception may have left caches of different lengths
 
     def play(self) -> Verdict:
@@ -110,6 +111,10 @@ class Conversation:
             return self._judge_error(error, plain_error, watch)
         if plain is None:
             return Verdict("plain raises", short(plain_error))
+        if self.left_alone and (error is None or abort):
+            if error is None and not torch.equal(text.sequences, plain.sequences):
+                raise Fault("mismatch", "a call that was left alone wrote another text")
+            return Verdict("left alone")
         if error is None:
             self._check_bounds(watch, len(plain.sequences))
             self._check_weights()
@@ -167,6 +172,14 @@ class Conversation:
             ):
                 if case.entry == "custom_generate":
                     output = generate_without_hook(self.target, self.drafter, **inputs, **options, **more)
+                elif case.entry == "attached":
+                    with self.drafter.attach(self.target) as attachment:
+                        try:
+                            output = self.target.generate(**inputs, **options, **more)
+                        finally:
+                            self.left_alone = attachment.statistics.left_alone.total() > 0
+                    if self.left_alone:
+                        return self._text(output)
                 else:
                     output = self.target.generate(**inputs, **options, **more, assistant_model=self.drafter)
         finally:

@@ -105,7 +105,7 @@ class Case:
         cache (`str`): "" for a new one each call, or the user's: "dynamic", "bare" (without configuration), "static".
         options (`dict`): Of `generate()`.
         returns (`tuple[str, ...]`): "dict" and what else is handed back.
-        entry (`str`): "hook", "custom_generate", or "inference mode" with the hook.
+        entry (`str`): "hook", "custom_generate", "inference mode" with the hook, or "attached".
         drafter ([`DrafterKind`]): The drafter.
         plan ([`Plan`], *optional*): How much it drafts.
         abort ([`Abort`], *optional*): What ends one of the calls.

@@ -13,9 +13,10 @@ from types import ModuleType
 from transformers import AutoConfig, AutoModel, GenerationMixin
 
 from specblock_hf.drafters.common.registry import drafter_kinds
+from specblock_hf.generation.hook import _WRAPPERS, _owner
 
 
-HOOKED = ("_validate_generation_mode", "_assisted_decoding")
+HOOKED = tuple(_WRAPPERS)
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def imported_afresh() -> Iterator[ModuleType]:
         sys.modules.update(old)
         sys.meta_path[:] = finders
         for name, method in zip(HOOKED, methods, strict=True):
-            setattr(GenerationMixin, name, method)
+            setattr(_owner(name), name, method)
         for kind in kinds.values():
             AutoConfig.register(kind.config_class.model_type, kind.config_class, exist_ok=True)
             AutoModel.register(kind.config_class, kind, exist_ok=True)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import prompt_of, tiny_target
 from training_for_tests import char_tokenizer, tiny_drafter
+from verdicts_for_tests import FAULTS
 
 from specblock_command import COMMANDS, command_line
 
@@ -135,3 +136,5 @@ def test_the_readme_s_figures_are_the_measured_ones():
         cells += [" / ".join(f"{cost[f'{part}_ms']:.1f}" for part in ("draft", "verify", "host")) if cost else ""]
         assert f"| {words} | {' | '.join(cells)} |".replace("|  |", "| |") in text
     assert f"{measured['specblock:best_first+lookup']['mean']['speedup']:.2f} times" in text
+    fuzz = json.loads((SIDE_BY_SIDE.parents[1] / "fuzz_generate.json").read_text())
+    assert f"{fuzz['calls']:,}\nrandom calls" in text and not fuzz["outcomes"].keys() & set(FAULTS)

@@ -404,6 +404,16 @@ def test_hf_hook():
     assert (has_offloaded_params(layer), layer._hf_hook.execution_device) == (True, torch.device("cpu"))
 
 
+def test_weights_count_their_changes():
+    """`Tensor._version`: whether a target has learned since the last call."""
+    weight = nn.Parameter(torch.zeros(2))
+    with torch.no_grad():
+        weight.add_(1)
+    assert weight._version == 1
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="do not track version"):
+        assert torch.zeros(2)._version
+
+
 def test_what_a_prompt_alone_brings():
     """`MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL`: what `generate()` passes to the first forward and to no other."""
     names = {"pixel_values"} | ({"mm_encoder_outputs"} if CACHE == "cache" else set())  # new since 5.23
@@ -463,6 +473,7 @@ def test_no_other_private_name_is_used():
         "_modules",
         "_dynamo",
         "_hf_hook",
+        "_version",
         "_ArgumentGroup",  # argparse's, in annotations
         "_ActionsContainer",  # likewise
         "_specblock_hook",  # ours, on what it wraps

@@ -36,7 +36,8 @@ class Verdict:
         outcome (`str`):
             "same" tokens, same "distribution" (where a seed's tokens cannot be compared), "refused" in a sentence of
             ours, "plain raises" (and so do we, or we write), "other past" (an exception left less in the cache, on
-            which the next tokens of this target depend), or one of `FAULTS`.
+            which the next tokens of this target depend), "left alone" by an attached drafter, or one of
+            `FAULTS`.
         detail (`str`): The sentence, or what is wrong.
         seconds (`float`): Of the process for the whole case, plain decoding included.
         kept (`int`): Drafted tokens that were kept.

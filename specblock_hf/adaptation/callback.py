@@ -149,6 +149,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         self._good: list[torch.Tensor] = []
         self._candidate: list[torch.Tensor] | None = None
         self._unpaid = 0.0
+        self._target_version = 0
         self._pending: Future | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._lock = DrafterLock()
@@ -184,6 +185,11 @@ class OnlineAdaptationCallback(DraftingCallback):
             top_k = min(self.top_k, call.table.vocab_size)
             recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, top_k)
             call.notes[self] = (recorder, self.clock(), self._busy())
+            if call.target_version != self._target_version:
+                # What the target said before it changed is not what it would say now.
+                with self._lock:
+                    self.buffer.clear()
+                self._target_version = call.target_version
 
     def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
         if self in call.notes:

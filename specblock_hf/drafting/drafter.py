@@ -1,37 +1,30 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The line between drafters and the decoding loop: what a drafter is told, what it answers, and for how long it
+"""
+The line between drafters and the decoding loop: what a drafter is told, what it answers, and for how long it
 remembers.
 
 One round of decoding is `tree = drafter.propose(state, pairs, limits)`, a verification by the target, and new
-`Pairs`. A drafter
-never sees `generate()`, the target's cache or the verification rule; the loop never sees the drafter's network.
+`Pairs`. A drafter never sees `generate()`, the target's cache or the verification rule; the loop never sees the
+drafter's network.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-
-if TYPE_CHECKING:
-    from ..trees.tree import DraftTree
-    from ..trees.verification import Walk
-    from .pairs import Pairs, Scored, TokenTable
-    from .statistics import GenerationStatistics
 
 import logging
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .pairs import Pairs, TokenTable
+from .attachment import Attachment, attach
+from .pairs import Pairs, Scored, TokenTable
 
 # At run time, because transformers resolves the annotations of models.
 from .plan import DraftingPlan, Limits
@@ -62,6 +55,8 @@ class DraftingCall:
         table ([`TokenTable`]): The target's embedding and head.
         batch_size (`int`): Rows of the batch.
         statistics ([`GenerationStatistics`]): Of the call so far; seconds are filled in at its end.
+        target_version (`int`, *optional*, defaults to 0):
+            Of the target's weights: another one than in the call before where they were changed in place in between.
         notes (`dict`, *optional*):
             What a callback wants to remember for the rest of this call, under itself: a drafter may serve several
             calls at once, and a call that fails takes its notes with it.
@@ -71,6 +66,7 @@ class DraftingCall:
     table: TokenTable
     batch_size: int
     statistics: GenerationStatistics
+    target_version: int = 0
     notes: dict[DraftingCallback, Any] = field(default_factory=dict)
 
 
@@ -280,6 +276,31 @@ class TreeDrafter(ABC):
             raise ValueError(f"this {type(callback).__name__} was not added to this drafter; remove one that was.")
         self.callbacks = tuple(other for other in self.callbacks if other is not callback)
         callback.on_remove(self)
+
+    def attach(self, target: nn.Module) -> Attachment:
+        """
+        Serve all calls of `target.generate()` that name no assistant, whoever makes them: an evaluation harness, a
+        trainer that lets its policy write, a pipeline. Calls that a drafter cannot serve (beams, an assistant of their
+        own, a row-wise processor that nobody knows) run as they would without it, and are counted with the reason.
+
+        Args:
+            target ([`~transformers.PreTrainedModel`]): The model, or a wrapper around it, such as peft's.
+
+        Returns:
+            [`Attachment`]: To be detached, or used as a context manager, with statistics.
+
+        Raises:
+            ValueError: The target has a drafter attached already, is not one to draft for, or another's.
+
+        Example:
+
+        ```python
+        >>> with drafter.attach(target) as attachment:
+        ...     target.generate(**inputs)
+        >>> print(attachment.statistics.tau)
+        ```
+        """
+        return attach(self, target)
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         """What to draft on a device that was not calibrated for."""

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
+from ..drafting.attachment import refusing
 from ..drafting.drafter import DraftingCall, DraftState, TreeDrafter
 from ..drafting.pairs import Pairs
 from ..drafting.plan import DraftingPlan, Limits, round_limits
@@ -82,7 +83,7 @@ def decode(
     clock, statistics = Clock(target.device), GenerationStatistics()
     batch_size = target.base.shape[0]
     listeners = Listeners(drafter.callbacks)
-    call = DraftingCall(drafter, target.table, batch_size, statistics)
+    call = DraftingCall(drafter, target.table, batch_size, statistics, target.version() if drafter.callbacks else 0)
     listeners.on_generate_begin(call)
     state = drafter.begin(
         target.table,
@@ -163,28 +164,31 @@ def generate_with_drafter(
     input_ids = input_ids.long()
     # All ones: `generate()` dropped the mask and noted its length, unless it knows of no mask.
     mask_length = vars(generation_config).get("_mask_length") if model_kwargs.get("attention_mask") is None else None
-    choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
-    # Their cache is not the call's to give away.
-    rounds = None if returns_cache else drafter.compiled_rounds
-    with (
-        rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)) if rounds else nullcontext() as compiled,
-        TargetModel(
-            target,
-            drafter.feature_layers_for(target),
-            input_ids,
-            model_kwargs,
-            mask_length,
-            generation_config.prefill_chunk_size,
-            returns_cache,
-            compiled and compiled.target,
-        ) as scorer,
-    ):
-        scorer.check_length(max(choice.remaining))
-        plan = drafting_plan(drafter, generation_config, scorer.device)
-        # A chain is cut out by likelihood, by which a drawn tree must not be cut.
-        if not generation_config.do_sample or scorer.chains_only:
-            plan = replace(plan, draft_sampling="topk", verification=None)
-        verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
+    with ExitStack() as call:
+        with refusing(drafter):
+            choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
+            # Their cache is not the call's to give away.
+            rounds, compiled = None if returns_cache else drafter.compiled_rounds, None
+            if rounds is not None:
+                compiled = call.enter_context(rounds.lend(target, input_ids, model_kwargs, max(choice.remaining)))
+            scorer = call.enter_context(
+                TargetModel(
+                    target,
+                    drafter.feature_layers_for(target),
+                    input_ids,
+                    model_kwargs,
+                    mask_length,
+                    generation_config.prefill_chunk_size,
+                    returns_cache,
+                    compiled and compiled.target,
+                )
+            )
+            scorer.check_length(max(choice.remaining))
+            plan = drafting_plan(drafter, generation_config, scorer.device)
+            # A chain is cut out by likelihood, by which a drawn tree must not be cut.
+            if not generation_config.do_sample or scorer.chains_only:
+                plan = replace(plan, draft_sampling="topk", verification=None)
+            verify = sample_and_walk if plan.rule == "walk" else SampledVerifier(choice.distributions(), plan.rule)
         drafter.last_statistics = decode(scorer, drafter, choice, plan, verify, compiled)
     return choice.output(scorer.cache, scorer.token_outputs())

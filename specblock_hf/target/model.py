@@ -116,6 +116,11 @@ class TargetModel:
     def device(self) -> torch.device:
         return self.table.device
 
+    def version(self) -> int:
+        """Grows with every change of the weights in place, as optimisers make them."""
+        # What was made in inference mode counts nothing.
+        return sum(weight._version for weight in self.target.parameters() if not weight.is_inference())
+
     def __enter__(self) -> TargetModel:
         return self
 
