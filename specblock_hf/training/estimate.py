@@ -66,13 +66,18 @@ class Rehearsal:
 
     def __str__(self) -> str:
         bound = max(self.shares, key=self.shares.get)
+        measured = "nothing is held out to measure with"
+        if self.evaluations:
+            measured = (
+                f"{self.evaluations} evaluation(s) of {duration(self.evaluation)}, every plan's acceptance in "
+                f"{duration(self.finish)}"
+            )
         parts = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
         return (
             f"memory: target {self.target / 1e9:.2f} GB, drafter with gradients and moments "
             f"{self.states / 1e9:.2f} GB, peak of the largest step {self.peak / 1e9:.2f} GB\n"
             f"a step: {self.seconds:.2f} s for {self.tokens} answer tokens ({parts}), bound by {ADVICE[bound]}\n"
-            f"the run: {self.steps} steps in {duration(self.steps * self.seconds)}, {self.evaluations} evaluation(s) "
-            f"of {duration(self.evaluation)}, every plan's acceptance in {duration(self.finish)}: about "
+            f"the run: {self.steps} steps in {duration(self.steps * self.seconds)}, {measured}: about "
             f"{duration(self.run_seconds)} in all"
         )
 

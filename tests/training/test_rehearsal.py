@@ -59,3 +59,5 @@ def test_what_it_says():
         "the run: 4000 steps in 2.0 h, 10 evaluation(s) of 90 s, every plan's acceptance in 10 min: about 2.4 h "
         "in all",
     ]
+    alone = str(Rehearsal(1, 1, 1, 1.8, 40, shares, 1500)).splitlines()[-1]
+    assert alone == "the run: 40 steps in 72 s, nothing is held out to measure with: about 72 s in all"
