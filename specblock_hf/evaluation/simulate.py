@@ -94,7 +94,8 @@ def expected_seconds(
     started = time.perf_counter()
     tried = simulate_acceptance(drafter, table, examples[:1], views[:1], plan, TRIED_TOKENS)
     a_round = (time.perf_counter() - started) / max(1, len(tried.accepted))
-    return a_round * len(examples) * SIMULATED_TOKENS / EXPECTED_TAU
+    tokens = sum(min(SIMULATED_TOKENS, len(example.input_ids) - example.answer_start) for example in examples)
+    return a_round * tokens / EXPECTED_TAU
 
 
 def _replay(text: list[int]) -> Select:

@@ -119,4 +119,9 @@ def test_what_a_simulation_will_take_is_told_by_its_first_rounds(monkeypatch):
         return SimulatedAcceptance(rounds)
 
     monkeypatch.setattr(simulate, "simulate_acceptance", first_rounds)
-    assert simulate.expected_seconds(None, None, [None] * 6, [None] * 6, DraftingPlan(8, 1)) == 0.5 * 6 * 48
+    assert (
+        simulate.expected_seconds(
+            None, None, [example_of([1] * 8, 2)] * 4 + [example_of([1] * 200, 2)], [None] * 5, DraftingPlan(8, 1)
+        )
+        == 0.5 * (4 * 6 + 96) / 2
+    )
