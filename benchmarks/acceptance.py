@@ -20,7 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from specblock_hf import AutoDrafter, DraftingPlan, JoinedDrafter, LookupDrafter
-from specblock_hf.cli.models import DEFAULT_DRAFTER, encode, load_target
+from specblock_hf.cli.default_target import find_default_drafter
+from specblock_hf.cli.models import encode, load_target
 from specblock_hf.data.examples import Example
 from specblock_hf.data.suites import SUITES, load_suite
 from specblock_hf.drafting.pairs import TokenTable
@@ -73,7 +74,7 @@ class Suite:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help="default: the default target")
-    parser.add_argument("--drafter", default=str(DEFAULT_DRAFTER))
+    parser.add_argument("--drafter", default=str(find_default_drafter()))
     parser.add_argument("--suite", nargs="+", choices=[*SUITES, "gsm8k"], default=["humaneval", "mtbench", "gsm8k"])
     parser.add_argument("--gsm8k", help="JSON-lines file of GSM8K's test set, for --suite gsm8k")
     parser.add_argument("--limit", type=int, default=40, help="prompts of each suite, evenly spaced")

@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 
 from specblock_hf import AutoDrafter, DraftingPlan
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
+from specblock_hf.cli.default_target import find_default_drafter
 from specblock_hf.cli.demo import describe_setting
-from specblock_hf.cli.models import DEFAULT_DRAFTER, ask, encode, load_target
+from specblock_hf.cli.models import ask, encode, load_target
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,7 +119,7 @@ class Service:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help="default: the default target")
-    parser.add_argument("--drafter", default=str(DEFAULT_DRAFTER))
+    parser.add_argument("--drafter", default=str(find_default_drafter()))
     parser.add_argument("--task", choices=TASKS, default="quiz", help="default: %(default)s")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--queries", type=int, default=300, help="default: %(default)s")

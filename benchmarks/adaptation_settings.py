@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 from specblock_hf import AutoDrafter, DraftingPlan
 from specblock_hf.adaptation import DrafterUpdater, OnlineAdaptationCallback, UpdateSettings
 from specblock_hf.adaptation.windows import Window, WindowBuffer
-from specblock_hf.cli.models import DEFAULT_DRAFTER, ask, encode, load_target
+from specblock_hf.cli.default_target import find_default_drafter
+from specblock_hf.cli.models import ask, encode, load_target
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -152,7 +153,7 @@ def replay(way: Way, windows: list[Window], drafter_path: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", help="default: the default target")
-    parser.add_argument("--drafter", default=str(DEFAULT_DRAFTER))
+    parser.add_argument("--drafter", default=str(find_default_drafter()))
     parser.add_argument("--queries", type=int, default=160, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")

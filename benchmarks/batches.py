@@ -30,8 +30,9 @@ from transformers import PreTrainedModel
 from specblock_hf import calibrate
 from specblock_hf.calibration.calibrate import Calibration
 from specblock_hf.calibration.trial import Batch, answers, batches_of
+from specblock_hf.cli.default_target import find_default_drafter
 from specblock_hf.cli.demo import PROMPTS, describe_setting
-from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
+from specblock_hf.cli.models import add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_prompts, own_prompts
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.benchmark import evenly
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "pad_token_id": 0 if pad is None else pad}
     report: dict[str, Any] = {
         "setting": describe_setting(target),
-        "drafter": Path(args.drafter or DEFAULT_DRAFTER).name,  # a path would name the machine
+        "drafter": Path(args.drafter or find_default_drafter()).name,  # a path would name the machine
         "lookup": args.lookup,
         "prompts": len(prompts),
         "max_new_tokens": args.max_new_tokens,

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig, PreTrainedModel
 
 from specblock_hf import calibrate, compile_rounds
+from specblock_hf.cli.default_target import find_default_drafter
 from specblock_hf.cli.demo import describe_setting
-from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
+from specblock_hf.cli.models import add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_prompts, own_prompts
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.benchmark import evenly
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiling = {side: sum(sides.answer(side, prompts[0])[0] for _ in range(2)) for side in SIDES}
     report: dict[str, Any] = {
         "setting": describe_setting(target),
-        "drafter": Path(args.drafter or DEFAULT_DRAFTER).name,  # a path would name the machine
+        "drafter": Path(args.drafter or find_default_drafter()).name,  # a path would name the machine
         "lookup": args.lookup,
         "plan": asdict(drafter.drafting_plan or drafter.default_plan(target.device)),
         "prompts": len(prompts),

@@ -24,8 +24,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specblock_hf.cli.default_target import find_default_drafter
 from specblock_hf.cli.demo import describe_setting
-from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, ask, encode, load_models
+from specblock_hf.cli.models import add_model_arguments, ask, encode, load_models
 from specblock_hf.data.suites import load_suite
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.divergence import divergence_between
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {
         "target": args.target or "default",
         # A path would name the machine.
-        "drafter": Path(args.drafter or DEFAULT_DRAFTER).name,
+        "drafter": Path(args.drafter or find_default_drafter()).name,
         "lookup": args.lookup,
         "plan": args.plan,
         "max_new_tokens": args.max_new_tokens,

@@ -22,8 +22,7 @@ import transformers
 from transformers import set_seed
 
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.cli.default_target import DEFAULT_TARGET, load_default_target
-from specblock_hf.cli.models import DEFAULT_DRAFTER
+from specblock_hf.cli.default_target import DEFAULT_TARGET, find_default_drafter, load_default_target
 
 
 SIDES = ("plain", "drafted")
@@ -56,7 +55,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
     target, _ = load_default_target(dtype=getattr(torch, args.dtype), progress=False)
     drafter = None
     if side == "drafted":
-        drafter = SpecBlockDrafter.from_pretrained(DEFAULT_DRAFTER, dtype=target.dtype).eval()
+        drafter = SpecBlockDrafter.from_pretrained(find_default_drafter(), dtype=target.dtype).eval()
     set_seed(0)
     ids = torch.randint(target.config.vocab_size, (1, args.context - args.new))
     options = {"do_sample": False, "min_new_tokens": args.new, "max_new_tokens": args.new, "pad_token_id": 0}

@@ -19,7 +19,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from specblock_hf import AutoDrafter
-from specblock_hf.cli.models import DEFAULT_DRAFTER, load_target
+from specblock_hf.cli.default_target import find_default_drafter
+from specblock_hf.cli.models import load_target
 from specblock_hf.cli.options import read_pairs
 from specblock_hf.cli.train import TOP_K
 from specblock_hf.data.examples import load_examples
@@ -79,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
     parser.add_argument("--target", help="folder or Hub id (default: the default target)")
-    parser.add_argument("--drafter", default=DEFAULT_DRAFTER, help="a trained one (default: the shipped one)")
+    parser.add_argument("--drafter", default=find_default_drafter(), help="a trained one (default: the shipped one)")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--objective", nargs="+", default=["num_blocks=2", "starts_share=0.4"], metavar="NAME=VALUE")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, 0 to count only (%(default)s)")

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, set_seed
 
 from specblock_hf import DraftingPlan
-from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
+from specblock_hf.cli.default_target import find_default_drafter
+from specblock_hf.cli.models import add_model_arguments, encode, load_models
 from specblock_hf.compat import CACHE
 from specblock_hf.data.suites import load_suite
 from specblock_hf.devices import without_cudnn_attention
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {
         "target": args.target or "default",
         # A path would name the machine.
-        "drafter": Path(args.drafter or DEFAULT_DRAFTER).name,
+        "drafter": Path(args.drafter or find_default_drafter()).name,
         "lookup": args.lookup,
         "dtype": args.dtype,
         "budget": args.budget,

@@ -24,8 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from specblock_hf import DraftingPlan, SpecBlockDrafter
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
-from specblock_hf.cli.default_target import load_default_target
-from specblock_hf.cli.models import DEFAULT_DRAFTER
+from specblock_hf.cli.default_target import find_default_drafter, load_default_target
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 
 
@@ -129,7 +128,7 @@ trainer = GRPOTrainer(
 )
 attachment = None
 if args.drafter != "none":
-    drafter = SpecBlockDrafter.from_pretrained(DEFAULT_DRAFTER, dtype=torch.float32).eval()
+    drafter = SpecBlockDrafter.from_pretrained(find_default_drafter(), dtype=torch.float32).eval()
     if args.plan:
         drafter.drafting_plan = DraftingPlan(*args.plan)
     if args.drafter == "adapted":

@@ -20,8 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.cli.default_target import load_default_target
-from specblock_hf.cli.models import DEFAULT_DRAFTER
+from specblock_hf.cli.default_target import find_default_drafter, load_default_target
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +31,7 @@ parser.add_argument("--train", type=Path, help="the same of its training part, w
 args = parser.parse_args()
 
 target, tokenizer = load_default_target()
-drafter = SpecBlockDrafter.from_pretrained(DEFAULT_DRAFTER, dtype="auto").eval()
+drafter = SpecBlockDrafter.from_pretrained(find_default_drafter(), dtype="auto").eval()
 model = HFLM(pretrained=target, tokenizer=tokenizer, batch_size=1)
 task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
 if args.questions:

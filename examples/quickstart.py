@@ -2,16 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The least there is to it: a stock model, a drafter, one argument. The text is the same as without the drafter."""
 
-from pathlib import Path
-
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.cli.default_target import load_default_target
+from specblock_hf.cli.default_target import find_default_drafter, load_default_target
 
-
-DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
 
 target, tokenizer = load_default_target()  # or AutoModelForCausalLM.from_pretrained(...)
-drafter = SpecBlockDrafter.from_pretrained(DRAFTER, dtype="auto")
+drafter = SpecBlockDrafter.from_pretrained(find_default_drafter(), dtype="auto")
 
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "Write a Python function that reverses the words of a sentence."}],

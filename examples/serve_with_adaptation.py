@@ -16,8 +16,7 @@ from pydoc_data.topics import topics
 
 from specblock_hf import SpecBlockDrafter
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
-from specblock_hf.cli.default_target import load_default_target
-from specblock_hf.cli.models import DEFAULT_DRAFTER
+from specblock_hf.cli.default_target import find_default_drafter, load_default_target
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 
 
@@ -51,7 +50,7 @@ parser.add_argument("--save", type=Path, help="folder for the adapted drafter")
 args = parser.parse_args()
 
 target, tokenizer = load_default_target()
-drafter = SpecBlockDrafter.from_pretrained(DEFAULT_DRAFTER, dtype="auto")
+drafter = SpecBlockDrafter.from_pretrained(find_default_drafter(), dtype="auto")
 # An update learns from the first block alone, which costs less.
 settings = UpdateSettings(objective=SpecBlockObjective(num_blocks=1))
 adaptation = OnlineAdaptationCallback(args.policy, settings=settings)

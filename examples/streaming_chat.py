@@ -2,20 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chat in the terminal, sampled and streamed, with what each answer cost. An empty line or Ctrl-D ends it."""
 
-from pathlib import Path
-
 from transformers import TextStreamer
 
 from specblock_hf import SpecBlockDrafter
-from specblock_hf.cli.default_target import load_default_target
-
-
-DRAFTER = Path(__file__).parents[1] / "model_cards" / "specblock-smollm2-135m-instruct"
+from specblock_hf.cli.default_target import find_default_drafter, load_default_target
 
 
 def main():
     target, tokenizer = load_default_target()
-    drafter = SpecBlockDrafter.from_pretrained(DRAFTER, dtype="auto")
+    drafter = SpecBlockDrafter.from_pretrained(find_default_drafter(), dtype="auto")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages = []
     while question := read_line("> "):

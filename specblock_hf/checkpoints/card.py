@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,12 @@ from transformers import PreTrainedConfig
 
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+
+TRAINING = "training.json"
+"""What `specblock train` leaves beside a drafter, for its card."""
+
+TRAINING_FACTS = ("data", "command", "training")
+"""The fields of [`CardFacts`] that stand in it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class CardFacts:
         results (`dict`, *optional*):
             What was measured: `hardware`, `dtype`, `versions` (a dict) and `rows`, each with `suite`, `prompts`,
             `temperature`, `tau` and `speedup`.
+        data (`str`, *optional*): The training data in words: whose answers to what, and how many.
+        command (`str`, *optional*): The command that trained it, as [`recorded_command`] gives it.
 
     Raises:
         ValueError: `results` lacks one of these, so that a number would stand without its conditions.
@@ -39,6 +48,8 @@ class CardFacts:
     datasets: tuple[str, ...] = ()
     training: Mapping[str, Any] | None = None
     results: Mapping[str, Any] | None = None
+    data: str | None = None
+    command: str | None = None
 
     def __post_init__(self) -> None:
         if self.results is None:
@@ -64,6 +75,13 @@ class Paper(NamedTuple):
     year: int
 
 
+def hub_id(name: str | None) -> str | None:
+    """A model's name if it can be one on the Hub, and `None` for a folder of somebody's machine."""
+    if name is None or Path(name).exists() or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None:
+        return None
+    return name
+
+
 def model_card(config: PreTrainedConfig, name: str, facts: CardFacts, parameters: int | None = None) -> ModelCard:
     """
     Args:
@@ -75,11 +93,12 @@ def model_card(config: PreTrainedConfig, name: str, facts: CardFacts, parameters
     Returns:
         [`~huggingface_hub.ModelCard`]: From the package's template. Its numbers come from `facts.results` alone.
     """
+    base_model = hub_id(config.target_name_or_path)
     data = ModelCardData(
         library_name="specblock_hf",
         pipeline_tag="text-generation",
-        base_model=config.target_name_or_path,
-        base_model_relation="adapter" if config.target_name_or_path else None,
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
         tags=["speculative-decoding", config.model_type, "drafter"],
         license=facts.license,
         datasets=list(facts.datasets) or None,
@@ -89,6 +108,7 @@ def model_card(config: PreTrainedConfig, name: str, facts: CardFacts, parameters
         data,
         template_path=str(TEMPLATES / "drafter_card.md"),
         name=name,
+        base_model=base_model,
         config=config,
         facts=facts,
         parameters=parameters,

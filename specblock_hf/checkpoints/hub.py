@@ -16,6 +16,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
 )
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import PreTrainedModel
 
 from .card import TEMPLATES, CardFacts, model_card
@@ -53,9 +54,36 @@ def publish(
         commit_message (`str`, *optional*, defaults to `"Upload drafter"`).
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except HfHubHTTPError:  # it answers, and says why not
+        raise
+    except HTTPError as error:
+        raise OSError(
+            f"The Hub cannot be reached ({error}), so that nothing was uploaded; check the connection, or see what "
+            "would be published with `specblock push --dry-run`."
+        ) from error
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files = files_to_publish(folder, repo_id, card)
+    if card is None and CARD in files and api.file_exists(repo_id, CARD, revision=revision):
+        del files[CARD]
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, content) for name, content in files.items()],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def files_to_publish(
+    folder: str | os.PathLike, repo_id: str, card: ModelCard | None = None
+) -> dict[str, Path | bytes]:
+    """
+    What [`publish`] uploads, by its place in the repository: the folder's visible files, the card and the file that
+    `custom_generate="repo"` needs.
+    """
     root = Path(folder)
     files: dict[str, Path | bytes] = {
         path.relative_to(root).as_posix(): path
@@ -64,17 +92,9 @@ def publish(
     }
     if card is not None:
         files[CARD] = str(card).encode()
-    elif CARD in files and api.file_exists(repo_id, CARD, revision=revision):
-        del files[CARD]
     template = Template((TEMPLATES / "custom_generate.py.txt").read_text(encoding="utf-8"))
     files[CUSTOM_GENERATE] = template.substitute(repo_id=repo_id).encode()
-    return api.create_commit(
-        repo_id,
-        [CommitOperationAdd(name, content) for name, content in files.items()],
-        commit_message=commit_message,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    return files
 
 
 class HubModel(PreTrainedModel):

@@ -15,6 +15,7 @@ from importlib import import_module
 from specblock_command import COMMANDS, command_line
 
 from ..version import __version__
+from .bars import without_bars
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name].set_defaults(run=module.run)
     args = parser.parse_args(arguments)
     try:
-        return args.run(args) or 0
+        with without_bars():  # of loading and writing weights, which say nothing of how long a command takes
+            return args.run(args) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"specblock {args.command}: {error}", file=sys.stderr)
         return 2

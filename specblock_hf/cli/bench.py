@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,12 +29,13 @@ from ..evaluation.plans import apply_plans, choose_plans
 from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
 from ..evaluation.summary import summarise
+from .default_target import find_default_drafter
 from .demo import PROMPTS
-from .models import DEFAULT_DRAFTER, add_device, add_dtype, encode, load_target
+from .models import add_device, add_dtype, encode, load_target
 
 
 OWN = "specblock"
-"""The drafter that needs no `--drafter` where the default one lies in the repository."""
+"""The drafter that needs no `--drafter` where the target is the default one."""
 
 TRIALS = 3
 """Prompts that the calibrated plans are chosen by: a function, a chat and a sum."""
@@ -48,23 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", help="folder or Hub id (default: the default target, from a wheel)")
     add(
         "--methods",
-        type=comma_separated,
+        nargs="+",
+        action=CommaSeparated,
         default=["vanilla", "prompt_lookup", "lookup", "specblock", "specblock+lookup"],
-        metavar="NAME,...",
+        metavar="NAME",
         help="vanilla, prompt_lookup, assistant:MODEL, dflash_native:MODEL, lookup, or the name of a drafter, with "
         f":{{{','.join(TREES)}}} for another tree of a SpecBlock drafter and +lookup for look-ups joined to it "
-        "(default: vanilla,prompt_lookup,lookup,specblock,specblock+lookup)",
+        "(default: vanilla prompt_lookup lookup specblock specblock+lookup)",
     )
-    add("--drafter", type=named, action="append", default=[], metavar="NAME=PATH", help="folder or Hub id; repeatable")
+    add(
+        "--drafter", type=named, nargs="+", action="extend", default=[], metavar="NAME=PATH", help="folders or Hub ids"
+    )
     add(
         "--plan",
         type=named_plan,
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="METHOD=NODES,FORWARDS[,STARTS]",
-        help="how much a round of a method drafts; repeatable (default: calibrated for each)",
+        help="how much a round of a method drafts (default: calibrated for each)",
     )
-    add("--suite", type=comma_separated, default=[], metavar="NAME,...", help="humaneval, mtbench, gsm8k")
+    add("--suite", nargs="+", action=CommaSeparated, default=[], metavar="NAME", help="humaneval, mtbench, gsm8k")
     add("--gsm8k", metavar="FILE", help="JSON lines of GSM8K, which no package carries")
     add("--prompts", metavar="FILE", help="JSON lines of your own: prompt, question or turns")
     add("--temperature", type=float, nargs="+", default=[0.0], help="0 is greedy (default: 0)")
@@ -96,13 +102,16 @@ def run(args: argparse.Namespace) -> int:
     trials = [encode(tokenizer, text, target.device) for _, text in PROMPTS[:TRIALS]]
     setting = folder.open(
         conditions(args, target, methods),
-        lambda known: choose_plans(methods, target, dict(args.plan), trials, known, progress=True),
+        lambda known: choose_plans(methods, target, dict(args.plan), trials, known, progress=not args.quiet),
     )
     apply_plans(methods, setting["plans"])
     rows = folder.rows(units, len(methods))
-    rows += measure(
-        Benchmark(target, tokenizer, methods, args.max_new_tokens, args.repeats, args.seed), units, rows, folder
-    )
+    benchmark = Benchmark(target, tokenizer, methods, args.max_new_tokens, args.repeats, args.seed)
+    try:
+        rows += measure(benchmark, units, rows, folder, not args.quiet)
+    except KeyboardInterrupt:
+        print(f"interrupted; what is measured stays in {folder.folder}, and the same command goes on", file=sys.stderr)
+        raise
     summary = summarise(setting, rows)
     text = markdown(summary)
     save_text_whole(folder.folder / "results.json", json.dumps(summary, indent=1) + "\n")
@@ -147,9 +156,11 @@ def read_units(args: argparse.Namespace) -> list[Unit]:
 
 
 def drafter_paths(args: argparse.Namespace) -> dict[str, str]:
-    """Every drafter's folder or Hub id by its name; the default drafter is there if its target is."""
-    default = {OWN: str(DEFAULT_DRAFTER)} if args.target is None and DEFAULT_DRAFTER.is_dir() else {}
-    return default | dict(args.drafter)
+    """Every drafter's folder or Hub id by its name; the default drafter is there if its target is and it is wanted."""
+    given = dict(args.drafter)
+    if args.target is None and OWN not in given and any(re.match(rf"{OWN}\b", name) for name in args.methods):
+        return {OWN: str(find_default_drafter())} | given
+    return given
 
 
 def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Sequence[Method]) -> dict[str, Any]:
@@ -203,14 +214,17 @@ def state_of(path: str) -> str | None:
     return f"{sum(stat.st_size for stat in stats)} bytes of {newest.isoformat()}"
 
 
-def measure(benchmark: Benchmark, units: Sequence[Unit], done: Sequence[Row], folder: ResultFolder) -> list[Row]:
-    """Run the units that are not done, written one by one, with a progress bar."""
+def measure(
+    benchmark: Benchmark, units: Sequence[Unit], done: Sequence[Row], folder: ResultFolder, progress: bool = True
+) -> list[Row]:
+    """Run the units that are not done, written one by one, with a progress bar if it is wanted."""
     finished = {(row["suite"], row["prompt"], row["temperature"]) for row in done}
     missing = [(number, unit) for number, unit in enumerate(units) if unit.key not in finished]
     if missing:
         benchmark.warm_up(units)
     rows: list[Row] = []
-    with tqdm(total=len(units), initial=len(units) - len(missing), unit="prompt", file=sys.stderr) as bar:
+    left = {"initial": len(units) - len(missing), "total": len(units)}
+    with tqdm(**left, unit="prompt", file=sys.stderr, disable=not progress) as bar:
         for number, unit in missing:
             bar.set_description(unit.prompt.suite)
             made = benchmark.run(unit, number)
@@ -231,9 +245,11 @@ def all_identical(summary: dict[str, Any]) -> bool:
     )
 
 
-def comma_separated(text: str) -> list[str]:
-    """`a,b` as a list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+class CommaSeparated(argparse.Action):
+    """Values with blanks or with commas between them, as one list."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        setattr(namespace, self.dest, [part.strip() for text in values for part in text.split(",") if part.strip()])
 
 
 def named(text: str) -> tuple[str, str]:

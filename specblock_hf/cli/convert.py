@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from transformers import AutoConfig
 
@@ -32,4 +33,10 @@ def run(args: argparse.Namespace) -> None:
     target = AutoConfig.from_pretrained(args.target) if args.target else None
     drafter = AutoDrafter.from_pretrained(args.drafter, target=target, revision=args.revision)
     write_checkpoint(drafter, args.output, args.to)
+    if args.to != OURS and drafter.config.to_dict().get("acceptance"):
+        print(
+            f"the layout {args.to} has no place for what the drafter's plans accept, which calibrate() chooses by; "
+            "keep the folder that this was converted from",
+            file=sys.stderr,
+        )
     print(f"{type(drafter).__name__} written to {args.output} in the layout {args.to}")

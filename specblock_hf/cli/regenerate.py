@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -116,11 +115,16 @@ def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers:
     missing = [prompt for prompt in prompts if prompt.name not in answered]
     if state.is_main_process:
         tqdm.write(heading(len(prompts), len(missing), left_out, state.num_processes))
-    with Progress(len(prompts), len(missing), state.is_main_process) as progress:
+    shown = state.is_main_process and not args.quiet
+    with Progress(len(prompts), len(missing), args.max_new_tokens, shown) as progress:
 
         def finished(pairs: list[tuple[Prompt, list[int]]]) -> None:
             answers.append(answer_rows(tokenizer, pairs))
-            progress.add(pairs)
+            progress.add(len(pairs))
+
+        def arrived(pairs: list[tuple[Prompt, list[int]]]) -> None:
+            progress.write(sum(len(answer) for _, answer in pairs))
+            finished(pairs)
 
         if args.server is not None:
             server = Server(
@@ -132,12 +136,12 @@ def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers:
                 args.tries,
             )
             asking = ServerAnswering(server, tokenizer, args.max_new_tokens, stop_ids, args.seed)
-            asking.ask(missing, finished)
+            asking.ask(missing, arrived)
             report(asking)
         else:
             target = target.to(args.device or state.device).eval()
             groups = groups_of(missing, args.batch_size, args.batch_tokens, args.max_new_tokens, args.seed)
-            for pairs in answer_groups(target, groups, args.max_new_tokens, stop_ids, args.seed):
+            for pairs in answer_groups(target, groups, args.max_new_tokens, stop_ids, args.seed, progress.write):
                 finished(pairs)
 
 
@@ -147,6 +151,7 @@ def answer_groups(
     max_new_tokens: int,
     stop_ids: set[int],
     seed: int = 0,
+    written: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[list[tuple[Prompt, list[int]]]]:
     """
     Answers of one group after the other, as they are finished.
@@ -157,10 +162,11 @@ def answer_groups(
         max_new_tokens (`int`): Longest answer.
         stop_ids (`set[int]`): Tokens that end an answer.
         seed (`int`, *optional*, defaults to 0): Of sampled answers.
+        written (`Callable`, *optional*): Told how many tokens each forward has added.
     """
     for slots, prompts in groups:
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        yield from Answering(target, slots, longest, max_new_tokens, stop_ids, seed)(prompts)
+        yield from Answering(target, slots, longest, max_new_tokens, stop_ids, seed, written)(prompts)
 
 
 def load_settings(name: str, config: PreTrainedConfig) -> GenerationConfig:
@@ -213,22 +219,22 @@ def report(asking: ServerAnswering) -> None:
 
 class Progress:
     """
-    The bar: answers made, time left, tokens per second of this run.
+    The bar: tokens written, how many there will be, time left, and answers made. An answer is taken to be as long as
+    those that are done, and while few are, as long as it may get.
 
     Args:
         wanted (`int`): Answers that there shall be.
         missing (`int`): How many of them are not there yet.
+        longest (`int`): Most tokens of an answer.
         shown (`bool`): Whether this process shows it.
-        clock (`Callable`, *optional*): Seconds.
     """
 
-    def __init__(self, wanted: int, missing: int, shown: bool, clock: Callable[[], float] = time.perf_counter):
-        self.clock = clock
-        self.tokens = 0
-        self.started = clock()
-        self.bar = tqdm(
-            total=wanted, initial=wanted - missing, desc="answers", unit="answer", smoothing=0, disable=not shown
-        )
+    def __init__(self, wanted: int, missing: int, longest: int, shown: bool):
+        self.wanted = wanted
+        self.missing = missing
+        self.longest = longest
+        self.done = 0
+        self.bar = tqdm(total=missing * longest, desc="answers", unit="tok", smoothing=0, disable=not shown)
 
     def __enter__(self) -> Progress:
         return self
@@ -236,8 +242,12 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         self.bar.close()
 
-    def add(self, pairs: list[tuple[Prompt, list[int]]]) -> None:
-        """Note finished answers."""
-        self.tokens += sum(len(answer) for _, answer in pairs)
-        self.bar.set_postfix_str(f"{self.tokens / (self.clock() - self.started):.0f} tokens/s", refresh=False)
-        self.bar.update(len(pairs))
+    def write(self, tokens: int) -> None:
+        """Note tokens of answers, finished or not."""
+        self.bar.update(tokens)
+
+    def add(self, count: int) -> None:
+        """Note finished answers, whose tokens have been noted."""
+        self.done += count
+        self.bar.total = max(self.bar.n, round(self.missing * min(self.longest, self.bar.n / self.done)))
+        self.bar.set_postfix_str(f"{self.wanted - self.missing + self.done} of {self.wanted} answers")

@@ -7,9 +7,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints.card import TRAINING, TRAINING_FACTS, CardFacts
+from ..checkpoints.provenance import published, recorded_command
+from ..checkpoints.saving import save_text_whole
 from ..data.examples import Example, load_examples, split_examples
 from ..data.template import PromptStyle
 from ..drafters.auto import AutoDrafter
@@ -27,13 +32,14 @@ from ..drafters.lookup import LookupDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
 from ..evaluation.held_out import held_out_rates
-from ..evaluation.simulate import simulate_acceptance
+from ..evaluation.simulate import expected_seconds, simulate_acceptance
 from ..training.arguments import DrafterTrainingArguments
 from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
 from ..training.cpu_attention import NAME as CPU_ATTENTION
 from ..training.estimate import rehearse
 from ..training.initial_weights import reshape, start_from_target
 from ..training.target_views import FeatureStore, TargetView, view_target
+from ..training.termination import Terminated
 from ..training.trainer import DrafterTrainer, make_accelerator
 from .models import load_target
 from .options import add_fields, read_pairs
@@ -76,8 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, DrafterTrainingArguments, "output_dir")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train, and leave the drafter in `OUTPUT/final`."""
+def run(args: argparse.Namespace) -> int:
+    """
+    Train, and leave the drafter in `OUTPUT/final`.
+
+    Returns:
+        `int`: 0, or what a shell says of SIGTERM if the run was ended by it.
+    """
     names = [field.name for field in dataclasses.fields(DrafterTrainingArguments)]
     arguments = DrafterTrainingArguments(**{name: getattr(args, name) for name in names})
     accelerator = make_accelerator(arguments, args.cpu)
@@ -91,12 +102,13 @@ def run(args: argparse.Namespace) -> None:
     table = TokenTable.of(target)
     examples = load_examples(args.data, tokenizer, arguments.max_length)
     train, held_out = split_examples(examples, arguments.held_out)
-    drafter = _make_drafter(args, target, train, print if main else _silent).to(accelerator.device)
+    drafter = _make_drafter(args, target, train, held_out, print if main else _silent).to(accelerator.device)
     drafter.config.chat_template, drafter.config.thinking = PromptStyle.of(tokenizer)
     objective = _objective(drafter, args.objective)
     chosen = [example for example in train if example.greedy or not args.greedy_only]
-    views = _views(args.views, chosen, target, drafter.feature_layers, accelerator)
-    evaluate = _evaluation(args, arguments, drafter, table, objective, held_out, target) if main else None
+    views = _views(args.views, chosen, target, drafter.feature_layers, accelerator, not args.quiet)
+    measured = _measured(args, held_out, target, drafter) if main else None
+    evaluate = _evaluation(args, arguments, table, objective, measured) if measured else None
     if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
     trainer = DrafterTrainer(
@@ -108,39 +120,69 @@ def run(args: argparse.Namespace) -> None:
         evaluate,
         objective,
         accelerator,
+        progress=not args.quiet,
     )
-    rehearsal = rehearse(trainer, target)
+    rehearsal = rehearse(
+        trainer, target, *(_expected(arguments, drafter, table, target, measured) if measured else ())
+    )
     if main:
         batches = batches_of_epoch(trainer.examples, arguments.batch_tokens, arguments.seed, 0)
         print(f"padding: {padding_share(trainer.examples, batches):.1%} of the batches' places")
         print(rehearsal)
-    trainer.train()
+    try:
+        trainer.train()
+    except Terminated as end:
+        print(f"specblock train: {end}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     trained = trainer.whole_drafter().to(target.dtype)
     if main:
-        finish(args, trained, table, held_out, target)
+        facts = training_facts(args, arguments, chosen, held_out)
+        finish(args, trained, table, measured, target, facts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    return 0
 
 
 def finish(
     args: argparse.Namespace,
     drafter: PreTrainedModel,
     table: TokenTable,
-    held_out: list[Example],
+    measured: Measured | None,
     target: PreTrainedModel,
+    facts: CardFacts,
 ) -> None:
     """Measure what the drafter's plans accept, which [`calibrate`] chooses by, and save it in the target's dtype."""
     drafter.set_attn_implementation("sdpa")
-    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
-    if greedy:
-        views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
+    if measured:
         joined = JoinedDrafter(drafter, LookupDrafter(target.config))
         drafter.config.acceptance = []
-        for plan in tqdm(drafter.plans_to_measure(), desc="acceptance of every plan"):
-            taus = [simulate_acceptance(d, table, greedy, views, plan).tau for d in (drafter, joined)]
+        plans = drafter.plans_to_measure()
+        for plan in tqdm(plans, desc="acceptance of every plan", unit="plan", disable=args.quiet):
+            taus = [simulate_acceptance(d, table, *measured, plan).tau for d in (drafter, joined)]
             row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
             drafter.config.acceptance.append(row)
-    drafter.save_pretrained(Path(args.output_dir) / "final")
+    final = Path(args.output_dir) / "final"
+    drafter.save_pretrained(final, facts=facts)
+    recorded = {name: getattr(facts, name) for name in TRAINING_FACTS}
+    save_text_whole(final / TRAINING, json.dumps(recorded, indent=2) + "\n")
+
+
+def training_facts(
+    args: argparse.Namespace, arguments: DrafterTrainingArguments, train: list[Example], held_out: list[Example]
+) -> CardFacts:
+    """What the drafter's card says of its training; of paths the last component."""
+    tokens = sum(len(example.input_ids) - example.answer_start for example in train)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "report_to")}
+    chosen = {"config": args.config, "objective": args.objective, "init_from": args.init_from}
+    settings |= {name: value for name, value in chosen.items() if value}
+    lists = {name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list | tuple)}
+    names = {name: published(value) for name, value in settings.items() if isinstance(value, str)}
+    return CardFacts(
+        data=f"{len(train):,} answers of the target itself ({tokens:,} answer tokens) from `{published(args.data)}`; "
+        f"{len(held_out):,} others were held out",
+        command=recorded_command(sys.argv),
+        training=settings | lists | names,
+    )
 
 
 def _silent(*values: object) -> None:
@@ -171,13 +213,18 @@ def _load_target(args: argparse.Namespace, arguments: DrafterTrainingArguments, 
 
 
 def _make_drafter(
-    args: argparse.Namespace, target: PreTrainedModel, train: list[Example], say: Callable[..., None]
+    args: argparse.Namespace,
+    target: PreTrainedModel,
+    train: list[Example],
+    held_out: list[Example],
+    say: Callable[..., None],
 ) -> PreTrainedModel:
     vocab_size = target.config.get_text_config().vocab_size
 
     def chosen(size: int) -> torch.LongTensor:
-        ids, coverage = draft_vocabulary(train, size, vocab_size)
-        say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the answers' tokens")
+        ids, coverage = draft_vocabulary(train, size, vocab_size, held_out)
+        of = "held-out answers'" if held_out else "same answers'"
+        say(f"draft vocabulary: {len(ids)} of {vocab_size} tokens, {coverage:.2%} of the {of} tokens")
         return ids
 
     if args.init_from:
@@ -208,40 +255,83 @@ def _views(
     target: PreTrainedModel,
     layers: tuple[int, ...],
     accelerator: Accelerator | None = None,
+    progress: bool = True,
 ) -> Callable[[list[int]], list[TargetView]]:
     if folder is None:
         return lambda indices: view_target(target, [examples[i] for i in indices], layers, TOP_K)
     store = FeatureStore(folder, examples)
     if accelerator is None:
-        store.build(target, layers, TOP_K)
+        store.build(target, layers, TOP_K, progress=progress)
     else:
-        store.build(target, layers, TOP_K, part=(accelerator.process_index, accelerator.num_processes))
+        part = (accelerator.process_index, accelerator.num_processes)
+        store.build(target, layers, TOP_K, part=part, progress=progress)
         accelerator.wait_for_everyone()
     return lambda indices: [store[i] for i in indices]
+
+
+class Measured(NamedTuple):
+    """Held-out answers that are drafted along, and the target's views of them."""
+
+    examples: list[Example]
+    views: list[TargetView]
+
+
+def _measured(
+    args: argparse.Namespace, held_out: list[Example], target: PreTrainedModel, drafter: PreTrainedModel
+) -> Measured | None:
+    """Greedy ones alone: sampled answers would measure another distribution."""
+    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
+    if not greedy:
+        return None
+    views = _views(args.views, greedy, target, drafter.feature_layers, progress=not args.quiet)
+    return Measured(greedy, views(list(range(len(greedy)))))
+
+
+def _plans_of_evaluation(arguments: DrafterTrainingArguments, drafter: PreTrainedModel) -> list[DraftingPlan]:
+    forwards = drafter.default_plan(torch.device("cuda")).num_forwards
+    return [DraftingPlan(budget, forwards) for budget in arguments.eval_budgets]
 
 
 def _evaluation(
     args: argparse.Namespace,
     arguments: DrafterTrainingArguments,
-    drafter: PreTrainedModel,
     table: TokenTable,
     objective: Any,
-    held_out: list[Example],
-    target: PreTrainedModel,
-) -> Callable[[nn.Module], dict[str, Any]] | None:
+    measured: Measured,
+) -> Callable[[nn.Module], dict[str, Any]]:
     """What is measured on held-out answers while training: only the main process asks."""
-    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
-    if not greedy:
-        return None
-    views = _views(args.views, greedy, target, drafter.feature_layers)(list(range(len(greedy))))
 
     def evaluate(trained: nn.Module) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
-        forwards = trained.default_plan(torch.device("cuda")).num_forwards
-        for budget in arguments.eval_budgets:
-            result = simulate_acceptance(trained, table, greedy, views, DraftingPlan(budget, forwards))
-            numbers[f"tau_{budget}"] = round(result.tau, 4)
+        plans = _plans_of_evaluation(arguments, trained)
+        for plan in tqdm(plans, desc="evaluation", unit="plan", leave=False, disable=args.quiet):
+            result = simulate_acceptance(trained, table, *measured, plan)
+            numbers[f"tau_{plan.tree_budget}"] = round(result.tau, 4)
         numbers["depths"] = [round(rate, 4) for rate in result.rates()]
-        return numbers | held_out_rates(trained, table, greedy, views, objective, arguments.batch_tokens)
+        return numbers | held_out_rates(trained, table, *measured, objective, arguments.batch_tokens)
 
     return evaluate
+
+
+def _expected(
+    arguments: DrafterTrainingArguments,
+    drafter: PreTrainedModel,
+    table: TokenTable,
+    target: PreTrainedModel,
+    measured: Measured,
+) -> tuple[float, float]:
+    """Seconds that an evaluation will take, and measuring every plan at the end."""
+    attention = drafter.config._attn_implementation
+    drafter.eval()
+    evaluation = sum(
+        expected_seconds(drafter, table, *measured, plan) for plan in _plans_of_evaluation(arguments, drafter)
+    )
+    drafter.set_attn_implementation("sdpa")
+    joined = JoinedDrafter(drafter, LookupDrafter(target.config))
+    finish = sum(
+        expected_seconds(either, table, *measured, plan)
+        for plan in drafter.plans_to_measure()
+        for either in (drafter, joined)
+    )
+    drafter.set_attn_implementation(attention)
+    return evaluation, finish

@@ -30,6 +30,32 @@ TREES = ("rank_guided", "best_first", "fixed")
 """How a SpecBlock drafter's trees may grow; `fixed` gives every slot the mean of the branching, whatever its rank."""
 
 
+_WORDS = {
+    PLAIN: "plain generate()",
+    "prompt_lookup": "transformers' prompt lookup",
+    "assistant": "transformers' assisted decoding",
+    "dflash_native": "transformers' DFlash",
+    "lookup": "look-ups in the text",
+    "specblock": "SpecBlock",
+    "eagle3": "EAGLE-3",
+    "dflash": "DFlash",
+    "jetspec": "JetSpec",
+    "medusa": "Medusa",
+    "parallelspec": "ParallelSpec",
+    "falcon": "Falcon",
+    "rank_guided": "rank-guided tree",
+    "best_first": "best-first tree",
+    "fixed": "fixed tree",
+}
+
+
+def in_words(name: str) -> str:
+    """A method's name as a picture shows it, such as "SpecBlock, best-first tree + look-ups in the text"."""
+    first, *joined = name.split("+")
+    parts = [_WORDS.get(part, part) for part in first.split(":")]
+    return " + ".join([", ".join(parts), *(_WORDS.get(part, part) for part in joined)])
+
+
 @dataclass
 class Method:
     """

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,14 @@ from ..drafting.plan import DraftingPlan, round_limits
 from ..generation.rounds.drafts import draft
 from ..training.target_views import TargetView
 from ..trees.verification import Select, sample_and_walk
+
+
+SIMULATED_TOKENS = 96
+
+EXPECTED_TAU = 2.0
+"""Of a drafter that has learned something, to tell how many rounds a text will take."""
+
+TRIED_TOKENS = 16
 
 
 @dataclass
@@ -51,7 +60,7 @@ def simulate_acceptance(
     examples: Sequence[Example],
     views: Sequence[TargetView],
     plan: DraftingPlan,
-    max_new_tokens: int = 96,
+    max_new_tokens: int = SIMULATED_TOKENS,
 ) -> SimulatedAcceptance:
     """
     Draft along known texts as `generate()` would, every round with the drafter's real tree.
@@ -69,6 +78,24 @@ def simulate_acceptance(
         text = example.input_ids[: example.answer_start + max_new_tokens]
         result.accepted += _walk_text(drafter, table, text, example.answer_start, view.features, plan)
     return result
+
+
+def expected_seconds(
+    drafter: TreeDrafter,
+    table: TokenTable,
+    examples: Sequence[Example],
+    views: Sequence[TargetView],
+    plan: DraftingPlan,
+) -> float:
+    """
+    Seconds that [`simulate_acceptance`] will take over all examples once the drafter has learned something, from a few
+    rounds over one of them.
+    """
+    started = time.perf_counter()
+    tried = simulate_acceptance(drafter, table, examples[:1], views[:1], plan, TRIED_TOKENS)
+    a_round = (time.perf_counter() - started) / max(1, len(tried.accepted))
+    tokens = sum(min(SIMULATED_TOKENS, len(example.input_ids) - example.answer_start) for example in examples)
+    return a_round * tokens / EXPECTED_TAU
 
 
 def _replay(text: list[int]) -> Select:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +103,7 @@ class Answering:
         max_new_tokens (`int`): Longest answer.
         stop_ids (`set[int]`): Tokens that end an answer; they are part of it.
         seed (`int`, *optional*, defaults to 0): Of sampled answers, together with what identifies the prompt.
+        written (`Callable`, *optional*): Told how many tokens each forward has added.
 
     Raises:
         ValueError: The target has layers of another kind.
@@ -116,12 +117,14 @@ class Answering:
         max_new_tokens: int,
         stop_ids: set[int],
         seed: int = 0,
+        written: Callable[[int], None] = lambda tokens: None,
     ):
         device = target.device
         self.target = target
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids
         self.seed = seed
+        self.written = written
         self.cache = SlotCache(target, slots, longest + max_new_tokens)
         self.prompts: list[Prompt | None] = [None] * slots
         self.answers: list[list[int]] = [[] for _ in range(slots)]
@@ -202,6 +205,7 @@ class Answering:
         self.tokens[at] = chosen
         for slot, token in zip(slots, chosen.tolist(), strict=True):
             self.answers[slot].append(token)
+        self.written(len(slots))
 
     def _finished(self) -> list[tuple[Prompt, list[int]]]:
         """Take the answers that have ended out of their slots."""

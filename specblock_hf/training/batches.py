@@ -43,21 +43,32 @@ def batches_of_epoch(examples: Sequence[Example], batch_tokens: int, seed: int, 
     return batches
 
 
-def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) -> tuple[torch.LongTensor, float]:
+def draft_vocabulary(
+    examples: Sequence[Example], size: int, vocab_size: int, held_out: Sequence[Example] = ()
+) -> tuple[torch.LongTensor, float]:
     """
-    The most frequent tokens of the answers, and the share of the answers' tokens that they cover.
+    The most frequent tokens of the answers, and the share of tokens that they cover of answers that they were not
+    chosen from, or of the same ones where there are no others.
 
     Args:
         examples (`Sequence[Example]`): Training conversations.
         size (`int`): Tokens to choose; if fewer occur, the lowest other ids (bytes, punctuation) fill up.
         vocab_size (`int`): Of the target.
+        held_out (`Sequence[Example]`, *optional*): Other conversations.
     """
+    counts = _answer_counts(examples, vocab_size)
+    ids = counts.sort(descending=True, stable=True).indices[:size]
+    others = _answer_counts(held_out, vocab_size) if held_out else counts
+    return ids.sort().values, (others[ids].sum() / others.sum()).item()
+
+
+def _answer_counts(examples: Sequence[Example], vocab_size: int) -> torch.LongTensor:
+    """How often every token occurs in answers `[vocab_size]`."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for example in examples:
         answer = torch.tensor(example.input_ids[example.answer_start :])
         counts.index_add_(0, answer, torch.ones_like(answer))
-    ids = counts.sort(descending=True, stable=True).indices[:size]
-    return ids.sort().values, (counts[ids].sum() / counts.sum()).item()
+    return counts
 
 
 def draft_ids_of(drafter: DraftHead, vocab_size: int) -> torch.LongTensor:

@@ -1,6 +1,9 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The costliest step once before the start: whether it fits, how long the run will take, and what bounds it."""
+"""
+Two steps and some drafts before the start: whether the costliest step fits, what bounds a usual one, and how long the
+run will take with all that is measured on the way.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,13 @@ class Rehearsal:
         target (`int`): Weights of the target.
         states (`int`): Weights, gradients and both moments of the drafter, in this process if it is not sharded.
         peak (`int`): The most memory that this process held during the step, the target and all else included.
-        seconds (`float`): Of the step, without the optimiser's part.
+        seconds (`float`): Of a usual step, without the optimiser's part.
         steps (`int`): Of the run.
-        shares (`dict[str, float]`): Share of the step by phase.
-        tokens (`int`): Answer tokens of the step, all processes together.
+        shares (`dict[str, float]`): Share of that step by phase.
+        tokens (`int`): Answer tokens of that step, all processes together.
+        evaluations (`int`, *optional*, defaults to 0): Of the run.
+        evaluation (`float`, *optional*, defaults to 0.0): Seconds of one.
+        finish (`float`, *optional*, defaults to 0.0): Seconds of measuring every plan at the end.
     """
 
     target: int
@@ -49,43 +55,80 @@ class Rehearsal:
     steps: int
     shares: dict[str, float]
     tokens: int
+    evaluations: int = 0
+    evaluation: float = 0.0
+    finish: float = 0.0
+
+    @property
+    def run_seconds(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.seconds + self.evaluations * self.evaluation + self.finish
 
     def __str__(self) -> str:
         bound = max(self.shares, key=self.shares.get)
+        measured = "nothing is held out to measure with"
+        if self.evaluations:
+            measured = (
+                f"{self.evaluations} evaluation(s) of {duration(self.evaluation)}, every plan's acceptance in "
+                f"{duration(self.finish)}"
+            )
         parts = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
         return (
             f"memory: target {self.target / 1e9:.2f} GB, drafter with gradients and moments "
             f"{self.states / 1e9:.2f} GB, peak of the largest step {self.peak / 1e9:.2f} GB\n"
             f"a step: {self.seconds:.2f} s for {self.tokens} answer tokens ({parts}), bound by {ADVICE[bound]}\n"
-            f"the run: {self.steps} steps, at most {self.steps * self.seconds / 3600:.1f} h without evaluations"
+            f"the run: {self.steps} steps in {duration(self.steps * self.seconds)}, {measured}: about "
+            f"{duration(self.run_seconds)} in all"
         )
 
 
-def rehearse(trainer: DrafterTrainer, target: PreTrainedModel) -> Rehearsal:
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def rehearse(
+    trainer: DrafterTrainer, target: PreTrainedModel, evaluation: float = 0.0, finish: float = 0.0
+) -> Rehearsal:
     """
-    Take the step with the most tokens with everything joined, and leave no trace: weights, optimiser, step and
-    randomness stay as they were.
+    Take the step with the most tokens and a usual one with everything joined, and leave no trace: weights, optimiser,
+    step and randomness stay as they were.
 
     Args:
         trainer ([`DrafterTrainer`]): About to train.
         target ([`~transformers.PreTrainedModel`]): For its size.
+        evaluation (`float`, *optional*, defaults to 0.0): Seconds that `trainer.evaluate` is expected to take.
+        finish (`float`, *optional*, defaults to 0.0): Seconds of what follows the last step.
     """
-    batches = trainer.largest_step()
-    device = trainer.accelerator.device
+    _seconds_of(trainer, trainer.sized_step(0))  # which warms up, too
+    peak, usual = _peak(trainer.accelerator.device), trainer.sized_step(0.5)
+    seconds, shares = _seconds_of(trainer, usual)
+    steps = trainer.total_steps
+    if trainer.args.max_seconds:
+        steps = max(1, round(trainer.args.max_seconds / seconds))
+    return Rehearsal(
+        target=_bytes(target),
+        states=4 * _bytes(trainer.module),
+        peak=peak,
+        seconds=seconds,
+        steps=steps,
+        shares=shares,
+        tokens=trainer.answer_tokens(usual),
+        evaluations=-(-steps // trainer.args.eval_steps) if evaluation else 0,
+        evaluation=evaluation,
+        finish=finish,
+    )
+
+
+def _seconds_of(trainer: DrafterTrainer, batches: list[list[int]]) -> tuple[float, dict[str, float]]:
+    """What a step takes, and the shares of its phases."""
     trainer.clock.shares()
     started = time.perf_counter()
     trainer.gradients(batches, progress=1.0)
     trainer.optimizer.zero_grad()
-    seconds = time.perf_counter() - started
-    return Rehearsal(
-        target=_bytes(target),
-        states=4 * _bytes(trainer.module),
-        peak=_peak(device),
-        seconds=seconds,
-        steps=trainer.total_steps,
-        shares=trainer.clock.shares(),
-        tokens=trainer.answer_tokens(batches),
-    )
+    return time.perf_counter() - started, trainer.clock.shares()
 
 
 def _bytes(module: nn.Module) -> int:

@@ -112,6 +112,7 @@ class FeatureStore:
         top_k: int = 64,
         batch_tokens: int = 4096,
         part: tuple[int, int] = (0, 1),
+        progress: bool = True,
     ) -> None:
         """
         Compute all missing views, with a progress bar; they are stored in the target's dtype.
@@ -123,6 +124,7 @@ class FeatureStore:
             batch_tokens (`int`, *optional*, defaults to 4096): Tokens of one forward, padding included.
             part (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
                 Number of this process and of all processes, which share the work among them.
+            progress (`bool`, *optional*, defaults to `True`): Show a bar on the standard error stream.
 
         Raises:
             ValueError: The folder holds views of another kind.
@@ -147,7 +149,7 @@ class FeatureStore:
         first_of = {key: index for index, key in reversed(list(enumerate(self.keys)))}
         order = sorted(first_of.values(), key=lambda index: len(self.examples[index].input_ids))
         tokens = sum(len(self.examples[index].input_ids) for index in order)
-        with tqdm(total=tokens, unit="tok", desc="target views", disable=number > 0) as bar:
+        with tqdm(total=tokens, unit="tok", desc="target views", disable=number > 0 or not progress) as bar:
             for first in range(number * self.shard_size, len(order), count * self.shard_size):
                 members = order[first : first + self.shard_size]
                 missing = [index for index in members if self.keys[index] not in self._places]

@@ -35,6 +35,7 @@ from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .clock import StepClock
 from .metrics import merge_outputs, report_of
 from .target_views import TargetView
+from .termination import Terminated, Termination
 
 
 class ObjectiveModule(nn.Module):
@@ -72,6 +73,7 @@ class DrafterTrainer:
         evaluate (`Callable`, *optional*): Called with the drafter; gives a dictionary of numbers for the log.
         objective (*optional*): An instance of the drafter's `objective_class`; its defaults if not given.
         accelerator ([`~accelerate.Accelerator`], *optional*): Made by [`make_accelerator`] if not given.
+        progress (`bool`, *optional*, defaults to `True`): Show a bar on the standard error stream.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class DrafterTrainer:
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         objective: Any = None,
         accelerator: Accelerator | None = None,
+        progress: bool = True,
     ):
         if not examples:
             raise ValueError("there is no conversation to train on; give more answers or hold fewer of them out.")
@@ -93,6 +96,7 @@ class DrafterTrainer:
         self.views = views
         self.args = args
         self.evaluate = evaluate
+        self.progress = progress
         self.accelerator = accelerator or make_accelerator(args, cpu=table.device.type == "cpu")
         self.folder = Path(args.output_dir)
         self.batches_a_step = self.accelerator.num_processes * args.gradient_accumulation
@@ -127,12 +131,23 @@ class DrafterTrainer:
         """
         Train to the end, from the newest checkpoint in the output folder if there is one; saves the drafter
         there.
+
+        Raises:
+            Terminated: This process, the only one, got SIGTERM; the step that it was in is finished and saved.
         """
         self.resume()
+        args = self.args
         self.module.train()
-        main, args = self.accelerator.is_main_process, self.args
-        total = None if args.max_seconds else self.total_steps
-        with tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not main) as bar:
+        if self.evaluation_is_missing():
+            self.log_evaluation()
+        total, shown = (
+            None if args.max_seconds else self.total_steps,
+            self.accelerator.is_main_process and self.progress,
+        )
+        with (
+            Termination(self.accelerator.num_processes == 1) as termination,
+            tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not shown) as bar,
+        ):
             started, window = time.perf_counter(), []
             for batches in self.batches_from(self.step):
                 began = time.perf_counter()
@@ -140,20 +155,43 @@ class DrafterTrainer:
                 self.step += 1
                 if args.max_seconds:
                     self.seconds += self._agreed(time.perf_counter() - began)
-                last = self.place >= self.total_steps
                 bar.update()
-                if self.step % args.log_steps == 0 or last:
+                if self.step % args.log_steps == 0 or self.is_over:
                     self.log(window, time.perf_counter() - started, bar)
                     started, window = time.perf_counter(), []
-                if self.evaluate and (self.step % args.eval_steps == 0 or last):
-                    self.write({"step": self.step, "tokens": self.tokens_seen, **self.evaluation()})
-                    started = time.perf_counter()
-                if self.step % args.save_steps == 0 or last:
+                # Before the evaluation, which may take longer than whoever ends a process waits.
+                if self.step % args.save_steps == 0 or self.is_over or termination.asked:
                     self.save()
-                if last:
+                if termination.asked:
+                    raise Terminated(self.step)
+                if self.evaluate and self.evaluation_is_due:
+                    self.log_evaluation()
+                    started = time.perf_counter()
+                if self.is_over:
                     break
         self.module.eval()
         self.save_drafter(self.folder / "final", self.state_dicts()[0])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.place >= self.total_steps
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the drafter is measured after the step that was just taken."""
+        return self.step % self.args.eval_steps == 0 or self.is_over
+
+    def evaluation_is_missing(self) -> bool:
+        """Whether the run was ended between saving a step and measuring it; several processes do not ask."""
+        log = self.folder / "log.jsonl"
+        if self.evaluate is None or self.step == 0 or not self.evaluation_is_due or self.accelerator.num_processes > 1:
+            return False
+        rows = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+        return not any(row["step"] == self.step and "loss" not in row for row in rows)
+
+    def log_evaluation(self) -> None:
+        self.write({"step": self.step, "tokens": self.tokens_seen, **self.evaluation()})
 
     def batches_from(self, step: int) -> Iterator[list[list[int]]]:
         """
@@ -198,11 +236,12 @@ class DrafterTrainer:
         self.tokens_seen += self.answer_tokens(batches)
         return outputs | {"grad_norm": norm.detach()}
 
-    def largest_step(self) -> list[list[int]]:
-        """The batches of the first epoch with the most places, as many as a step takes."""
+    def sized_step(self, share: float) -> list[list[int]]:
+        """The batches of a step, of the first epoch's with the most places (0) to those with the fewest (1)."""
         batches = batches_of_epoch(self.examples, self.args.batch_tokens, self.args.seed, 0)
         batches.sort(key=lambda batch: len(batch) * max(len(self.examples[i].input_ids) for i in batch), reverse=True)
-        return [batches[i % len(batches)] for i in range(self.batches_a_step)]
+        first = int(share * (len(batches) - 1))
+        return [batches[(first + i) % len(batches)] for i in range(self.batches_a_step)]
 
     def answer_tokens(self, batches: list[list[int]]) -> int:
         """Tokens of the answers, which are the ones that the loss counts."""

@@ -13,7 +13,6 @@ import pytest
 from conftest import tiny_target
 from training_for_tests import char_tokenizer, tiny_drafter
 
-from specblock_hf.cli.models import DEFAULT_DRAFTER
 from specblock_hf.evaluation.divergence import Divergence
 
 
@@ -114,7 +113,6 @@ def test_results_of_other_settings_are_not_mixed(run):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not DEFAULT_DRAFTER.is_dir(), reason="the trained drafter is not in this checkout")
 def test_the_shipped_drafter(identity, tmp_path):
     output = tmp_path / "identity.json"
     assert identity.main(["--dtype", "float32", "--limit", "1", "--output", str(output), "--device", "cpu"]) == 0

@@ -15,7 +15,7 @@ from hub_client import Client, ClientError
 from hub_server import OWNER, READER, Fault, HubServer, Repo
 from test_loading import assert_same, small_drafter
 
-from specblock_hf import AutoDrafter, SpecBlockConfig
+from specblock_hf import AutoDrafter, SpecBlockConfig, cli
 from specblock_hf.checkpoints.card import CardFacts, model_card
 
 
@@ -443,6 +443,48 @@ def test_provenance(folders):
 
 
 # The commands and the way in without a hook.
+
+
+def test_a_preview_uploads_nothing(folders, capsys, monkeypatch):
+    monkeypatch.setattr("specblock_hf.cli.push.publish", lambda *args, **kwargs: pytest.fail("uploaded"))
+    assert cli.main(["push", str(folders / "specblock"), "org/later", "--license", "mit", "--dry-run"]) == 0
+    card, listing = capsys.readouterr().out.split("\nNothing was uploaded. org/later would get:\n")
+    assert "license: mit" in card and 'from_pretrained("org/later"' in card
+    assert [line.split()[0] for line in listing.splitlines()] == [
+        *("README.md", "config.json", "custom_generate/generate.py", "model.safetensors", "provenance.json"),
+    ]
+    size = (folders / "specblock" / "model.safetensors").stat().st_size
+    assert f"model.safetensors            {size:>13,} bytes\n" in listing
+
+
+def test_pushing_without_a_connection(folders, tmp_path):
+    nowhere = Client("http://127.0.0.1:9", tmp_path / "home")
+    try:
+        with pytest.raises(
+            ClientError, match=r"^OSError: The Hub cannot be reached \(.*\), so that nothing was uploaded"
+        ):
+            nowhere(hub_client.push, folders / "specblock", "org/later")
+    finally:
+        nowhere.close()
+
+
+@pytest.mark.parametrize("target", ["/home/somebody/models/mine", "./mine", "C:\\models\\mine", "."])
+def test_a_card_shows_no_folder_of_a_machine(folders, target):
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    drafter.config.target_name_or_path = target
+    card = drafter.model_card("org/name")
+    assert card.data.base_model is None and "| Target | local, not on the Hub |" in card.text
+    assert target == "." or target not in card.text
+
+
+def test_a_card_shows_what_training_left(folders):
+    drafter = AutoDrafter.from_pretrained(folders / "specblock")
+    drafter.config.acceptance = [[8, 1, 0, 2.047, 2.5], [16, 2, 4, 2.5, 3.0], [60, 2, 0, 3, 3.25]]
+    text = drafter.model_card("org/name", CardFacts(data="12 answers", command="specblock train --epochs 3")).text
+    assert "\n12 answers.\n" in text and "\n```bash\nspecblock train --epochs 3\n```\n" in text
+    rows = "| 8 | 1 | - | 2.05 | 2.50 |\n| 16 | 2 | 4 | 2.50 | 3.00 |\n| 60 | 2 | all | 3.00 | 3.25 |\n"
+    assert f"| Nodes | Forwards | Starts | tau | tau with look-ups |\n|---|---|---|---|---|\n{rows}" in text
+    assert "The training data is not recorded" not in text and "Nothing was measured" not in text
 
 
 def test_the_push_command(hub, client, folders, tmp_path):

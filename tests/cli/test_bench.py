@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def test_tables_figures_and_plots_are_written(folders, tmp_path, capsys):
         assert figures["methods"][1]["to_eagle3"].keys() == {"draft_ms", "rows", "draft_share"}
     text = (tmp_path / "new" / "results.md").read_text()
     assert text in output and "| method | gsm8k Spd | gsm8k tau | prompts Spd |" in text
-    for name in ("speedup.png", "round.png", "acceptance.png"):
+    for name in ("tokens.png", "speedup.png", "round.png", "acceptance.png"):
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG") and name in output
     assert "wall time of the command: " in output
     assert summary["conditions"]["given_plans"] == {"specblock": [6, 2, 3], "eagle3": [6, 2, 3]}
@@ -153,13 +154,40 @@ def test_bad_options_end_in_one_sentence(folders, tmp_path, capsys, options, sen
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupt_says_what_stays(folders, tmp_path, monkeypatch, capsys):
+    def interrupted(self, unit, number=0):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Benchmark, "run", interrupted)
+    run(folders, tmp_path, status=130)
+    assert f"interrupted; what is measured stays in {tmp_path}, and the same command" in capsys.readouterr().err
+
+
 def test_nothing_to_ask_is_refused(tmp_path, capsys):
     assert cli.main(["bench", "--output", str(tmp_path)]) == 2
     assert "there is nothing to ask; name a suite with --suite" in capsys.readouterr().err
 
 
 def test_options_are_parsed():
-    assert bench.comma_separated("a, b,,c") == ["a", "b", "c"]
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    options = [
+        "--methods",
+        "a, b,,c",
+        "d",
+        "--suite",
+        "humaneval,mtbench",
+        "--plan",
+        "a=8,1",
+        "b=4,2,3",
+        "--plan",
+        "c=1,1",
+    ]
+    args = parser.parse_args([*options, "--drafter", "a=x", "b=y", "--output", "out"])
+    assert args.methods == ["a", "b", "c", "d"] and args.suite == ["humaneval", "mtbench"]
+    assert dict(args.plan) == {"a": DraftingPlan(8, 1), "b": DraftingPlan(4, 2, 3), "c": DraftingPlan(1, 1)}
+    assert args.drafter == [("a", "x"), ("b", "y")]
+    assert parser.parse_args(["--output", "out"]).plan == []
     assert bench.named("a=b=c") == ("a", "b=c")
     assert bench.named_plan("specblock+lookup=8,2,0") == ("specblock+lookup", DraftingPlan(8, 2))
     assert bench.plan_of("8,2") == DraftingPlan(8, 2) and bench.plan_of("8,2,4") == DraftingPlan(8, 2, 4)
@@ -175,7 +203,7 @@ def test_a_plan_that_is_none_is_refused(text, tmp_path, capsys):
 @pytest.mark.real
 def test_the_default_target_and_drafter_side_by_side(tmp_path, capsys):
     options = ["--methods", "prompt_lookup,specblock,specblock+lookup", "--suite", "humaneval,mtbench", "--limit", "1"]
-    options += ["--plan", "specblock=8,1", "--plan", "specblock+lookup=8,2,4", "--max-new-tokens", "12"]
+    options += ["--plan", "specblock=8,1", "specblock+lookup=8,2,4", "--max-new-tokens", "12"]
     assert cli.main(["bench", *options, "--repeats", "1", "--no-plots", "--output", str(tmp_path)]) == 0
     (figures,) = json.loads((tmp_path / "results.json").read_text())["temperatures"]
     _, helper, alone, joined = figures["methods"]

@@ -33,7 +33,7 @@ from specblock_hf import (
     SpecBlockConfig,
     cli,
 )
-from specblock_hf.cli import demo, doctor
+from specblock_hf.cli import default_target, demo, doctor
 from specblock_hf.cli import models as terminal
 from specblock_hf.cli.doctor import describe_reading, diagnose
 from specblock_hf.cli.models import Answer
@@ -353,13 +353,22 @@ def test_doctor_names_the_layers_that_a_checkpoint_does_not_record():
 
 
 def test_a_missing_drafter_ends_in_one_sentence(models_on_disk, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(terminal, "DEFAULT_DRAFTER", tmp_path / "absent")
+    monkeypatch.setattr(default_target, "CHECKOUT_DRAFTER", tmp_path / "absent")
     assert cli.main(["demo", "--target", models_on_disk[0]]) == 2
-    error = capsys.readouterr().err
-    assert error == (
-        f"specblock demo: There is no trained drafter in {tmp_path / 'absent'}; name the folder or Hub id of one, or "
-        "train one first.\n"
+    assert capsys.readouterr().err == (
+        "specblock demo: The default target's drafter is the package specblock_smollm2_135m_instruct, which is not "
+        "installed; run `pip install ./model_cards` in the repository, or name the folder or Hub id of a drafter.\n"
     )
+
+
+def test_what_a_layout_cannot_hold_is_said(tmp_path, capsys):
+    drafter = tiny_drafter(rank_top_k=20, rank_hidden_size=256, feature_layers=[2, 2, 1])
+    drafter.config.acceptance = [[8, 1, 0, 2.0, 2.5]]
+    drafter.save_pretrained(tmp_path / "ours")
+    assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "specblock"]) == 0
+    assert "the layout specblock has no place for what the drafter's plans accept" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "copy")]) == 0
+    assert "no place" not in capsys.readouterr().err
 
 
 def test_prompts_use_the_chat_template_if_there_is_one(models_on_disk):

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
-from specblock_hf.cli import default_target
+from specblock_hf.cli import bars, default_target
 from specblock_hf.cli.default_target import MANIFEST, cached_folder, find_gguf, load_default_target
 
 
@@ -167,10 +167,10 @@ def test_the_cache_follows_the_users_cache_folder(tmp_path, monkeypatch):
 
 
 def test_progress_bars_are_silenced_and_restored():
-    assert default_target.logging.is_progress_bar_enabled()
-    with default_target._no_progress_bars(), default_target._no_progress_bars():
-        assert not default_target.logging.is_progress_bar_enabled()
-    assert default_target.logging.is_progress_bar_enabled()
+    assert bars.logging.is_progress_bar_enabled()
+    with bars.without_bars(), bars.without_bars():
+        assert not bars.logging.is_progress_bar_enabled()
+    assert bars.logging.is_progress_bar_enabled()
 
 
 @pytest.mark.real

@@ -4,12 +4,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 
 import pytest
+import torch
+from conftest import tiny_target
 from models_for_tests import save_models
+from training_for_tests import char_tokenizer, tiny_drafter
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specblock_hf import cli
+from specblock_hf.evaluation.trace_page import trace_page
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +53,45 @@ def test_two_drafters_stand_side_by_side(folders, capsys, tmp_path):
     svg = (tmp_path / "t.svg").read_text()
     assert "SpecBlockDrafter" in svg and "Eagle3Drafter" in svg and "8 drafted" in svg and "4 drafted" in svg
     assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_the_rounds_of_an_answer_are_a_page(folders, capsys, tmp_path):
+    page = tmp_path / "new" / "tree.html"
+    assert trace(folders, "--plan", "6,1", "--html", str(page)) == 0
+    assert capsys.readouterr().out.endswith(f"written: {page}\n")
+    html = page.read_text(encoding="utf-8")
+    assert not re.search(r"(?:src|href)=|https?://(?!www\.w3\.org/2000/svg)", html)  # it needs no other file
+    (line,) = (line for line in html.splitlines() if line.startswith("const data = "))
+    data = json.loads(line.removeprefix("const data = ").removesuffix(";"))
+    assert data["title"].startswith("SpecBlockDrafter, ")
+    emitted = [*data["first"], *(token for one in data["rounds"] for token in one["emitted"])]
+    tokenizer = AutoTokenizer.from_pretrained(folders["target"])
+    ids = torch.tensor([tokenizer.encode("hello")])
+    target = AutoModelForCausalLM.from_pretrained(folders["target"])
+    answer = target.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+    assert emitted == [tokenizer.decode([token]) for token in answer.tolist()]
+    for one in data["rounds"]:
+        kept = [node for node in one["nodes"] if node["kept"]]
+        assert len(kept) == len(one["emitted"]) and [node["text"] for node in kept[1:]] == one["emitted"][:-1]
+        assert len(one["nodes"]) <= 7 and len(one["milliseconds"]) == 3 and min(one["milliseconds"]) > 0
+        assert [node["parent"] for node in kept] == [None, *(one["nodes"].index(node) for node in kept[:-1])]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_a_browser_shows_the_round_that_the_address_names(folders, tmp_path):
+    page = tmp_path / "tree.html"
+    assert trace(folders, "--plan", "6,1", "--html", str(page)) == 0
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"{page.as_uri()}#2"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"round 2 of \d+: 6 drafted, \d kept, \d emitted", dom)
+    assert len(re.findall(r'<g class="node">', dom)) == 7 and len(re.findall(r"<path ", dom)) == 6
+
+
+def test_no_text_ends_the_script_of_a_page(monkeypatch):
+    target, drafter, tokenizer = tiny_target("llama"), tiny_drafter(), char_tokenizer()
+    monkeypatch.setattr(tokenizer, "decode", lambda *args, **kwargs: "</script>")
+    page = trace_page(target, tokenizer, drafter, torch.tensor([[2, 3]]), "</script>", max_new_tokens=4)
+    assert page.count("</script>") == 1
 
 
 @pytest.mark.parametrize(

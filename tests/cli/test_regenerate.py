@@ -268,14 +268,24 @@ def test_evaluation_sets_are_left_out(folder, tmp_path, capsys):
     assert "10 answers wanted, 0 of them there already; 2 left out as part of an evaluation set" in said
 
 
-def test_progress_tells_tokens_per_second_and_the_time_left(capsys):
-    times = iter([100.0, 102.0, 104.0])
-    with Progress(10, 8, True, lambda: next(times)) as progress:
-        progress.add([(None, [1] * 50), (None, [1] * 10)])
-        progress.add([(None, [1] * 60)])
-        assert progress.bar.n == 5 and progress.bar.postfix == "30 tokens/s" and progress.bar.total == 10
-        assert progress.bar.format_dict["initial"] == 2  # what was there already does not count as speed
+def test_progress_is_told_by_tokens(capsys):
+    with Progress(10, 8, 100, True) as progress:
+        assert progress.bar.total == 800
+        progress.write(80)
+        assert progress.bar.n == 80 and progress.bar.total == 800  # nothing has ended: answers may get as long as that
+        progress.add(2)
+        assert progress.bar.total == 320 and progress.bar.postfix == "4 of 10 answers"
+        progress.write(400)
+        progress.add(6)
+        assert progress.bar.n == progress.bar.total == 480 and progress.bar.postfix == "10 of 10 answers"
     assert "<" in capsys.readouterr().err  # elapsed<left
+
+
+def test_every_token_moves_the_bar_when_it_is_there(folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(Progress, "write", lambda self, tokens: told.append(tokens))
+    assert run(folder) == 0
+    assert sum(told) == sum(len(row["answer_ids"]) for row in rows_of(folder)) and len(told) > 12
 
 
 @pytest.mark.parametrize(

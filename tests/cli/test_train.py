@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
 from specblock_hf.drafters.layouts import OURS, write_checkpoint
 from specblock_hf.training.target_views import view_target
+from specblock_hf.training.termination import Terminated
+from specblock_hf.training.trainer import DrafterTrainer
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,14 @@ def log_of(folder: Path) -> list[dict]:
 def test_what_is_measured_while_training(train, tmp_path, capsys):
     assert train("--objective", "num_blocks=2", "join_at=0.5") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    for line in ("draft vocabulary: 24 of 32 tokens", "padding: ", "memory: target ", "a step: ", "the run: "):
+    for line in (
+        "draft vocabulary: 24 of 32 tokens",
+        "padding: ",
+        "memory: target ",
+        "a step: ",
+        "the run: ",
+        "evaluation(s) of ",
+    ):
         assert line in said
     rows = log_of(tmp_path)
     measured = [row for row in rows if "tau_8" in row][-1]
@@ -67,6 +77,30 @@ def test_what_is_measured_while_training(train, tmp_path, capsys):
     first = -(-len(steps) // 2)
     assert [len(row["agreement"]) for row in steps] == [1] * first + [2] * (len(steps) - first)
     assert all(sum(row["shares"].values()) == pytest.approx(1, abs=0.01) for row in steps)
+    final = tmp_path / "run" / "final"
+    recorded = json.loads((final / "training.json").read_text())
+    assert recorded["training"]["learning_rate"] == 0.01 and recorded["training"]["eval_budgets"] == "4 8"
+    assert re.match(
+        r"\d+ answers of the target itself \(\d+ answer tokens\) from `data`; \d+ others", recorded["data"]
+    )
+    card = (final / "README.md").read_text()
+    assert recorded["data"] in card and "| learning_rate | 0.01 |" in card and "Nothing was measured" not in card
+    assert str(tmp_path) not in card and "| Target | local, not on the Hub |" in card
+
+
+def test_a_run_that_is_ended_by_sigterm_says_where_it_goes_on(train, tmp_path, capsys, monkeypatch):
+    def terminated(self):
+        raise Terminated(7)
+
+    monkeypatch.setattr(DrafterTrainer, "train", terminated)
+    assert train() == 143
+    assert "ended by SIGTERM after step 7, which is saved" in capsys.readouterr().err
+
+
+def test_quiet_means_quiet(train, capfd):
+    assert train("--quiet", "--save-steps", 2) == 0
+    captured = capfd.readouterr()
+    assert "%|" not in captured.err and "%|" not in captured.out and "the run: " in captured.out
 
 
 @pytest.mark.parametrize(

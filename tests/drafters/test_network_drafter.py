@@ -51,7 +51,7 @@ def test_a_drafter_shows_the_plan_that_a_call_will_use(name, monkeypatch):
     target, drafter, used = tiny_target("llama"), drafter_of(name, tree_budget=20), []
     joined = JoinedDrafter(drafter, LookupDrafter(target.config))
     real = loop.decode
-    monkeypatch.setattr(loop, "decode", lambda *args: used.append(args[3]) or real(*args))
+    monkeypatch.setattr(loop, "decode", lambda *args: used.append(args[3].plan) or real(*args))
 
     def plan_of_a_call(assistant):
         target.generate(prompt_of(5), assistant_model=assistant, do_sample=False, max_new_tokens=4)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from specblock_hf.checkpoints.card import CardFacts
 from specblock_hf.evaluation import plots
+from specblock_hf.evaluation.methods import in_words
 from specblock_hf.evaluation.plots import draw_benchmark, require_matplotlib
 from specblock_hf.evaluation.report import describe_plan, main_table, markdown
 from specblock_hf.evaluation.summary import acceptance_by_position, geometric_mean, speed_ratios, summarise, tau
@@ -223,7 +224,7 @@ def test_plots_are_drawn(summary, tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         drawn = draw_benchmark(figures, folder)
-        assert [path.name for path in drawn] == ["speedup.png", "round.png", "acceptance.png"]
+        assert [path.name for path in drawn] == ["tokens.png", "speedup.png", "round.png", "acceptance.png"]
         headers = [path.read_bytes()[:24] for path in drawn]
         assert all(header.startswith(b"\x89PNG\r\n") for header in headers)
         sizes.append([int.from_bytes(header[20:24]) for header in headers])
@@ -232,8 +233,12 @@ def test_plots_are_drawn(summary, tmp_path):
 
 def test_bars_and_lines_are_the_figures(summary):
     figure = pytest.importorskip("matplotlib.figure").Figure
-    speed, rounds, accepted = figure().subplots(3)
+    tokens, speed, rounds, accepted = figure().subplots(4)
     (figures,) = summary["temperatures"]
+    plots.draw_tokens(tokens, figures)
+    assert [bar.get_width() for bar in tokens.patches] == [m["tokens_per_second"] for m in figures["methods"]]
+    labels = [label.get_text() for label in tokens.get_yticklabels()]
+    assert labels == ["plain generate()", "transformers' prompt lookup", "EAGLE-3", "SpecBlock"]
     plots.draw_speedup(speed, figures)
     heights = [bar.get_height() for bar in speed.patches]
     wanted = [m["suites"]["code"]["speedup"] for m in figures["methods"][1:]]
@@ -244,6 +249,30 @@ def test_bars_and_lines_are_the_figures(summary):
     assert [bar.get_width() for bar in rounds.patches] == pytest.approx(wanted)
     plots.draw_acceptance(accepted, figures)
     assert [list(line.get_ydata()) for line in accepted.lines] == [[0.75, pytest.approx(2 / 3), 1.0], [1.0]]
+
+
+def test_methods_in_words():
+    assert in_words("specblock:best_first+lookup") == "SpecBlock, best-first tree + look-ups in the text"
+    assert in_words("assistant:org/small") == "transformers' assisted decoding, org/small"
+    assert in_words("mine+lookup") == "mine + look-ups in the text"
+
+
+def test_every_method_keeps_one_look_of_its_own():
+    names = ["vanilla", *(f"drafter{number}" for number in range(12))]
+    looks = plots.styles({"methods": [{"method": name} for name in names]})
+    assert list(looks) == names and len({(look["color"], look.get("hatch")) for look in looks.values()}) == 13
+
+
+def test_a_legend_hides_no_bar(summary, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    draw_benchmark(summary, tmp_path)
+    legends = [(axes, axes.get_legend()) for one in drawn for axes in one.axes if axes.get_legend()]
+    for axes, legend in legends:
+        axes.figure.draw_without_rendering()
+        assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+    assert len(legends) == 3
 
 
 def test_matplotlib_is_asked_for_in_one_sentence(monkeypatch, summary, tmp_path):

@@ -14,6 +14,7 @@ from training_for_tests import example_of, tiny_drafter
 
 from specblock_hf import DraftingPlan
 from specblock_hf.drafting.pairs import TokenTable
+from specblock_hf.evaluation import simulate
 from specblock_hf.evaluation.simulate import SimulatedAcceptance, simulate_acceptance
 from specblock_hf.training.target_views import view_target
 
@@ -106,3 +107,21 @@ def test_garbage_stays_near_one(llama):
 
 def test_nothing_to_walk_has_no_tau():
     assert math.isnan(SimulatedAcceptance().tau) and SimulatedAcceptance().at_depth(1) == 0
+
+
+def test_what_a_simulation_will_take_is_told_by_its_first_rounds(monkeypatch):
+    clock, rounds = [0.0], [1, 0, 1, 2]
+    monkeypatch.setattr(simulate.time, "perf_counter", lambda: clock[0])
+
+    def first_rounds(drafter, table, examples, views, plan, max_new_tokens):
+        assert len(examples) == len(views) == 1 and max_new_tokens == 16
+        clock[0] += 2.0
+        return SimulatedAcceptance(rounds)
+
+    monkeypatch.setattr(simulate, "simulate_acceptance", first_rounds)
+    assert (
+        simulate.expected_seconds(
+            None, None, [example_of([1] * 8, 2)] * 4 + [example_of([1] * 200, 2)], [None] * 5, DraftingPlan(8, 1)
+        )
+        == 0.5 * (4 * 6 + 96) / 2
+    )

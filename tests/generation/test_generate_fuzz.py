@@ -12,6 +12,7 @@ from targets_for_tests import TargetKind
 from verdicts_for_tests import FAULTS, is_refusal
 
 from specblock_hf import DraftingPlan
+from specblock_hf.drafting import pilot
 from specblock_hf.generation import loop as generation
 from specblock_hf.generation.token_selector import TokenChoice
 
@@ -93,7 +94,7 @@ def refuse():
     [
         (TokenChoice, "select", other_token, "mismatch"),
         (generation, "decode", forgotten_hook, "touched target"),
-        (generation, "round_limits", failing, "raw error"),
+        (pilot, "round_limits", failing, "raw error"),
         (generation, "decode", refusing, "needless refusal"),
         (generation, "decode", refusing_late, "late refusal"),
     ],

@@ -33,16 +33,31 @@ def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path):
 def test_the_largest_step_has_the_most_places(tmp_path):
     trainer = tiny_trainer(tmp_path, gradient_accumulation=2)
     trainer.examples[3].input_ids.extend([1] * 40)
-    largest = trainer.largest_step()
+    largest = trainer.sized_step(0)
     assert len(largest) == 2 and largest[0] == [3] and len(largest[1]) == 2
+    assert trainer.sized_step(0.5)[0] not in ([3], trainer.sized_step(1)[0])
+
+
+def test_measurements_are_part_of_the_estimate(tmp_path):
+    trainer = tiny_trainer(tmp_path, epochs=3, eval_steps=5)
+    assert trainer.total_steps == 12
+    rehearsal = rehearse(trainer, tiny_target("llama"), evaluation=10.0, finish=40.0)
+    assert rehearsal.evaluations == 3  # after 5, 10 and the last
+    assert rehearsal.run_seconds == 12 * rehearsal.seconds + 70
+    trainer.args.max_seconds = 100 * rehearsal.seconds
+    limited = rehearse(trainer, tiny_target("llama"))
+    assert limited.evaluations == 0 and limited.run_seconds == limited.steps * limited.seconds
 
 
 def test_what_it_says():
     shares = {"target": 0.25, "forward": 0.25, "backward": 0.5}
-    said = str(Rehearsal(270_000_000, 440_000_000, 2_000_000_000, 1.8, 4000, shares, 1500))
+    said = str(Rehearsal(270_000_000, 440_000_000, 2_000_000_000, 1.8, 4000, shares, 1500, 10, 90.0, 600.0))
     assert said.splitlines() == [
         "memory: target 0.27 GB, drafter with gradients and moments 0.44 GB, peak of the largest step 2.00 GB",
         "a step: 1.80 s for 1500 answer tokens (target 25%, forward 25%, backward 50%), bound by the drafter's "
         "backward pass; fewer blocks or a smaller starts_share in --objective cost less",
-        "the run: 4000 steps, at most 2.0 h without evaluations",
+        "the run: 4000 steps in 2.0 h, 10 evaluation(s) of 90 s, every plan's acceptance in 10 min: about 2.4 h "
+        "in all",
     ]
+    alone = str(Rehearsal(1, 1, 1, 1.8, 40, shares, 1500)).splitlines()[-1]
+    assert alone == "the run: 40 steps in 72 s, nothing is held out to measure with: about 72 s in all"

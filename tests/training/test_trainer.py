@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
 from specblock_hf.training.target_views import view_target
+from specblock_hf.training.termination import Terminated
 from specblock_hf.training.trainer import DrafterTrainer
 
 
@@ -97,6 +99,8 @@ def test_draft_vocabulary_takes_the_answers_tokens_by_frequency():
     assert ids.tolist() == [5, 7] and coverage == pytest.approx(7 / 8)
     ids, coverage = draft_vocabulary(examples, 5, VOCAB)
     assert ids.tolist() == [0, 1, 2, 5, 7] and coverage == 1
+    ids, coverage = draft_vocabulary(examples, 5, VOCAB, [example_of([5, 5, 3, 7, 9], 1)])
+    assert ids.tolist() == [0, 1, 2, 5, 7] and coverage == 2 / 4
 
 
 def test_collate_pads_and_marks_the_answers():
@@ -234,6 +238,46 @@ def test_a_run_that_is_taken_up_ends_with_the_same_weights(tmp_path):
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [row["step"] for row in log_of(tmp_path / "parts")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_sigterm_ends_a_run_after_its_step(tmp_path):
+    whole = tiny_trainer(tmp_path / "whole")
+    whole.train()
+    first = tiny_trainer(tmp_path / "parts")
+    steps, before = first.train_step, signal.getsignal(signal.SIGTERM)
+
+    def terminated(batches):
+        if first.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps(batches)
+
+    first.train_step = terminated
+    with pytest.raises(Terminated, match="after step 7, which is saved; the same command goes on from there"):
+        first.train()
+    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "parts" / "final").exists()
+    second = tiny_trainer(tmp_path / "parts", seed=2)
+    second.resume()
+    assert second.step == 7
+    second.train()
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("save_steps", [4, 200])
+def test_a_run_that_ends_in_its_last_evaluation_has_nothing_to_train(tmp_path, save_steps):
+    def evaluate(drafter):
+        raise KeyboardInterrupt
+
+    first = tiny_trainer(tmp_path, evaluate=evaluate, save_steps=save_steps)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = tiny_trainer(tmp_path, evaluate=lambda drafter: {"tau_8": 2.5}, save_steps=save_steps, seed=2)
+    second.train_step = lambda batches: pytest.fail("a step was taken again")
+    second.train()
+    assert [row for row in log_of(tmp_path) if "loss" not in row] == [
+        {"step": 12, "tokens": second.tokens_seen, "tau_8": 2.5}
+    ]
+    assert (tmp_path / "final" / "model.safetensors").is_file()
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
