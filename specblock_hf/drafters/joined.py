@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..drafting.drafter import DraftingCallback, DraftState, TreeDrafter, wait
+from ..drafting.drafter import DraftingCallback, DraftState, TreeDrafter
 from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, Limits
 from ..drafting.proposal import propose
+from ..drafting.state import wait
 from ..drafting.target_batch import TargetBatch
 from ..trees.tree import DraftTree
 from .lookup import LookupDrafter

@@ -16,7 +16,7 @@ from training_for_tests import tiny_drafter
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
 from specblock_hf.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from specblock_hf.drafting import drafter as drafting
+from specblock_hf.drafting import state as drafting
 from specblock_hf.drafting.drafter import DraftingCallback
 from specblock_hf.drafting.pilot import offer_of, setting_of
 from specblock_hf.planning.controller import PlanController

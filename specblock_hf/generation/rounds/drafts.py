@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 
 from ...devices import on_device, without_cudnn_attention
-from ...drafting.drafter import DraftState, TreeDrafter, wait
+from ...drafting.drafter import DraftState, TreeDrafter
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, FixedLimits, Limits
 from ...drafting.proposal import propose, within
+from ...drafting.state import wait
 from ...target.fixed import FixedStep, MakeStep
 from ...trees.tree import DraftTree
 
