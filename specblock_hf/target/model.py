@@ -96,7 +96,10 @@ class TargetModel:
         self.calls = self.compiled_calls = self.captured_calls = 0
         self._masks = TreeMasks(target)
         wanted = [name for name in _TOKEN_OUTPUTS if returns_cache and model_kwargs.get(f"output_{name}")]
-        self._outputs = TokenOutputs(wanted, len(self._rows), layer_windows(target) if wanted else [])
+        windows = layer_windows(target) if wanted else []
+        if not any(self.cache.is_sliding):  # one that was made without the configuration keeps every column
+            windows = [None] * len(windows)
+        self._outputs = TokenOutputs(wanted, len(self._rows), windows)
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
 
     @property

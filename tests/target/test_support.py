@@ -385,3 +385,17 @@ def test_hidden_states_of_a_target_with_several_at_every_token(lengths):
             for mine, layer in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(mine, layer, rtol=0, atol=1e-5)
     assert plain.hidden_states[1][1].ndim == 4
+
+
+def test_attentions_over_a_cache_that_slides_nowhere():
+    """A `DynamicCache()` knows of no configuration, so that plain decoding shows every column of it."""
+    target, batch = tiny_target("mistral", "eager"), padded_batch((7,))
+    wanted = {"return_dict_in_generate": True, "output_attentions": True}
+    for made in (lambda: DynamicCache(), lambda: DynamicCache(config=target.config)):
+        plain = target.generate(**batch, **GREEDY, **wanted, **{CACHE: made()})
+        for drafter in (oracles(plain.sequences, batch["attention_mask"]), garbage(1)):
+            output = target.generate(**batch, **GREEDY, **wanted, **{CACHE: made()}, assistant_model=drafter)
+            assert torch.equal(output.sequences, plain.sequences)
+            for ours, theirs in zip(output.attentions, plain.attentions, strict=True):
+                for mine, layer in zip(ours, theirs, strict=True):
+                    torch.testing.assert_close(mine, layer, rtol=0, atol=1e-5)
