@@ -28,7 +28,8 @@ import torch
 from specblock_hf import DraftingPlan, JoinedDrafter
 from specblock_hf.calibration.costs import CostCurves
 from specblock_hf.calibration.trial import padded
-from specblock_hf.cli.models import DEFAULT_DRAFTER, add_model_arguments, encode, load_models
+from specblock_hf.cli.default_target import find_default_drafter
+from specblock_hf.cli.models import add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_prompts
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.benchmark import evenly
@@ -88,7 +89,7 @@ def read_json(path: Path) -> Any:
 def recorded_offer(finds: bool) -> Offer:
     """What the shipped drafter was recorded to accept."""
     ways: dict[Way, list[tuple[int, float]]] = {}
-    for nodes, forwards, starts, tau, _ in read_json(DEFAULT_DRAFTER / "config.json")["acceptance"]:
+    for nodes, forwards, starts, tau, _ in read_json(find_default_drafter() / "config.json")["acceptance"]:
         ways.setdefault(Way(forwards, starts or None), []).append((nodes, tau))
     return Offer(ways, 60, trusted=True, finds=finds)
 
