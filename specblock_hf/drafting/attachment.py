@@ -32,7 +32,7 @@ class AttachmentStatistics:
 
     Args:
         calls (`int`): Calls that named no assistant of their own.
-        tokens (`int`): Emitted by those that the drafter served.
+        tokens (`int`): Emitted by those that the drafter served, over all rows.
         rounds (`int`): Rounds of every row of these.
         kept (`int`): Drafted tokens that were kept in those rounds.
         left_alone (`Counter`): Calls that ran as they would without the drafter, by the reason.

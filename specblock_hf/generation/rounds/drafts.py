@@ -220,7 +220,7 @@ class CallDrafts:
 
     def __init__(self, rounds: DraftRounds, keeps: bool):
         self.rounds, self._keeps = rounds, keeps
-        self.calls = self.rows = self.captured = self.proposals = 0
+        self.calls = self.rows = self.captured = 0
         self._now: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
@@ -250,13 +250,11 @@ class CallDrafts:
             rounds.drafter.find(rounds.state, pairs, limits)
             rounds.load(pairs)
             tree = rounds.step()
-        self.proposals += 1
         self.calls += rounds.cost.calls
         self.rows += rounds.cost.rows
         self.captured += rounds.step.captured
         tree = tree.first(1 + max(limits.nodes))
-        # The statistics keep the first one.
-        return tree.clone() if self._keeps or self.proposals == 1 else tree
+        return tree.clone() if self._keeps else tree
 
     def _last(self, pairs: Pairs) -> Pairs:
         """Take in all but the last pair of each row, which are returned."""
