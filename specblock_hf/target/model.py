@@ -375,9 +375,10 @@ class TargetModel:
             self._read_chains(on_device(ids, self.device), on_device(behind, self.device).unsqueeze(1))
             self._committed.commit(kept_columns([bool(tokens) for tokens in behind], self._scored), self._scored)
 
+    @without_cudnn_attention
     def _forward(self, nodes: torch.LongTensor | None = None, **inputs: Any) -> Scored:
         self.calls += 1
-        with self._taps.armed(), without_cudnn_attention:
+        with self._taps.armed():
             outputs = self.target(**inputs, return_dict=True)
         logits, features = outputs.logits, self._taps.take()
         self._outputs.observe(outputs)

@@ -10,6 +10,7 @@ from types import FrameType
 
 import pytest
 import torch
+from attention_for_tests import ALL, allowed
 from batches_for_tests import garbage, oracles, padded_batch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
@@ -250,4 +251,5 @@ def test_a_call_may_end_at_any_line(kind, store, lengths):
             except Stop:
                 lines += 1
         check_continued(target, cache, plain, batch["attention_mask"])
+        assert allowed() == ALL, "what the package sets for a moment is taken back"
     assert lines > 10
