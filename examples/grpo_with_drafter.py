@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from specblock_hf import DraftingPlan, SpecBlockDrafter
+from specblock_hf import DraftingCallback, DraftingPlan, SpecBlockDrafter
 from specblock_hf.adaptation import OnlineAdaptationCallback, UpdateSettings
 from specblock_hf.cli.default_target import find_default_drafter, load_default_target
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
@@ -35,6 +35,7 @@ parser.add_argument("--rollouts", type=int, default=8)
 parser.add_argument("--new-tokens", type=int, default=64)
 parser.add_argument("--learning-rate", type=float, default=1e-3)
 parser.add_argument("--plan", type=int, nargs=2, metavar=("NODES", "FORWARDS"), help="fixed; the drafter's otherwise")
+parser.add_argument("--gain", action="store_true", help="say what adapting gains on the same texts; waits for updates")
 parser.add_argument("--questions", type=Path, help="JSON lines of GSM8K's training part; the Hub's by default")
 parser.add_argument("--output", type=Path, default=Path("runs/grpo"))
 args = parser.parse_args()
@@ -75,9 +76,28 @@ class Rollouts(TrainerCallback):
             kept, rounds = statistics.kept - timer.kept, statistics.rounds - timer.rounds
             row |= {"tau": 1 + kept / max(rounds, 1), "left_alone": statistics.left_alone.total()}
             timer.kept, timer.rounds = statistics.kept, statistics.rounds
+        if gain is not None:
+            row["gain"] = gain.factor
         timer.seconds, timer.tokens = 0.0, 0
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+
+
+class Gain(DraftingCallback):
+    """Tokens a round of the drafter that served a step, over those of the first one, on that step's rollouts."""
+
+    def __init__(self, adaptation: OnlineAdaptationCallback) -> None:
+        self.adaptation, self.first, self.factor = adaptation, adaptation.updater.snapshot(), 1.0
+
+    def on_generate_begin(self, call) -> None:
+        self.adaptation.wait()
+        self.serving = self.adaptation.updater.snapshot()
+
+    def on_generate_end(self, call) -> None:
+        self.adaptation.wait()  # it has learned from these rollouts now: both are compared with what that gave
+        texts = self.adaptation.buffer.newest(args.rollouts)
+        kept = [self.adaptation.updater.share_kept(weights, texts) for weights in (self.first, self.serving)]
+        self.factor = kept[0] / kept[1]
 
 
 class Timer:
@@ -126,14 +146,18 @@ trainer = GRPOTrainer(
     peft_config=lora,
     callbacks=[rollouts],
 )
-attachment = None
+attachment = gain = None
 if args.drafter != "none":
     drafter = SpecBlockDrafter.from_pretrained(find_default_drafter(), dtype=torch.float32).eval()
     if args.plan:
         drafter.drafting_plan = DraftingPlan(*args.plan)
     if args.drafter == "adapted":
-        update = UpdateSettings(objective=SpecBlockObjective(num_blocks=1))
-        drafter.add_callback(OnlineAdaptationCallback("always", every=1, settings=update))
+        update = UpdateSettings(objective=SpecBlockObjective(num_blocks=1), steps=8)
+        adaptation = OnlineAdaptationCallback("always", every=1, settings=update)
+        drafter.add_callback(adaptation)
+        if args.gain:
+            gain = Gain(adaptation)
+            drafter.add_callback(gain)
     attachment = drafter.attach(trainer.model)
 trainer.model.generate = timer = Timer(trainer.model)
 trainer.train()
