@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -374,24 +374,3 @@ def limit_starts(
         slot=starts.slot.gather(1, order),
         tokens=starts.tokens.gather(1, order),
     )
-
-
-def limit_starts_as_released(starts: Starts, tree: DraftTree, budget: int, block_size: int) -> Starts:
-    """
-    The cap that the authors' release puts on the starts of the third and later blocks: the likeliest
-    `(budget - nodes) // block_size`, at least 1 and at most 10, where `nodes` counts the drafted nodes before any is
-    pruned (which mostly leaves 1).
-
-    Args:
-        starts (`Starts`): Candidates, S wide.
-        tree (`DraftTree`): The tree that they are nodes of, neither merged nor pruned.
-        budget (`int`): Drafted nodes that the finished tree may keep.
-        block_size (`int`): K.
-
-    Returns:
-        `Starts`: `min(S, 10)` wide.
-    """
-    limited = limit_starts(starts, tree, 10)
-    room = (budget - (tree.num_nodes - 1)).div(block_size, rounding_mode="floor").clamp_min(1)
-    rank = torch.arange(limited.node.shape[1], device=room.device)
-    return replace(limited, node=torch.where(rank < room.unsqueeze(1), limited.node, -2))
