@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ...drafting.pairs import TokenTable
+
 
 class MarkovHead(nn.Module):
     """
@@ -80,6 +82,10 @@ class DraftHead:
     def draft_to_target(self) -> torch.LongTensor:
         """`[draft_vocab_size]`: the target id of every row of the draft head."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def own_table(self, table: TokenTable) -> TokenTable:
+        """The embedding and head that the drafter uses: the target's, unless it has its own."""
+        return table
 
     def draft_logits(
         self, hidden: torch.Tensor, before: torch.LongTensor | None = None

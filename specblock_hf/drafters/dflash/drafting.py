@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.expansion import BlockOutputs, Children, Starts, best_first, children_by_parent
 from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
@@ -77,6 +77,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
 
     objective_class = BlockDiffusionObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
+    has_fixed_rounds = True
 
     @property
     def draft_to_target(self) -> torch.LongTensor:
@@ -115,10 +116,6 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             cache=BlockCache(self.config, batch_size, columns, self.dtype, self.device),
             committed=0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long),
         )
-
-    @property
-    def has_fixed_rounds(self) -> bool:
-        return True
 
     def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
         # The block is written behind the pairs.
@@ -244,18 +241,11 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         modules = [self.fc, self.hidden_norm, self.norm] if scope == "head" else [self]
         return [weight for module in modules for weight in module.parameters()]
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: BlockDiffusionObjective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: BlockDiffusionObjective, progress: float, generator: Any) -> Losses:
         """
         The training objective; see [`block_diffusion_loss`].
 
         Raises:
             `ValueError`: The drafter has a selector, Markov or confidence head, whose training is not known.
         """
-        return block_diffusion_loss(self, batch, objective or BlockDiffusionObjective(), generator)
+        return block_diffusion_loss(self, batch, objective, generator)

@@ -28,6 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
+from ...drafting.pairs import TokenTable
 from ..common.cache import BlockCache, backend_mask
 from ..common.head import DraftHead
 from ..common.path_attention import PathCache
@@ -135,6 +136,11 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
 
     def get_input_embeddings(self) -> None:
         """None: the drafter's own embedding, if there is one, is not the model's input."""
+
+    def own_table(self, table: TokenTable) -> TokenTable:
+        if not self.config.own_embedding:
+            return table
+        return TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `[..., F * d_target]`, in the order of `feature_layers`, to conditions `[..., d]`."""

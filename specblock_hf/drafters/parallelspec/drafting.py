@@ -14,12 +14,13 @@ open: what a mask has in place of features (here a learned vector), and the weig
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ...drafting.pairs import Pairs
 from ...drafting.plan import Limits
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.tree import DraftTree
 from ..common.block import PREFILL_PAIRS, BlockDrafter, BlockState
 from ..common.cache import committed_mask
@@ -58,10 +59,7 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
     """
 
     objective_class = ParallelSpecObjective
-
-    @property
-    def columns_per_pair(self) -> int:
-        return 1  # keys and values of masks are dropped
+    columns_per_pair = 1  # keys and values of masks are dropped
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         before, last = _split(pairs, PREFILL_PAIRS)
@@ -93,16 +91,8 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
         slots = (lengths - 1).clamp_min(0) + steps[:size]
         return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])).unsqueeze(1)
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: ParallelSpecObjective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: ParallelSpecObjective, progress: float, generator: Any) -> Losses:
         """The mean cross-entropy of every slot of every group in the answers; see [`TreeDrafter.loss`]."""
-        objective = objective or ParallelSpecObjective()
         hidden = self.group_states(batch.embeds[:, 1:], self.project_features(batch.features[:, :-1]))
         sums = score_slots(self, batch, hidden, torch.arange(hidden.shape[1], device=hidden.device))
         return {"loss": weighted_loss(sums, objective.slot_decay)} | guesses(sums, self.config.block_size)
