@@ -85,6 +85,10 @@ class StrictPreTrainedModel(HubModel):
     """A [`~transformers.PreTrainedModel`] that refuses a checkpoint which does not fit it tensor by tensor."""
 
     _supports_sdpa = True  # also of networks without attention, which any implementation of it suits
+    _supports_flash_attn = False  # what a row of a tree or block sees takes a mask, which FlashAttention cannot
+
+    def get_input_embeddings(self) -> None:
+        """None: embedded tokens are handed in, if any; an embedding of the drafter's own is not the model's input."""
 
     @classmethod
     def from_pretrained(

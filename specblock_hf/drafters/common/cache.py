@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import rotate_half
 
 from ...devices import on_device
 
@@ -46,6 +48,28 @@ def backend_mask(mask: torch.BoolTensor, implementation: str, dtype: torch.dtype
     if implementation != "eager":
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def masked_or_causal(
+    mask: torch.BoolTensor | None, implementation: str, rows: int, like: torch.Tensor
+) -> torch.Tensor | None:
+    """As [`backend_mask`]; without a mask attention is causal, which the eager backend has to be told."""
+    if mask is None and implementation == "eager":
+        mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=like.device).tril()
+    return None if mask is None else backend_mask(mask, implementation, like.dtype)
+
+
+def keys_and_values(
+    attention: nn.Module,
+    rows: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    norm: Callable[[torch.Tensor], torch.Tensor] = lambda keys: keys,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an attention layer makes of rows `[B, T, d]` that ask for nothing: `[B, heads, T, head_dim]` each."""
+    heads = (*rows.shape[:-1], -1, attention.head_dim)
+    keys = norm(attention.k_proj(rows).view(heads)).transpose(1, 2)
+    cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+    return keys * cos + rotate_half(keys) * sin, attention.v_proj(rows).view(heads).transpose(1, 2)
 
 
 class BlockCache:

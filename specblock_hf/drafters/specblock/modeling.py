@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
-from ..common.cache import BlockCache, GraphCache, OpenBlock, backend_mask
+from ..common.cache import BlockCache, GraphCache, OpenBlock, masked_or_causal
 from ..common.head import DraftHead, MarkovHead
 from .configuration import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .layer import SpecBlockLayer
@@ -76,10 +76,8 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
 
     config_class = SpecBlockConfig
     config: SpecBlockConfig
-    base_model_prefix = ""
     main_input_name = "token_embeds"
     _no_split_modules = ["SpecBlockLayer"]
-    _supports_flash_attn = False  # later blocks need masks that FlashAttention cannot take
 
     def __init__(self, config: SpecBlockConfig):
         super().__init__(config)
@@ -107,9 +105,6 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         super()._init_weights(module)
         if self.config.markov_rank and module is self.markov_head.markov_w2:  # starts as if it were not there
             nn.init.zeros_(module.weight)
-
-    def get_input_embeddings(self) -> None:
-        """None: the token embedding is the target's and is handed in."""
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -197,12 +192,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         size, implementation = self.config.block_size, self.config._attn_implementation
         steps = torch.arange(1, size + 1, device=position_ids.device)
         position_embeddings = self.rotary_emb(token_embeds, (position_ids.unsqueeze(-1) + steps).flatten(1))
-        if attention_mask is None and implementation == "eager":
-            # Without a mask the eager backend lets everybody see everything.
-            everything = torch.ones(rows * size, rows * size, dtype=torch.bool, device=position_ids.device)
-            attention_mask = everything.tril()[None, None]
-        if attention_mask is not None:
-            attention_mask = backend_mask(attention_mask, implementation, token_embeds.dtype)
+        attention_mask = masked_or_causal(attention_mask, implementation, rows * size, token_embeds)
         hidden = self.input_layer(conditions, token_embeds).flatten(1, 2)
         for index in range(len(self.layers)):
             if index > 0 and self.config.layer_shift:
