@@ -45,6 +45,10 @@ BUDGET, CPU_BUDGET = 60, 12
 """Nodes of a tree where nothing else is said: a verified node is almost free on a GPU and costs real time on a CPU."""
 
 
+Scope = Literal["head", "full"]
+"""Of an update: the drafter's head, or all of it."""
+
+
 @dataclass(eq=False)
 class DraftingCall:
     """
@@ -349,6 +353,6 @@ class TreeDrafter(ABC):
         """What `loss` returns, of a kind with an `objective_class`."""
         raise NotImplementedError
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         """The parameters that an update of this scope may change; none for a drafter without weights."""
         return []

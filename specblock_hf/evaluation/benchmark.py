@@ -171,6 +171,7 @@ def answer_row(runs: Sequence[Run]) -> Row:
     return row
 
 
+@dataclass(eq=False)
 class Benchmark:
     """
     Times methods on prompts.
@@ -184,21 +185,12 @@ class Benchmark:
         seed (`int`, *optional*, defaults to 0): Every call starts from it; it matters only for sampling.
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        methods: Sequence[Method],
-        max_new_tokens: int,
-        repeats: int = 1,
-        seed: int = 0,
-    ):
-        self.target = target
-        self.tokenizer = tokenizer
-        self.methods = list(methods)
-        self.max_new_tokens = max_new_tokens
-        self.repeats = repeats
-        self.seed = seed
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    methods: Sequence[Method]
+    max_new_tokens: int
+    repeats: int = 1
+    seed: int = 0
 
     def warm_up(self, units: Sequence[Unit]) -> None:
         """Let every method answer a few tokens at every temperature, so that first-call costs fall on none."""
@@ -227,7 +219,7 @@ class Benchmark:
             runs: dict[str, list[Run]] = {method.name: [] for method in self.methods}
             for repeat in range(self.repeats):
                 first = (turn_of + turn + repeat) % len(self.methods)
-                for method in self.methods[first:] + self.methods[:first]:
+                for method in (*self.methods[first:], *self.methods[:first]):
                     runs[method.name].append(answer(self.target, prompt_ids, method, settings, self.seed))
             answers = {name: made[0].ids for name, made in runs.items()}
             replies.append(self.tokenizer.decode(answers[PLAIN], skip_special_tokens=True))

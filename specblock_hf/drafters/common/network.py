@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...drafting.drafter import CPU_BUDGET, DraftState, TreeDrafter
+from ...drafting.drafter import CPU_BUDGET, DraftState, Scope, TreeDrafter
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...trees.expansion import BlockOutputs, Starts, best_first
@@ -115,7 +115,7 @@ class NetworkDrafter(TreeDrafter):
             for nodes, forwards, starts, *taus in rows
         ]
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         return list((self.lm_head if scope == "head" else self).parameters())
 
     def root_of(self, pairs: Pairs) -> DraftTree:

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...drafting.drafter import Scope
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import Losses, TargetBatch
@@ -236,7 +237,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             inputs = torch.cat([inputs, self.markov_head.markov_w1(before)], dim=-1)
         return self.confidence_head(inputs).sigmoid()
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         """The head is the target's, so the lighter scope is what makes rows of features, and the last norm."""
         modules = [self.fc, self.hidden_norm, self.norm] if scope == "head" else [self]
         return [weight for module in modules for weight in module.parameters()]

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...drafting.drafter import Scope
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import Losses, TargetBatch
@@ -187,7 +188,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         rank_logits = self.rank_logits(normed, best.values[..., : self.config.rank_top_k])
         return BlockOutputs(ids + self.d2t[ids], log_probs, rank_logits.argmax(-1))
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         heads = [self.lm_head, self.rank_head] + ([self.markov_head] if self.config.markov_rank else [])
         modules = heads if scope == "head" else [self]
         return [p for module in modules for p in module.parameters()]
