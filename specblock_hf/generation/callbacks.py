@@ -24,46 +24,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Listeners(DraftingCallback):
+def tell(callbacks: Sequence[DraftingCallback], hook: str, call: DraftingCall, *what: Any) -> None:
     """
-    Tells every callback of a call in the order in which they were added.
+    Tell every callback of a call, in the order in which they were added.
 
     Args:
-        callbacks (sequence of [`DraftingCallback`]): As they are when the call begins.
+        callbacks (sequence of [`DraftingCallback`]): As they were when the call began.
+        hook (`str`): What has happened: the name of the method that hears of it.
+        call ([`DraftingCall`]): The call.
+        *what: What else that method takes.
     """
-
-    def __init__(self, callbacks: Sequence[DraftingCallback]):
-        self.callbacks = callbacks
-
-    def on_generate_begin(self, call: DraftingCall) -> None:
-        self._tell("on_generate_begin", call)
-
-    def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
-        self._tell("on_prompt", call, pairs)
-
-    def on_draft(self, call: DraftingCall, tree: DraftTree) -> None:
-        self._tell("on_draft", call, tree)
-
-    def on_verify(self, call: DraftingCall, tree: DraftTree, scored: Scored) -> None:
-        self._tell("on_verify", call, tree, scored)
-
-    def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
-        self._tell("on_commit", call, tree, scored, walk, pairs)
-
-    def on_generate_end(self, call: DraftingCall) -> None:
-        self._tell("on_generate_end", call)
-
-    def _tell(self, hook: str, call: DraftingCall, *what: Any) -> None:
-        for callback in self.callbacks:
-            if callback.failure is not None:
-                continue
-            try:
-                getattr(callback, hook)(call, *what)
-            except Exception as error:
-                if not callback.optional:
-                    raise
-                call.notes.pop(callback, None)
-                callback.fail(error)
+    for callback in callbacks:
+        if callback.failure is not None:
+            continue
+        try:
+            getattr(callback, hook)(call, *what)
+        except Exception as error:
+            if not callback.optional:
+                raise
+            call.notes.pop(callback, None)
+            callback.fail(error)
 
 
 def call_figures(statistics: GenerationStatistics) -> dict[str, float]:
