@@ -333,12 +333,7 @@ def best_first(
         log_probs=torch.cat((tree.log_probs, made["log_probs"]), dim=1),
         origin=torch.cat((tree.origin, origin), dim=1),
         height=tree.max_depth + depth,
-    ), Starts(
-        node=torch.where(made["parents"] >= 0, nodes, -2),
-        parent_start=made["rows"],
-        slot=made["slots"],
-        tokens=made["tokens"],
-    )
+    ), Starts(torch.where(made["parents"] >= 0, nodes, -2), made["rows"], made["slots"], made["tokens"])
 
 
 def limit_starts(

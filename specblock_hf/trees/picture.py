@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tree import FOUND, Decoder, DraftTree
+from .tree import FOUND, Decoder, DraftTree, children_of
 
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ def place_nodes(parents: Sequence[int], log_probs: Sequence[float]) -> dict[int,
     Returns:
         `dict[int, tuple[int, int]]`: (depth, line) of every node that is not padding.
     """
-    children: dict[int, list[int]] = {node: [] for node, parent in enumerate(parents) if parent >= -1}
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            children[parent].append(node)
+    children = children_of(parents)
     places: dict[int, tuple[int, int]] = {}
     stack, lines = [(0, 0, True)], 0
     while stack:

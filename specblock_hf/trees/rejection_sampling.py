@@ -39,7 +39,7 @@ from typing import Literal, Protocol
 import torch
 
 from .distributions import DraftDistributions
-from .tree import DraftTree
+from .tree import DraftTree, children_of
 from .verification import Select, Stop, Walk
 
 
@@ -63,23 +63,17 @@ class TargetDistributions(Protocol):
         """The token after this node is emitted next; called once per emitted token, in order."""
 
 
-class Coins(Protocol):
-    """Where a rule's randomness comes from."""
+class GlobalCoins:
+    """
+    Where a rule's randomness comes from: the global random generators, as [`~transformers.set_seed`] seeds them.
+    """
 
     def accept(self, probability: float) -> bool:
         """True with this probability, surely for 1."""
-
-    def draw(self, mass: torch.Tensor) -> int:
-        """An index, in proportion to the mass `[V]`."""
-
-
-class GlobalCoins:
-    """The global random generators, as [`~transformers.set_seed`] seeds them."""
-
-    def accept(self, probability: float) -> bool:
         return float(torch.rand((), dtype=torch.float64)) < probability
 
     def draw(self, mass: torch.Tensor) -> int:
+        """An index, in proportion to the mass `[V]`."""
         return int(torch.multinomial(mass, num_samples=1))
 
 
@@ -92,10 +86,10 @@ class SampledVerifier:
     Args:
         target ([`TargetDistributions`]): Of the request.
         rule (`str`): `"token"` or `"block"`, which never keeps fewer tokens of the same tree on average.
-        coins ([`Coins`], *optional*): The rule's randomness; the global generators by default.
+        coins ([`GlobalCoins`], *optional*): The rule's randomness; the global generators by default.
     """
 
-    def __init__(self, target: TargetDistributions, rule: Literal["token", "block"], coins: Coins | None = None):
+    def __init__(self, target: TargetDistributions, rule: Literal["token", "block"], coins: GlobalCoins | None = None):
         self._target = target
         self._rule = rule
         self._coins = coins or GlobalCoins()
@@ -159,7 +153,7 @@ class _RowVerification:
     """One row's tree under verification."""
 
     target: TargetDistributions
-    coins: Coins
+    coins: GlobalCoins
     distributions: DraftDistributions | None
     row: int
     tokens: list[int]
@@ -169,10 +163,7 @@ class _RowVerification:
         self._distribution_of = (
             [-1] * len(self.tokens) if self.distributions is None else self.distributions.rows[self.row].tolist()
         )
-        self._children: dict[int, list[int]] = {}
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                self._children.setdefault(parent, []).append(node)
+        self._children = dict(children_of(self.parents))
 
     def run(self, rule: Literal["token", "block"]) -> tuple[list[int], int]:
         """The nodes from the root to the last accepted one, and the token after that."""

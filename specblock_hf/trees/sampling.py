@@ -24,7 +24,7 @@ import torch
 
 from .distributions import DraftDistributions
 from .expansion import Starts
-from .tree import DraftTree
+from .tree import DraftTree, children_of
 
 
 DraftSampling = Literal["topk", "sampled"]
@@ -169,14 +169,12 @@ def tree_shape(
 
 def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
     """A shape of nodes (parent, sibling, distribution), with the starts that nothing grows from left out."""
-    children: dict[int, list[int]] = {}
-    for node, (parent, _, _) in enumerate(grown):
-        children.setdefault(parent, []).append(node)
+    children = children_of([parent for parent, _, _ in grown])
     # Depth first, first draws first: then an accepted path mostly leaves a cache without holes.
     order, stack = [], [0]
     while stack:
         order.append(stack.pop())
-        stack.extend(sorted(children.get(order[-1], []), key=lambda node: -grown[node][1]))
+        stack.extend(sorted(children[order[-1]], key=lambda node: -grown[node][1]))
     place = {node: index for index, node in enumerate(order)}
 
     forwards = max(distribution[0] for _, _, distribution in grown)
