@@ -133,14 +133,8 @@ def find_drafters(
         OSError: The target's configuration cannot be had.
         ValueError: It describes no model that transformers can build.
     """
-    model, name = _model_and_name(
-        target,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
     index = HubIndex(token, cache_dir, local_files_only)
+    model, name = _model_and_name(target, revision=revision, **index.options)
     lineage = index.lineage(name, revision) if name else []
     if name and os.path.isdir(name) and len(lineage) == 1:
         index.notes.append(f"{name} is a folder that names no model of the Hub; search by the name that it has there.")

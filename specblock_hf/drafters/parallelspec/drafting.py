@@ -131,13 +131,5 @@ def _split(pairs: Pairs, count: int) -> tuple[Pairs | None, Pairs]:
             index = index[..., None].expand(-1, -1, values.shape[-1])
         return values.gather(1, index)
 
-    last = replace(
-        pairs,
-        tokens=taken(pairs.tokens),
-        features=tuple(taken(f) for f in pairs.features),
-        positions=taken(pairs.positions),
-        lengths=pairs.lengths - before,
-        given_embeds=None if pairs.given_embeds is None else taken(pairs.given_embeds),
-        read=None,
-    )
+    last = pairs.each(taken, lengths=pairs.lengths - before, read=None)
     return replace(pairs, lengths=before, read=None), last

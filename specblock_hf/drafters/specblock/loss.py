@@ -167,6 +167,13 @@ def specblock_loss(
     draft_loss = (sums["draft"] / rows * decay).sum()
     plain = objective.rank_loss == "plain"
     rank_loss = (sums["rank"] / (first if plain else sums["rank_weights"].sum(-1, keepdim=True).clamp_min(1e-6))).sum()
+    return weighed(draft_loss, rank_loss, sums, objective)
+
+
+def weighed(
+    draft_loss: torch.Tensor, rank_loss: torch.Tensor, sums: dict[str, torch.Tensor], objective: SpecBlockObjective
+) -> dict[str, torch.Tensor]:
+    """What [`TreeDrafter.loss`] returns, of both losses and the sums of all slots of all blocks."""
     return {
         "loss": draft_loss + objective.rank_weight * rank_loss,
         "draft_loss": draft_loss,
@@ -181,7 +188,7 @@ def first_block(drafter: SpecBlockDrafter, batch: TargetBatch, cache: GraphCache
     """The block that starts at every committed pair."""
     pairs = torch.arange(batch.tokens.shape[1] - 1, device=batch.tokens.device).expand(len(batch.tokens), -1)
     conditions = drafter.project_features(batch.features[:, :-1])
-    opened = drafter.open_block(batch.embeds[:, 1:], conditions, pairs, None, cache)
+    opened = drafter(batch.embeds[:, 1:], conditions, pairs, None, cache, opens=True)
     return TrainingBlock(opened, pairs, 0, pairs < batch.lengths[:, None] - 1)
 
 
@@ -232,7 +239,8 @@ def later_block(
     if earlier_keys:
         earlier = (pairs[:, :, None] > pairs[:, None]) & valid[:, None]
         mask[..., -width * size :] |= earlier.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None]
-    return TrainingBlock(drafter.open_block(embeds, conditions, pairs, mask, cache), pairs, shift, valid, path)
+    opened = drafter(embeds, conditions, pairs, mask, cache, opens=True)
+    return TrainingBlock(opened, pairs, shift, valid, path)
 
 
 def _score_block(
