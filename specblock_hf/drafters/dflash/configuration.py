@@ -90,7 +90,6 @@ class BlockDiffusionConfig(DrafterFields, Qwen3Config):
         method="DFlash",
         key="dflash2026",
         title="DFlash: Block Diffusion for Flash Speculative Decoding",
-        authors="",
         arxiv="2602.06036",
         year=2026,
     )

@@ -42,7 +42,6 @@ class ParallelSpecConfig(DrafterConfig):
         method="ParallelSpec",
         key="parallelspec2024",
         title="ParallelSpec: Parallel Drafter for Efficient Speculative Decoding",
-        authors="",
         arxiv="2410.05589",
         year=2024,
     )
