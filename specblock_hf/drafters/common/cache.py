@@ -104,11 +104,14 @@ class BlockCache:
             width (`int`): Columns `[0, width)` are what the next forward attends to, its own included.
         """
         self.offsets, self.width = offsets, width
-        have = self.keys[0].shape[2]
-        if width > have:
-            room = max(width, 2 * have)
+        if width > self.keys[0].shape[2]:
+            room = self._room(width)
             self.keys = [_grown(k, room) for k in self.keys]
             self.values = [_grown(v, room) for v in self.values]
+
+    def _room(self, width: int) -> int:
+        """Columns to make where so many are needed."""
+        return max(width, 2 * self.keys[0].shape[2])
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch and forget the others."""
@@ -141,11 +144,8 @@ class FixedBlockCache(BlockCache):
         super().__init__(config, batch_size, columns, dtype, device)
         self._own = columns
 
-    def seek(self, offsets: int | torch.LongTensor, width: int) -> None:
-        if width > self.keys[0].shape[2]:
-            self.keys = [_grown(k, width) for k in self.keys]
-            self.values = [_grown(v, width) for v in self.values]
-        super().seek(offsets, width)
+    def _room(self, width: int) -> int:
+        return width
 
     def clear(self) -> None:
         for store in (*self.keys, *self.values):
