@@ -103,9 +103,8 @@ def run(args: argparse.Namespace) -> int:
     table = TokenTable.of(target)
     examples = load_examples(args.data, tokenizer, arguments.max_length)
     train, held_out = split_examples(examples, arguments.held_out)
-    drafter = _make_drafter(args, target, train, held_out, print if main else lambda *values: None).to(
-        accelerator.device
-    )
+    say = print if main else lambda *values: None
+    drafter = _make_drafter(args, target, train, held_out, say).to(accelerator.device)
     drafter.config.chat_template, drafter.config.thinking = PromptStyle.of(tokenizer)
     objective = _objective(drafter, args.objective)
     chosen = [example for example in train if example.greedy or not args.greedy_only]
