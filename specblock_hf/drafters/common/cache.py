@@ -225,6 +225,15 @@ class BlockPath:
     cuts: list[torch.LongTensor] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
 
+    def take(self, rows: torch.LongTensor) -> BlockPath:
+        """The paths of rows `[B, R']`, given as indices into the rows of these."""
+        return BlockPath(
+            self.visible.gather(1, rows),
+            [r.gather(1, rows) for r in self.rows],
+            [c.gather(1, rows) for c in self.cuts],
+            list(self.widths),
+        )
+
     def step(self, rows: torch.LongTensor, slots: torch.LongTensor, width: int) -> BlockPath:
         """
         The paths of rows that start at slots of the block that these paths led to.
@@ -234,12 +243,8 @@ class BlockPath:
             slots (`torch.LongTensor` of shape `[B, R']`): Slot of it where the new row starts.
             width (`int`): Rows of that block.
         """
-        return BlockPath(
-            self.visible.gather(1, rows),
-            [*(before.gather(1, rows) for before in self.rows), rows],
-            [*(before.gather(1, rows) for before in self.cuts), slots + 1],
-            [*self.widths, width],
-        )
+        path = self.take(rows)
+        return BlockPath(path.visible, path.rows + [rows], path.cuts + [slots + 1], path.widths + [width])
 
     def mask(self, first_width: int, size: int) -> torch.BoolTensor:
         """
