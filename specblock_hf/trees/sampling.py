@@ -90,14 +90,6 @@ class Shape:
             depths.append(depths[node.parent] + 1)
         return max(depths)
 
-    def path(self, node: int) -> list[int]:
-        """The nodes from below the root down to a node."""
-        path = []
-        while node > 0:
-            path.append(node)
-            node = self.nodes[node].parent
-        return path[::-1]
-
     def distributions_of(self, forward: int) -> list[int]:
         """The distributions that a forward provides."""
         return [index for index, distribution in enumerate(self.distributions) if distribution[0] == forward]
@@ -177,23 +169,14 @@ def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
         stack.extend(sorted(children[order[-1]], key=lambda node: -grown[node][1]))
     place = {node: index for index, node in enumerate(order)}
 
-    forwards = max(distribution[0] for _, _, distribution in grown)
-    used = sorted({(distribution[0], distribution[1]) for parent, _, distribution in grown if parent >= 0})
+    drawn = {distribution for _, _, distribution in grown[1:]}
+    used = sorted({(forward, row) for forward, row, _ in drawn})
     rows = {key: sum(other[0] == key[0] for other in used[:index]) for index, key in enumerate(used)}
-    distributions = sorted(
-        {
-            (distribution[0], rows[distribution[0], distribution[1]], distribution[2])
-            for parent, _, distribution in grown
-            if parent >= 0
-        }
-    )
-    starts: list[dict[int, int]] = [{} for _ in range(forwards + 1)]
-    nodes = []
-    for node in order:
+    distributions = sorted((forward, rows[forward, row], slot) for forward, row, slot in drawn)
+    starts: list[dict[int, int]] = [{} for _ in range(1 + max((forward for forward, _ in used), default=0))]
+    nodes = [ShapeNode(-1, -1, -1)]
+    for node in order[1:]:
         parent, sibling, (forward, row, slot) = grown[node]
-        if parent < 0:
-            nodes.append(ShapeNode(-1, -1, -1))
-            continue
         nodes.append(ShapeNode(place[parent], sibling, distributions.index((forward, rows[forward, row], slot))))
         if slot == 0:
             starts[forward][rows[forward, row]] = place[parent]
