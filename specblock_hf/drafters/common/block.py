@@ -140,8 +140,6 @@ class BlockDrafter(NetworkDrafter):
     forward returned.
     """
 
-    project_features: Callable[[torch.Tensor], torch.Tensor]
-    own_table: Callable[[TokenTable], TokenTable]
     state_class: type[Any] = BlockState  # what `begin` makes
 
     @property

@@ -4,11 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ...drafting.pairs import TokenTable
 
@@ -43,7 +40,7 @@ class MarkovHead(nn.Module):
         return (self.markov_w2.weight[candidates] @ known.unsqueeze(-1)).squeeze(-1)
 
 
-class DraftHead:
+class DraftHead(nn.Module):
     """
     Mixin of networks that end in `norm` and an `lm_head` over `draft_vocab_size` of the target's tokens.
 
@@ -52,13 +49,6 @@ class DraftHead:
             Buffer of offsets: target id = draft id + d2t[draft id].
         t2d (`torch.BoolTensor` of shape `[vocab_size]`): Buffer: whether a target id is in the draft vocabulary.
     """
-
-    config: PreTrainedConfig
-    norm: nn.Module
-    lm_head: nn.Linear
-    register_buffer: Callable[..., None]
-    d2t: torch.Tensor
-    t2d: torch.Tensor
 
     def register_draft_vocabulary(self) -> None:
         """Add the buffers, at first with the target's first tokens; of the constructor."""

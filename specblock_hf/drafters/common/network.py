@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -51,7 +51,7 @@ def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
         )
 
 
-class NetworkDrafter(TreeDrafter):
+class NetworkDrafter(TreeDrafter, nn.Module):
     """A drafter that names this class before its network, which ends in a head over the draft vocabulary."""
 
     typical_acceptance: Sequence[Sequence[float]] = ()
@@ -59,13 +59,6 @@ class NetworkDrafter(TreeDrafter):
 
     plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (4, 8, 12, 16, 32, 60))
     """Nodes, forwards and starts (0: all) of plans that are the best somewhere, from a slow CPU to a GPU."""
-
-    dtype: torch.dtype
-    device: torch.device
-    lm_head: nn.Linear
-    parameters: Callable[[], Any]
-    best_tokens: Callable[[torch.Tensor, int], tuple[torch.LongTensor, torch.Tensor]]
-    __call__: Callable[..., torch.Tensor]
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -85,7 +78,7 @@ class NetworkDrafter(TreeDrafter):
 
     @drafting_plan.setter
     def drafting_plan(self, plan: DraftingPlan | Literal["auto"] | None) -> None:
-        vars(self)["drafting_plan"] = plan
+        self.__dict__["drafting_plan"] = plan
 
     def check_target(self, target: PreTrainedModel) -> None:
         refuse_other_target(self.config, target)
