@@ -210,7 +210,8 @@ class TokenChoice:
         """
         if self._streamer is not None:
             self._streamer.end()
-        sequences = self._stacked([row.sequence() for row in self._rows])
+        rows, pad = [row.sequence()[0] for row in self._rows], 0 if self._pad is None else int(self._pad)
+        sequences = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         if not self._returns_dict:
             return sequences
         return GenerateDecoderOnlyOutput(
@@ -220,14 +221,6 @@ class TokenChoice:
             **{CACHE: cache},
             **more,
         )
-
-    def _stacked(self, rows: list[torch.LongTensor]) -> torch.LongTensor:
-        """Rows of different lengths `[1, L]` as one tensor, padded on the right."""
-        longest = max(row.shape[1] for row in rows)
-        padding = [
-            row.new_full((1, longest - row.shape[1]), 0 if self._pad is None else int(self._pad)) for row in rows
-        ]
-        return torch.cat([torch.cat((row, pad), dim=1) for row, pad in zip(rows, padding, strict=True)])
 
 
 class _RowChoice:
