@@ -17,15 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...drafting.drafter import DraftState
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import Limits
 from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.tree import DraftTree
 from ..common.network import NetworkDrafter
-from ..common.slot_loss import guesses, score_slots, weighted_loss
+from ..common.slot_loss import slots_loss
 from .modeling import MedusaModel
 
 
@@ -77,5 +75,4 @@ class MedusaDrafter(NetworkDrafter, MedusaModel):
     def _loss(self, batch: TargetBatch, objective: MedusaObjective, progress: float, generator: Any) -> Losses:
         """The mean cross-entropy of every head at every place of the answers; see [`TreeDrafter.loss`]."""
         hidden = self(batch.features[:, :-1])
-        sums = score_slots(self, batch, hidden, torch.arange(hidden.shape[1], device=hidden.device))
-        return {"loss": weighted_loss(sums, objective.head_decay)} | guesses(sums, self.config.block_size)
+        return slots_loss(self, batch, hidden, objective.head_decay)

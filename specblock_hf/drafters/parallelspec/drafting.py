@@ -25,7 +25,7 @@ from ...trees.tree import DraftTree
 from ..common.block import PREFILL_PAIRS, BlockDrafter, BlockState
 from ..common.cache import committed_mask
 from ..common.path_attention import PathCache
-from ..common.slot_loss import guesses, score_slots, weighted_loss
+from ..common.slot_loss import slots_loss
 from .modeling import ParallelSpecModel
 
 
@@ -94,8 +94,7 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
     def _loss(self, batch: TargetBatch, objective: ParallelSpecObjective, progress: float, generator: Any) -> Losses:
         """The mean cross-entropy of every slot of every group in the answers; see [`TreeDrafter.loss`]."""
         hidden = self.group_states(batch.embeds[:, 1:], self.project_features(batch.features[:, :-1]))
-        sums = score_slots(self, batch, hidden, torch.arange(hidden.shape[1], device=hidden.device))
-        return {"loss": weighted_loss(sums, objective.slot_decay)} | guesses(sums, self.config.block_size)
+        return slots_loss(self, batch, hidden, objective.slot_decay)
 
     def group_states(self, embeds: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """
