@@ -134,10 +134,8 @@ class DrafterTrainer:
         self.module.train()
         if self.evaluation_is_missing():
             self.log_evaluation()
-        total, shown = (
-            None if args.max_seconds else self.total_steps,
-            self.accelerator.is_main_process and self.progress,
-        )
+        total = None if args.max_seconds else self.total_steps
+        shown = self.accelerator.is_main_process and self.progress
         with (
             Termination(self.accelerator.num_processes == 1) as termination,
             tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not shown) as bar,

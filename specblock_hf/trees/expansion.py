@@ -19,7 +19,10 @@ from torch import nn
 from .tree import DraftTree
 
 
-Children = Callable[[int, torch.LongTensor, torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
+Best = tuple[torch.Tensor, torch.Tensor]
+"""Ids and log-probs of the likeliest tokens."""
+
+Children = Callable[[int, torch.LongTensor, torch.LongTensor], Best]
 """
 `children(level, rows, tokens)`: target ids and log-probs `[B, F, W]`, best first, below F nodes of a level, given the
 row of
@@ -46,9 +49,7 @@ class BlockOutputs:
     def children(self, width: int) -> Children:
         """The `width` best tokens of every slot, as [`best_first`] asks for them: the same below any token."""
 
-        def children(
-            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
             picked = rows.unsqueeze(-1).expand(-1, -1, width)
             best = (self.tokens[:, :, level, :width], self.log_probs[:, :, level, :width])
             return best[0].gather(1, picked), best[1].gather(1, picked)
@@ -86,7 +87,7 @@ def children_by_parent(
         share = (logits.float().logsumexp(-1) - total).exp()
         rest = total + (1 - share).clamp_min(0).log()
 
-    def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
         index = rows.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
         picked = logits[:, :, level].gather(1, index)
         chosen = None if ids is None else ids[:, :, level].gather(1, index)

@@ -15,7 +15,7 @@ from ...drafting.drafter import Scope
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import Losses, TargetBatch
-from ...trees.expansion import BlockOutputs, Children, Starts, best_first, children_by_parent
+from ...trees.expansion import Best, BlockOutputs, Children, Starts, best_first, children_by_parent
 from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
 from ..common.block import BlockState, FixedBlockState
@@ -208,9 +208,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         count = self.config.selector_top_k
         unary, candidates = block.logits.topk(count, dim=-1)
 
-        def children(
-            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
             gained = self.candidate_selector(block.hidden[:, level], tokens, candidates[:, level])
             best = (unary[:, level].unsqueeze(1) + gained).log_softmax(-1).topk(min(width, count), dim=-1)
             ids = candidates[:, level].unsqueeze(1).expand(-1, tokens.shape[1], -1)
@@ -221,9 +219,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
     def _confident(self, inner: Children, block: Block) -> Children:
         """Nothing below nodes whose children the target will hardly accept."""
 
-        def children(
-            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
             ids, log_probs = inner(level, rows, tokens)
             sure = self.confidence(block.hidden[:, level], tokens) >= self.config.confidence_threshold
             return ids, log_probs.masked_fill(~sure.unsqueeze(-1), -torch.inf)
