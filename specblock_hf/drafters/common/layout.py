@@ -20,6 +20,9 @@ from ...checkpoints.saving import save_folder_whole
 from .configuration import UNRECORDED_LAYER, default_feature_layers
 
 
+Fields = Mapping[str, Any]
+"""What a `config.json` says."""
+
 Tensors = dict[str, torch.Tensor]
 
 _LLAMA_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps")
@@ -65,11 +68,7 @@ class Layout(ABC):
 
     @abstractmethod
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> PreTrainedConfig:
         """
         Our configuration of a checkpoint.
@@ -154,11 +153,7 @@ class UnreadLayout(Layout):
         )
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> PreTrainedConfig:
         raise ValueError(
             f"{name} is a {self.method} drafter, which cannot be run here because {self.lacking}; load another "
