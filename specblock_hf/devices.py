@@ -78,6 +78,12 @@ class PhaseClock:
             seconds[phase] += self._between(first, last)
         return seconds
 
+    def shares(self) -> dict[str, float]:
+        """Share of every phase since the last call of this method."""
+        seconds, self.laps = self.totals(), []
+        total = sum(seconds.values())
+        return {phase: round(lasted / total, 3) for phase, lasted in seconds.items()}
+
     def _between(self, first: Any, last: Any) -> float:
         return first.elapsed_time(last) / 1000 if self.device.type == "cuda" else last - first
 

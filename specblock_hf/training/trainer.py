@@ -28,12 +28,11 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_folder_whole, save_text_whole
 from ..data.examples import Example
-from ..devices import without_cudnn_attention
+from ..devices import PhaseClock, without_cudnn_attention
 from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
-from .clock import StepClock
 from .metrics import merge_outputs, report_of
 from .target_views import TargetView
 from .termination import Terminated, Termination
@@ -101,7 +100,7 @@ class DrafterTrainer:
             drafter.parameters_of("full"), lr=args.learning_rate, betas=args.betas, weight_decay=0.0, fused=True
         )
         self.module, self.optimizer = self.accelerator.prepare(ObjectiveModule(drafter, self.objective), optimizer)
-        self.clock = StepClock(self.accelerator.device)
+        self.clock = PhaseClock(self.accelerator.device)
         self.step = self.tokens_seen = 0
         self.seconds = 0.0
         self.draft_ids = draft_ids_of(drafter, self.table.vocab_size)
