@@ -11,8 +11,7 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,17 +111,6 @@ class DraftRows(DraftingCallback):
         self.rows += states.shape[:-1].numel()
 
 
-@contextmanager
-def forwards_of(module: nn.Module) -> Iterator[Counter]:
-    """Counts `calls` of a module inside a `with` statement."""
-    counter: Counter = Counter()
-    handle = module.register_forward_pre_hook(lambda module, args: counter.update(calls=1))
-    try:
-        yield counter
-    finally:
-        handle.remove()
-
-
 def decoding_settings(temperature: float, max_new_tokens: int) -> dict[str, Any]:
     """
     Greedy at 0, otherwise the whole distribution at that temperature, whatever the target's own configuration cuts
@@ -150,7 +138,8 @@ def answer(
             run = generate()
         return Run(run.ids, run.seconds, method.drafter.last_statistics, rows.per_round)
     if method.kind == "transformers":
-        with forwards_of(target) as forwards:
+        forwards: Counter = Counter()
+        with target.register_forward_pre_hook(lambda module, args: forwards.update(calls=1)):
             run = generate()
         return Run(run.ids, run.seconds, target_calls=forwards["calls"])
     return generate()
@@ -308,8 +297,7 @@ class ResultFolder:
         for name, chosen in plan(setting["plans"].keys()):
             setting["plans"][name] = chosen
             self._save(setting)
-        if not self._setting.exists():
-            self._save(setting)
+        self._save(setting)
         return setting
 
     def _save(self, setting: Mapping[str, Any]) -> None:
