@@ -175,7 +175,7 @@ class Branching:
             widths.add_(bucket >= i, alpha=self.children[i] - self.children[i - 1])
         if self.probability_cuts:
             widths = _cut(widths, best, {0.85: 3, 0.95: 2})
-        if self._can_give_up():
+        if self.children[-1] == 0:  # a slot can give up
             gave_up = bucket == len(self.children) - 1
             if first_block:
                 gave_up[..., 0] = False
@@ -195,15 +195,12 @@ class Branching:
             `torch.BoolTensor` of shape `[B, S]`.
         """
         bucket = outputs.rank_class
-        if not self._can_give_up():
+        if self.children[-1]:
             return torch.ones_like(bucket[..., 0], dtype=torch.bool)
         gave_up = bucket == len(self.children) - 1
         if first_block:
             gave_up &= (bucket > 0).cumsum(dim=-1) == 1
         return ~gave_up.any(dim=-1)
-
-    def _can_give_up(self) -> bool:
-        return self.children[-1] == 0
 
 
 def _cut(widths: torch.LongTensor, log_probs: torch.Tensor, most: dict[float, int]) -> torch.LongTensor:

@@ -307,7 +307,7 @@ def shape_for(budget: int, depth: int, num_forwards: int, max_starts: int | None
             The distributions of the first forward. Only how many tokens they can draw matters.
     """
     # Nobody has that many siblings; without the cap every number of tokens would be a shape of its own.
-    supports = tuple(min(support, budget) for support in supports_of(log_probs))
+    supports = tuple((log_probs > -torch.inf).sum(-1).amax(0).clamp_max(budget).tolist())
     return tree_shape(budget, depth, log_probs.shape[1], num_forwards, max_starts, supports, log_probs.shape[-1])
 
 
@@ -325,8 +325,3 @@ def distributions_of(logits: torch.Tensor, warp: Callable[[torch.Tensor], torch.
     """
     sane = logits.float().nan_to_num(nan=0.0).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
     return warp(sane).log_softmax(-1)
-
-
-def supports_of(log_probs: torch.Tensor) -> tuple[int, ...]:
-    """How many tokens the slots of a forward `[B, K, D]` can draw, in the row of the batch that has most."""
-    return tuple((log_probs > -torch.inf).sum(-1).amax(0).tolist())

@@ -73,10 +73,7 @@ def likely_shape(
                 starts[level] += 1
             if level % block_size or max_starts is None or starts[level] <= max_starts:
                 push(len(found) - 1, 0)
-    return _by_level(found)
-
-
-def _by_level(found: list[tuple[int, int, int]]) -> TreeShape:
+    # Listed level by level.
     order = sorted(range(len(found)), key=lambda node: found[node][2])
     place = {node: index for index, node in enumerate(order)}
     return TreeShape(
