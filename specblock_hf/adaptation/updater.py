@@ -131,11 +131,7 @@ class DrafterUpdater:
         return buffer.draw(self.settings.steps, self.settings.batch_tokens, self.random)
 
     def update(
-        self,
-        scope: Scope,
-        steps: Steps,
-        held: Sequence[Window] = (),
-        table: TokenTable | None = None,
+        self, scope: Scope, steps: Steps, held: Sequence[Window] = (), table: TokenTable | None = None
     ) -> dict[str, float]:
         """
         Train and bring into service. What fails is rolled back: all copies are then what is in service.

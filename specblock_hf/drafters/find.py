@@ -102,7 +102,8 @@ class Findings:
         if self.candidates and self.candidates[0].fits:
             return self.candidates[0]
         nearest = "; ".join(f"{one.name} ({one.misfit.rstrip('.')})" for one in self.candidates[:3])
-        told = [f"the nearest are {nearest}" if nearest else "none is known", *map(_clause, self.notes)]
+        clauses = [note[:1].lower() + note[1:].rstrip(".") for note in self.notes]
+        told = [f"the nearest are {nearest}" if nearest else "none is known", *clauses]
         raise ValueError(
             f"No drafter was found that fits {self.target}: {'; '.join(told)}; train one with `specblock train`, or "
             "pass assistant_model=LookupDrafter(target.config), which needs no training."
@@ -208,7 +209,3 @@ def _with_target(candidate: Candidate, config: PreTrainedConfig, lineage: list[s
     if candidate.trained_for is not None or stated not in lineage:
         return candidate
     return replace(candidate, trained_for=stated, distance=lineage.index(stated))
-
-
-def _clause(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:].rstrip(".")

@@ -24,12 +24,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...drafting.pairs import TokenTable

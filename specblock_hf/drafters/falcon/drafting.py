@@ -27,7 +27,7 @@ from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.static_shape import TreeShape, likely_shape
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
-from ..common.cache import BlockPath
+from ..common.cache import BlockPath, keys_and_values
 from .loss import FalconObjective, falcon_loss
 from .modeling import FalconModel, Memory
 
@@ -111,7 +111,8 @@ class FalconDrafter(BlockDrafter, FalconModel):
         )
         state.cache.seek(offsets, state.longest + count)
         state.forward_rows += len(embeds) * count
-        self.append_keys(states, pairs.positions.to(self.device), state.cache)
+        layer, position_embeddings = self.layers[0], self.rotary_emb(states, pairs.positions.to(self.device))
+        state.cache.update(*keys_and_values(layer.self_attn, layer.input_layernorm(states), position_embeddings), 0)
         state.advance(pairs)
         seen = torch.cat([state.recent, states], dim=1)
         last = lengths[:, None] + torch.arange(self.config.block_size, device=self.device)

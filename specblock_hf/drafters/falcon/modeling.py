@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
 from ...devices import upload
-from ..common.cache import BlockCache, backend_mask, keys_and_values
+from ..common.cache import BlockCache, backend_mask
 from ..common.head import DraftHead
 from .configuration import FalconDrafterConfig
 
@@ -94,19 +94,6 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
         padded, _ = pad_packed_sequence(states, batch_first=True, total_length=inputs.shape[1])
         hidden, cell = (torch.where(some, new[:, unsort], old) for new, old in zip(after, before, strict=True))
         return padded[unsort], (hidden, cell)
-
-    def append_keys(self, states: torch.Tensor, position_ids: torch.LongTensor, cache: BlockCache) -> None:
-        """
-        Write the keys and values of rows into the cache, without attention.
-
-        Args:
-            states (`torch.Tensor` of shape `[B, T, d]`): As `read` returns them.
-            position_ids (`torch.LongTensor` of shape `[B, T]`): Positions i.
-            cache (`BlockCache`): Takes them in.
-        """
-        attention = self.layers[0].self_attn
-        normed = self.layers[0].input_layernorm(states)
-        cache.update(*keys_and_values(attention, normed, self.rotary_emb(states, position_ids)), 0)
 
     def forward(
         self,
