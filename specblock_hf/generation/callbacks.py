@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..drafting.drafter import DraftingCall, DraftingCallback
 
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
     from ..drafting.drafter import TreeDrafter
     from ..drafting.pairs import Pairs, Scored
     from ..drafting.statistics import GenerationStatistics
@@ -119,12 +121,6 @@ class JsonlTrace(DraftingCallback):
         self._file.write(json.dumps(row) + "\n")
 
 
-class Tracker(Protocol):
-    """What a tracker of accelerate offers (`accelerator.get_tracker(...)`)."""
-
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None: ...
-
-
 class TrackerCallback(DraftingCallback):
     """
     Hands the figures of every call to an experiment tracker (TensorBoard, Weights & Biases, ... through accelerate).
@@ -136,7 +132,7 @@ class TrackerCallback(DraftingCallback):
 
     optional = True
 
-    def __init__(self, tracker: Tracker, prefix: str = "drafting/"):
+    def __init__(self, tracker: GeneralTracker, prefix: str = "drafting/"):
         self.tracker = tracker
         self.prefix = prefix
         self.calls = 0
