@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -132,7 +132,7 @@ class Limits:
     enough_found: float = math.inf
     waits: bool = False
 
-    _trims = True  # starts are counted, which asks the device
+    _trims: ClassVar[bool] = True  # starts are counted, which asks the device
 
     def most_starts(self, forward: int) -> int:
         """
@@ -194,7 +194,7 @@ class FixedLimits(Limits):
     nodes_now: torch.Tensor | None = None
     depth_now: torch.Tensor | None = None
 
-    _trims = False
+    _trims: ClassVar[bool] = False
 
     def cut(self, tree: DraftTree) -> DraftTree:
         return tree.cut(self.nodes_now, self.depth_now, max(self.nodes))
