@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,9 +34,12 @@ from specblock_hf.cli.models import add_model_arguments, encode, load_models
 from specblock_hf.data.suites import load_prompts
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.evaluation.benchmark import evenly
-from specblock_hf.evaluation.plan_service import Nature, SimulatedService
 from specblock_hf.planning.controller import PlanController
 from specblock_hf.planning.offers import Choice, Offer, Way
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from plan_service_for_tests import Nature, SimulatedService  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from typing import Any, TypeVar
@@ -44,6 +45,54 @@ def timed(device: torch.device, call: Callable[[], Result]) -> tuple[Result, flo
     result = call()
     synchronize(device)
     return result, time.perf_counter() - start
+
+
+class PhaseClock:
+    """
+    Splits time into phases. On CUDA it is the device's own: marks are events on the stream, and nobody waits for them
+    before `totals` is asked for.
+
+    Args:
+        device (`torch.device`): Whose time it is.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.laps: list[tuple[str, Any, Any]] = []
+        self._last: Any = None
+
+    def start(self) -> None:
+        """Begin the next phase now, whenever the last one ended."""
+        self._last = self._now()
+
+    def lap(self, phase: str) -> None:
+        """Charge `phase` with the time since the last call."""
+        before, self._last = self._last, self._now()
+        self.laps.append((phase, before, self._last))
+
+    def totals(self) -> defaultdict[str, float]:
+        """Seconds of every phase."""
+        synchronize(self.device)
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for phase, first, last in self.laps:
+            seconds[phase] += self._between(first, last)
+        return seconds
+
+    def shares(self) -> dict[str, float]:
+        """Share of every phase since the last call of this method."""
+        seconds, self.laps = self.totals(), []
+        total = sum(seconds.values())
+        return {phase: round(lasted / total, 3) for phase, lasted in seconds.items()}
+
+    def _between(self, first: Any, last: Any) -> float:
+        return first.elapsed_time(last) / 1000 if self.device.type == "cuda" else last - first
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
 def best_device() -> torch.device:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import unified_diff
 from typing import Any
 
 import pytest
@@ -214,87 +213,6 @@ ROWS = [
     ),
     Row("`synced_gpus`", lambda: {"synced_gpus": True}, *["synced_gpus needs the same number of forwards"] * 2),
 ]
-
-
-NOTES = [
-    "- With a continued cache the drafter's context begins with the tokens that this call reads: the",
-    "  states of earlier ones are not in the cache. That may cost accepted tokens, never text. Pass the whole",
-    "  conversation without a cache where acceptance matters more than the prefill.",
-    "- `output_hidden_states` and `output_attentions` keep a copy for every emitted token, as plain decoding",
-    "  does.",
-    "- `num_assistant_tokens` and the other settings of transformers' own assistants say nothing to a tree drafter;",
-    "  `drafter.drafting_plan` and `generation_config.drafting_plan` say how much it drafts.",
-    "- FlexAttention reads the tree's mask as scores to add, so that no block mask is compiled for every shape of",
-    "  tree. It was tried without compiling its kernel, and FlashAttention through a function that computes the",
-    "  same: neither on a GPU.",
-    "- During a call a `DynamicCache` is written in place, with room for up to 256 columns more than it holds;",
-    "  what is handed back is an ordinary one without spare room. A round still rewrites what it shows in sliding",
-    "  layers, and in a batch whose rows accept different lengths.",
-    "- A row of a batch that has stopped costs neither the drafter nor the target anything; one that may emit one",
-    "  more token costs the drafter nothing. Only where the cache is handed back (`return_dict_in_generate`, a",
-    "  cache of one's own) the target goes on computing rows that have stopped, which stay in it.",
-    "- Whatever ends a call (a streamer, criterion, processor, callback or drafter that raises, an interrupt),",
-    "  a cache of one's own goes back to the last committed token: it holds the prompt and a part of what was",
-    "  emitted, and whoever goes on with all that was emitted gets plain decoding's text. The rows of a batch",
-    "  are at different tokens, of which nobody has been shown any, and go back to their prompts",
-    "  (`tests/target/test_cache.py`).",
-    "- A prompt with pictures is read in one forward, whatever `prefill_chunk_size` says.",
-    "- Recurrent layers (those above, and of Zamba2, OLMo-hybrid, Kimi-Linear, the mixtures of Qwen3.5 and",
-    "  LFM2) keep a state that never goes back: what was committed behind it is read again together with the",
-    "  next draft, in the same forward, until all that a forward reads is kept. Where reading again has cost as",
-    "  much as a forward (`tree_budget` tokens) a round goes without drafts. The windows of LFM2's convolutions",
-    "  are cut like keys and values. A cache that is handed back costs up to one forward more; in a batch its",
-    "  states are those after each row's last token, where plain decoding reads padding into the rows that end",
-    "  early (`tests/target/test_recurrent.py`).",
-    "- transformers' Mamba layers bound time steps (`time_step_limit`; Nemotron-H, Zamba2: `time_step_min`)",
-    "  where they read several tokens and not where they read one, so that its own prefill and decoding differ,",
-    "  and drafts may: a warning says so once. It decodes no padded batch of Falcon-H1 in 5.17, and wherever it",
-    "  reads a column of padding alone (`prefill_chunk_size=1`) that changes the states, in which a drafted",
-    "  call follows it.",
-    '- RoPE of the types "dynamic" and "longrope" turns all rows of a forward by the largest position in it. No',
-    '  tree crosses the length at which that begins; beyond it "dynamic" is decoded without drafts. Phi-3 reads',
-    "  a text again from its beginning when it crosses that length, and so does a drafted call (transformers",
-    "  5.17 loses the text instead).",
-    "- Quantisation that scales the activations of a whole forward together (bitsandbytes' int8, dynamic scales",
-    "  per tensor) makes a token's logits depend a little on the drafts beside it: a warning says so once.",
-    "- A drafter may lie on another device than its target (`tests/drafters/test_devices.py`): that nothing is",
-    "  computed across devices is checked with fake tensors, and the text only where there is a GPU.",
-]
-
-
-def render(sections: dict[str, dict[str, tuple[str, str, str]]]) -> str:
-    lines = [
-        "# What `generate(assistant_model=drafter)` accepts",
-        "",
-        "Written by `pytest tests/generation/test_generate_matrix.py --write-docs` and checked without it: every",
-        "row is compared with plain `generate()` on tiny random targets in fp32, with a drafter that knows the",
-        "answer and with one that knows nothing. *exact*: the very tokens of plain decoding (sampling: under the",
-        "same seed). *exact in distribution*: each token follows the target's, but a seed gives other tokens than it",
-        "gives plain sampling. Anything else is the sentence of the refusal. (Distributions are enumerated in",
-        "`tests/generation/test_sampled_calls.py` and `tests/generation/test_batches.py`; combinations of options",
-        "are drawn in `tests/generation/test_generate_fuzz.py`.)",
-    ]
-    for title, rows in sections.items():
-        lines += ["", f"## {title}", "", "| | one prompt | padded batch | test |", "|---|---|---|---|"]
-        lines += table_rows(rows)
-    lines += ["", "## Notes", "", *NOTES]
-    return "\n".join(lines) + "\n"
-
-
-def table_rows(rows: dict[str, tuple[str, str, str]]) -> list[str]:
-    def line(name: str, one: str, several: str, test: str) -> str:
-        same = several == one and one not in (EXACT, DISTRIBUTION)
-        return f"| {name} | {one} | {'the same' if same else several} | `{test}` |"
-
-    return [line(name, *row) for name, row in rows.items()]
-
-
-def outdated(page: str, sections: dict[str, dict[str, tuple[str, str, str]]], whole: bool) -> list[str]:
-    """How a page differs from what was found, line by line; after some of the tests, which of their rows it lacks."""
-    if whole:
-        return list(unified_diff(page.splitlines(), render(sections).splitlines(), "page", "tests", n=0, lineterm=""))
-    found = [line for rows in sections.values() for line in table_rows(rows)]
-    return [f"+{line}" for line in found if line not in page.splitlines()]
 
 
 def same_text(target, batch: dict, make: Callable[[], dict]) -> torch.Tensor:

@@ -72,7 +72,7 @@ class ToyModel:
             return torch.stack([self.draft_distribution((), slot) for _, _, slot in distributions]).expand(
                 batch, -1, -1
             )
-        paths = [shape.path(node) for node in shape.starts[forward]]
+        paths = [path_in(shape, node) for node in shape.starts[forward]]
         rows = [
             [
                 self.draft_distribution(tuple(tokens[node] for node in paths[row]), slot)
@@ -124,6 +124,15 @@ class EveryDraw:
             chance = torch.where(total > 0, distribution.gather(1, draw)[:, 0] / total, 1 / distribution.shape[-1])
             self.mass *= chance
             distribution = distribution.scatter(1, draw, 0.0)
+
+
+def path_in(shape: Shape, node: int) -> list[int]:
+    """The nodes of a shape from below the root down to a node."""
+    path = []
+    while node > 0:
+        path.append(node)
+        node = shape.nodes[node].parent
+    return path[::-1]
 
 
 def row_of(tree: DraftTree, row: int) -> DraftTree:

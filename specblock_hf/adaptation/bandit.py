@@ -54,6 +54,7 @@ class Decision:
         return asdict(self)
 
 
+@dataclass(kw_only=True, eq=False)
 class AdaptationBandit:
     """
     Chooses among skip, head and full after every query. The value of an action is a moving average of the reward that
@@ -81,37 +82,30 @@ class AdaptationBandit:
         ValueError: A constant out of its range.
     """
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.2,
-        min_signal: float = 0.5,
-        warmup: int = 4,
-        cold_start: int = 32,
-        epsilon: tuple[float, float] = (1.0, 0.02),
-        interval: int = 4,
-        cooldown: int = 3,
-        seed: int = 0,
-    ):
-        if not 0 < beta <= 1 or not all(0 <= chance <= 1 for chance in epsilon):
-            raise ValueError(f"beta is {beta} and epsilon {epsilon}; beta lies in (0, 1] and chances lie in [0, 1].")
-        if interval < 1 or min(warmup, cold_start, cooldown) < 0 or min_signal < 0:
+    beta: float = 0.2
+    min_signal: float = 0.5
+    warmup: int = 4
+    cold_start: int = 32
+    epsilon: tuple[float, float] = (1.0, 0.02)
+    interval: int = 4
+    cooldown: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta <= 1 or not all(0 <= chance <= 1 for chance in self.epsilon):
             raise ValueError(
-                f"interval is {interval}, warmup {warmup}, cold_start {cold_start}, cooldown {cooldown} and "
-                f"min_signal {min_signal}; an interval has at least one query and nothing else is negative."
+                f"beta is {self.beta} and epsilon {self.epsilon}; beta lies in (0, 1] and chances lie in [0, 1]."
             )
-        self.beta = beta
-        self.min_signal = min_signal
-        self.warmup = warmup
-        self.cold_start = cold_start
-        self.epsilon = epsilon
-        self.interval = interval
-        self.cooldown = cooldown
-        self.random = random.Random(seed)
-        self.queries = 0
-        self.events = 0
+        if self.interval < 1 or min(self.warmup, self.cold_start, self.cooldown) < 0 or self.min_signal < 0:
+            raise ValueError(
+                f"interval is {self.interval}, warmup {self.warmup}, cold_start {self.cold_start}, cooldown "
+                f"{self.cooldown} and min_signal {self.min_signal}; an interval has at least one query and nothing "
+                "else is negative."
+            )
+        self.random = random.Random(self.seed)
+        self.queries = self.events = 0
         self.reset()
-        self._recent: deque[tuple[int, float]] = deque(maxlen=interval)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=self.interval)
 
     def reset(self) -> None:
         """Forget the values, and the update that is being measured."""

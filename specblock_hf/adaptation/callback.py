@@ -11,13 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
 
 from ..checkpoints.saving import save_file_whole
-from ..drafting.drafter import DrafterLock, DraftingCall, DraftingCallback, TreeDrafter
+from ..drafting.drafter import DrafterLock, DraftingCall, DraftingCallback, Scope, TreeDrafter
 from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..trees.tree import DraftTree
 from ..trees.verification import Walk
@@ -25,7 +25,7 @@ from .bandit import Action, AdaptationBandit, Decision
 from .monitor import FallMonitor
 from .state import refuse_unsound_state
 from .updater import DrafterUpdater, UpdateSettings
-from .windows import CallRecorder, Window, WindowBuffer
+from .windows import CallRecorder, WindowBuffer
 
 
 Policy = Literal["bandit", "always", "never"]
@@ -57,6 +57,7 @@ class AdaptationEvent:
     drift: float | None = None
 
 
+@dataclass(eq=False, repr=False)
 class OnlineAdaptationCallback(DraftingCallback):
     """
     Updates a drafter from the verifier's feedback while it serves, where that is expected to pay
@@ -106,45 +107,35 @@ class OnlineAdaptationCallback(DraftingCallback):
 
     optional = True
 
-    def __init__(
-        self,
-        policy: Policy = "bandit",
-        *,
-        bandit: AdaptationBandit | None = None,
-        settings: UpdateSettings | None = None,
-        every: int = 8,
-        fresh_tokens: int = 192,
-        buffer_bytes: int = 64 * 2**20,
-        window_tokens: int = 512,
-        top_k: int = 32,
-        background: bool = True,
-        device: torch.device | str | None = None,
-        monitor: FallMonitor | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        if policy not in ("bandit", "always", "never"):
-            raise ValueError(f"there is no policy {policy!r}; choose bandit, always or never.")
-        if min(every, buffer_bytes, window_tokens, top_k) < 1 or fresh_tokens < 0:
+    policy: Policy = "bandit"
+    _: KW_ONLY
+    bandit: AdaptationBandit | None = None
+    settings: UpdateSettings | None = None
+    every: int = 8
+    fresh_tokens: int = 192
+    buffer_bytes: int = 64 * 2**20
+    window_tokens: int = 512
+    top_k: int = 32
+    background: bool = True
+    device: torch.device | str | None = None
+    monitor: FallMonitor | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("bandit", "always", "never"):
+            raise ValueError(f"there is no policy {self.policy!r}; choose bandit, always or never.")
+        if min(self.every, self.buffer_bytes, self.window_tokens, self.top_k) < 1 or self.fresh_tokens < 0:
             raise ValueError(
-                f"every is {every}, buffer_bytes {buffer_bytes}, window_tokens {window_tokens}, top_k {top_k} and "
-                f"fresh_tokens {fresh_tokens}; give at least 1 (fresh_tokens: 0) of each."
+                f"every is {self.every}, buffer_bytes {self.buffer_bytes}, window_tokens {self.window_tokens}, top_k "
+                f"{self.top_k} and fresh_tokens {self.fresh_tokens}; give at least 1 (fresh_tokens: 0) of each."
             )
-        self.policy = policy
-        self.bandit = bandit or AdaptationBandit()
-        self.settings = settings or UpdateSettings()
-        self.every = every
-        self.fresh_tokens = fresh_tokens
-        self.window_tokens = window_tokens
-        self.top_k = top_k
-        self.background = background
-        self.device = device
-        self.monitor = monitor or FallMonitor()
-        self.clock = clock
-        self.buffer = WindowBuffer(buffer_bytes)
+        self.bandit = self.bandit or AdaptationBandit()
+        self.settings = self.settings or UpdateSettings()
+        self.monitor = self.monitor or FallMonitor()
+        self.buffer = WindowBuffer(self.buffer_bytes)
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.events: deque[AdaptationEvent] = deque(maxlen=KEPT_DECISIONS)
-        self.queries = 0
-        self.updates = 0
+        self.queries = self.updates = 0
         self._updater: DrafterUpdater | None = None
         self._good: list[torch.Tensor] = []
         self._candidate: list[torch.Tensor] | None = None
@@ -351,28 +342,20 @@ class OnlineAdaptationCallback(DraftingCallback):
         # In service when the next interval begins; good if that interval holds.
         self._candidate = self.updater.snapshot() if self.updates else None
 
-    def _start(self, scope: Literal["head", "full"], table: TokenTable) -> None:
-        query, steps, held = self.queries, self.updater.draw(self.buffer), self.buffer.newest(1)
+    def _start(self, scope: Scope, table: TokenTable) -> None:
+        query, work = self.queries, (scope, self.updater.draw(self.buffer), self.buffer.newest(1), table)
         if self._executor is None:
             began = self.clock()
-            self._update(scope, steps, held, table, query, None)
+            self._update(query, work, None)
             self._unpaid = self.clock() - began
             return
         device, ready = self.updater.device, None
         if device.type == "cuda":
             ready = torch.cuda.current_stream(device).record_event()
-        self._pending = self._executor.submit(self._update, scope, steps, held, table, query, ready)
+        self._pending = self._executor.submit(self._update, query, work, ready)
 
-    def _update(
-        self,
-        scope: Literal["head", "full"],
-        steps: list[list[Window]],
-        held: list[Window],
-        table: TokenTable,
-        query: int,
-        ready: torch.cuda.Event | None,
-    ) -> None:
-        """One update from buffer to service. A failure ends the adaptation and nothing else."""
+    def _update(self, query: int, work: tuple[Scope, Any, Any, TokenTable], ready: torch.cuda.Event | None) -> None:
+        """One update from buffer to service, `work` being its arguments. A failure ends the adaptation alone."""
         updater, began = self.updater, time.perf_counter()
         stream: Any = nullcontext()
         try:
@@ -381,10 +364,10 @@ class OnlineAdaptationCallback(DraftingCallback):
                 side.wait_event(ready)
                 stream = torch.cuda.stream(side)
             with stream:
-                numbers = updater.update(scope, steps, held, table)
+                numbers = updater.update(*work)
         except Exception as error:
-            self.events.append(AdaptationEvent("failed", query, scope))
+            self.events.append(AdaptationEvent("failed", query, work[0]))
             self.fail(error)
             return
         self.updates += 1
-        self.events.append(AdaptationEvent("updated", query, scope, time.perf_counter() - began, **numbers))
+        self.events.append(AdaptationEvent("updated", query, work[0], time.perf_counter() - began, **numbers))

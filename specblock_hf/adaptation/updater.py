@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,13 +21,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..checkpoints.loading import unsound
 from ..devices import synchronize, without_cudnn_attention
-from ..drafting.drafter import TreeDrafter
+from ..drafting.drafter import Scope, TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
 from ..training.batches import draft_ids_of
 from .state import differences, refuse_unsound_state
 from .windows import Window, WindowBuffer, collate
 
+
+Steps = Sequence[Sequence[Window]]
+"""The windows of every step of an update."""
 
 DRIFT_ROWS = 256  # predictions of a text on which the drift is estimated: each is a row over the draft vocabulary
 
@@ -128,11 +131,7 @@ class DrafterUpdater:
         return buffer.draw(self.settings.steps, self.settings.batch_tokens, self.random)
 
     def update(
-        self,
-        scope: Literal["head", "full"],
-        steps: Sequence[Sequence[Window]],
-        held: Sequence[Window] = (),
-        table: TokenTable | None = None,
+        self, scope: Scope, steps: Steps, held: Sequence[Window] = (), table: TokenTable | None = None
     ) -> dict[str, float]:
         """
         Train and bring into service. What fails is rolled back: all copies are then what is in service.
@@ -160,9 +159,7 @@ class DrafterUpdater:
         return numbers
 
     @without_cudnn_attention
-    def train(
-        self, scope: Literal["head", "full"], steps: Sequence[Sequence[Window]], table: TokenTable | None = None
-    ) -> dict[str, float]:
+    def train(self, scope: Scope, steps: Steps, table: TokenTable | None = None) -> dict[str, float]:
         """
         Train the second copy for one update; the first one is not touched.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..drafting.target_batch import TargetBatch
@@ -256,22 +257,23 @@ def collate(
         dtype (`torch.dtype`): Of embeddings and features.
         table ([`TokenTable`], *optional*): The target's, for drafters that predict with its head.
     """
-    lengths = torch.tensor([len(window) + 1 for window in windows])
-    shape = (len(windows), int(lengths.max()))
-    first, device = windows[0], draft_ids.device
-    tokens = torch.zeros(shape, dtype=torch.long, device=device)
-    embeds = torch.zeros(*shape, first.embeds.shape[-1], dtype=dtype, device=device)
-    features = torch.zeros(*shape, first.features.shape[-1], dtype=dtype, device=device)
-    top_ids = torch.full((*shape, first.top_ids.shape[-1]), -1, device=device)
-    top_probs = torch.zeros(*shape, first.top_ids.shape[-1], device=device)
-    scored = torch.zeros(shape, dtype=torch.bool, device=device)
-    for row, window in enumerate(windows):
-        pairs = len(window)
-        tokens[row, 1 : pairs + 1] = window.tokens.clamp_min(0)
-        embeds[row, 1 : pairs + 1] = window.embeds
-        features[row, :pairs] = window.features
-        ids = window.top_ids.to(device)
-        top_ids[row, 1 : pairs + 1] = torch.where(ids >= 0, draft_ids[ids.clamp_min(0)], -1)
-        top_probs[row, 1 : pairs + 1] = window.top_probs
-        scored[row, 1 : pairs + 1] = ids[:, 0] >= 0
-    return TargetBatch(tokens, embeds, features, lengths.to(device), top_ids, top_probs, scored, table)
+    device = draft_ids.device
+
+    def laid_out(name: str, pairs_first: int, fill: float = 0) -> torch.Tensor:
+        """What windows say of their pairs as `[B, T, ...]`, the first pair at this place."""
+        parts = [vars(window)[name].to(device) for window in windows]
+        ends = (0, 0) * (parts[0].ndim - 1) + (pairs_first, 1 - pairs_first)
+        rows = [nn.functional.pad(part, ends, value=fill) for part in parts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+    ids = laid_out("top_ids", 1, -1)
+    return TargetBatch(
+        tokens=laid_out("tokens", 1).clamp_min(0),
+        embeds=laid_out("embeds", 1).to(dtype),
+        features=laid_out("features", 0).to(dtype),
+        lengths=torch.tensor([len(window) + 1 for window in windows], device=device),
+        top_ids=torch.where(ids >= 0, draft_ids[ids.clamp_min(0)], -1),
+        top_probs=laid_out("top_probs", 1),
+        scored=ids[..., 0] >= 0,
+        table=table,
+    )

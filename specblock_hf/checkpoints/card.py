@@ -70,9 +70,9 @@ class Paper(NamedTuple):
     method: str
     key: str
     title: str
-    authors: str
     arxiv: str
     year: int
+    authors: str = ""
 
 
 def hub_id(name: str | None) -> str | None:

@@ -61,15 +61,6 @@ class CheckedConfig:
     attends = True
     """Whether the network has attention heads, whose geometry matters."""
 
-    # Of the class that names this one.
-    feature_layers: list[int]
-    target_num_layers: int | None
-    acceptance: list[list[float]] | None
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_parameters: Any
-
     def __post_init__(self, **kwargs):
         self._check_bounds()
         super().__post_init__(**kwargs)
@@ -117,7 +108,7 @@ class CheckedConfig:
             if name in given and not isinstance(given[name], str):
                 raise ValueError(f"{name} is {_shown(given[name])}; give a text, or leave it out.")
 
-    def _check_layers_read(self) -> None:
+    def _check_layers_read(self: Any) -> None:
         layers, depth = self.feature_layers, self.target_num_layers
         # -1 stands for all or for none of them.
         if (min(layers) < 0 < 1 + max(layers)) or (depth is not None and max(layers) > depth):
@@ -126,7 +117,7 @@ class CheckedConfig:
                 f"{'its number of layers' if depth is None else depth}, or give -1 for all of them."
             )
 
-    def _check_acceptance(self) -> None:
+    def _check_acceptance(self: Any) -> None:
         for row in self.acceptance or ():
             whole = _is_list(row, float, float("-inf"), float("inf"), nan=True) and _is_list(row[:3], int, 0, 2**16)
             if not whole or len(row) not in (4, 5) or row[1] < 1:
@@ -135,7 +126,7 @@ class CheckedConfig:
                     "lengths, or leave the table out."
                 )
 
-    def _check_attention(self) -> None:
+    def _check_attention(self: Any) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups or self.head_dim % 2 or not self.head_dim:
             raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Listed:
         return cls(info.id, info.downloads or 0, bits // 8 or None, licences[0] if licences else None)
 
 
+@dataclass
 class HubIndex:
     """
     The Hub as an index. After the first time that it does not answer, the cache has to do.
@@ -65,21 +66,19 @@ class HubIndex:
         notes (`list[str]`): What could not be asked and why, as sentences.
     """
 
-    def __init__(
-        self,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-    ):
-        self.notes: list[str] = []
-        self._api = HfApi(token=token)
-        self._token, self._cache_dir = token, cache_dir
-        self._is_asked = not (local_files_only or is_offline_mode())
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike | None = None
+    local_files_only: bool = False
+    notes: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._api = HfApi(token=self.token)
+        self._is_asked = not (self.local_files_only or is_offline_mode())
 
     @property
     def options(self) -> dict[str, Any]:
         """For [`DrafterFiles`]."""
-        asked = {"token": self._token, "cache_dir": self._cache_dir}
+        asked = {"token": self.token, "cache_dir": self.cache_dir}
         return asked | {"local_files_only": True} if not self._is_asked else asked
 
     def lineage(self, name: str, revision: str | None = None) -> list[str]:
@@ -118,7 +117,7 @@ class HubIndex:
 
     def cached(self) -> Iterator[str]:
         """Repositories in the cache, where nobody else is asked."""
-        folder = None if self._cache_dir is None else os.fspath(self._cache_dir)
+        folder = None if self.cache_dir is None else os.fspath(self.cache_dir)
         try:
             found = frozenset() if self._is_asked else scan_cache_dir(folder).repos
         except CacheNotFound:

@@ -8,7 +8,7 @@ what was downloaded must be what was uploaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from typing import Any, cast
 
@@ -22,32 +22,6 @@ from .hub import HubModel
 
 LARGEST_WEIGHT = 1e6
 """No trained weight comes near it, and half precision ends far below."""
-
-
-def refuse_misfits(name: object, kind: str, missing: Iterable, unexpected: Iterable, misshapen: Iterable) -> None:
-    """
-    Args:
-        name (`str` or `os.PathLike`): The checkpoint.
-        kind (`str`): The class that it should fill.
-        missing, unexpected, misshapen (iterable of `str` or of tuples that start with one): Names of tensors.
-
-    Raises:
-        ValueError: If any is given; the message names all.
-    """
-    problems = [
-        f"{what} {', '.join(sorted(names))}"
-        for what, names in (
-            ("missing", [str(key) for key in missing]),
-            ("unexpected", [str(key) for key in unexpected]),
-            ("misshapen", [str(key) for key in misshapen]),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"{name} is not a complete {kind} checkpoint: {'; '.join(problems)}. Download it again, or convert it "
-            "with `specblock convert` if it has another layout."
-        )
 
 
 def refuse_vocabulary(name: object, config: PreTrainedConfig, d2t: torch.Tensor, t2d: torch.Tensor) -> None:
@@ -85,6 +59,10 @@ class StrictPreTrainedModel(HubModel):
     """A [`~transformers.PreTrainedModel`] that refuses a checkpoint which does not fit it tensor by tensor."""
 
     _supports_sdpa = True  # also of networks without attention, which any implementation of it suits
+    _supports_flash_attn = False  # what a row of a tree or block sees takes a mask, which FlashAttention cannot
+
+    def get_input_embeddings(self) -> None:
+        """None: embedded tokens are handed in, if any; an embedding of the drafter's own is not the model's input."""
 
     @classmethod
     def from_pretrained(
@@ -166,8 +144,17 @@ class StrictPreTrainedModel(HubModel):
     def _refuse_misfits(cls, name: object, config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
         with refusing_misfits(name), torch.device("meta"):
             wanted = {key: tuple(value.shape) for key, value in cls(copy(config)).state_dict().items()}
-        misshapen = [key for key in wanted.keys() & shapes.keys() if shapes[key] != wanted[key]]
-        refuse_misfits(name, cls.__name__, wanted.keys() - shapes.keys(), shapes.keys() - wanted.keys(), misshapen)
+        wrong = {
+            "missing": wanted.keys() - shapes.keys(),
+            "unexpected": shapes.keys() - wanted.keys(),
+            "misshapen": {key for key in wanted.keys() & shapes.keys() if shapes[key] != wanted[key]},
+        }
+        problems = [f"{what} {', '.join(sorted(names))}" for what, names in wrong.items() if names]
+        if problems:
+            raise ValueError(
+                f"{name} is not a complete {cls.__name__} checkpoint: {'; '.join(problems)}. Download it again, or "
+                "convert it with `specblock convert` if it has another layout."
+            )
 
     def _initialize_missing_keys(self, *args, **kwargs) -> None:
         # The loader marks what it has filled; whatever it has not must not pass for a trained weight.

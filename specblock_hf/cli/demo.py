@@ -234,15 +234,11 @@ def report(comparisons: list[Comparison]) -> list[str]:
 
 def pool(parts: list[GenerationStatistics]) -> GenerationStatistics:
     """Several calls as if they were one; without a first round."""
-    return GenerationStatistics(
-        rounds=sum(part.rounds for part in parts),
-        emitted=sum(part.emitted for part in parts),
-        accepted=[kept for part in parts for kept in part.accepted],
-        cut=[cut for part in parts for cut in part.cut],
-        draft_seconds=sum(part.draft_seconds for part in parts),
-        verify_seconds=sum(part.verify_seconds for part in parts),
-        host_seconds=sum(part.host_seconds for part in parts),
-    )
+    pooled = GenerationStatistics()
+    for part in parts:
+        for name in ("rounds", "emitted", "accepted", "cut", "draft_seconds", "verify_seconds", "host_seconds"):
+            vars(pooled)[name] += vars(part)[name]
+    return pooled
 
 
 def total_rate(answers: list[Answer]) -> float:

@@ -75,14 +75,13 @@ def describe_findings(findings: Findings) -> list[str]:
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
-    for one in findings.candidates:
-        reasons = [one.misfit] if one.misfit else []
-        lines += [line for reason in reasons for line in _wrapped(f"{one.name}: {reason}")]
-    lines += [line for note in findings.notes for line in _wrapped(note)]
+    reasons = [f"{one.name}: {one.misfit}" for one in findings.candidates if one.misfit]
+    lines += [line for text in (*reasons, *findings.notes) for line in _wrapped(text)]
     try:
         best = findings.best()
     except ValueError as error:
-        return [*lines, *([] if findings.candidates else [str(error)]), *_way_out(findings)]
+        way_out = "No drafter fits; LookupDrafter(target.config) needs no training."
+        return [*lines, way_out if findings.candidates else str(error)]
     return [*lines, f'drafter = AutoDrafter.from_pretrained("{best.name}", target=target)']
 
 
@@ -97,10 +96,6 @@ def _cells(one: Candidate) -> tuple[str, ...]:
         f"{one.listed.downloads:,}" if one.listed else "-",
         f"{stated.tau:g} tokens a round ({stated.setting}; {stated.source}, {stated.date})" if stated else "-",
     )
-
-
-def _way_out(findings: Findings) -> list[str]:
-    return ["No drafter fits; LookupDrafter(target.config) needs no training."] if findings.candidates else []
 
 
 def _wrapped(text: str) -> list[str]:

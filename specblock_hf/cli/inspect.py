@@ -64,10 +64,8 @@ def describe(drafter: StrictPreTrainedModel, layout: str) -> list[str]:
         `list[str]`: The lines to print.
     """
     config = drafter.config
-    parameters, size = (
-        sum(count(weight) for weight in drafter.parameters())
-        for count in (torch.Tensor.numel, lambda weight: weight.numel() * weight.element_size())
-    )
+    parameters = sum(weight.numel() for weight in drafter.parameters())
+    size = sum(weight.nbytes for weight in drafter.parameters())
     layers = ", ".join(map(str, config.feature_layers))
     if UNRECORDED_LAYER in config.feature_layers:
         layers = "not recorded: 2, N // 2 and N - 3 of the target's N layers"

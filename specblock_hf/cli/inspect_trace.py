@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             traced = trace_there(target, drafter, first, **settings)
         if args.html and not panels:
-            save_page(
-                args.html, trace_page(target, tokenizer, drafter, prompt_ids, f"{drafter.label}, {name}", **settings)
-            )
+            page = trace_page(target, tokenizer, drafter, prompt_ids, f"{drafter.label}, {name}", **settings)
+            Path(args.html).parent.mkdir(parents=True, exist_ok=True)
+            save_text_whole(args.html, page)
         panels.append(TreePanel(f"{drafter.label}, {name}", traced.tree, traced.accepted))
         print(f"{'' if len(panels) == 1 else chr(10)}{describe(drafter, name, traced, tokenizer)}")
     if args.html:
@@ -81,12 +81,6 @@ def run(args: argparse.Namespace) -> int:
         save_trees(picture, panels, tokenizer)
         print(f"drawn: {picture}")
     return 0
-
-
-def save_page(path: str, page: str) -> None:
-    """Write it whole; its folder is made if absent."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_text_whole(Path(path), page)
 
 
 def describe(drafter: TreeDrafter, name: str, traced: TracedRound, tokenizer) -> str:

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     else:
         recorded = _read(Path(args.folder) / TRAINING) if (Path(args.folder) / TRAINING).is_file() else {}
         if args.training:
-            recorded |= {"training": _published(_read(args.training))}
+            # As a card may show hyperparameters: of paths the last component.
+            read = _read(args.training).items()
+            recorded["training"] = {name: published(said) if isinstance(said, str) else said for name, said in read}
         facts = CardFacts(
             license=args.license,
             language=tuple(args.language),
@@ -84,11 +86,6 @@ def preview(files: Mapping[str, Path | bytes], repo: str) -> list[str]:
     width = max(map(len, sizes))
     listing = [f"{name:{width}}  {size:>13,} bytes" for name, size in sorted(sizes.items())]
     return [text, "", f"Nothing was uploaded. {repo} would get:", *listing]
-
-
-def _published(training: dict[str, Any]) -> dict[str, Any]:
-    """Hyperparameters as a card may show them: of paths the last component."""
-    return {name: published(value) if isinstance(value, str) else value for name, value in training.items()}
 
 
 def _read(path: str | Path) -> dict[str, Any]:

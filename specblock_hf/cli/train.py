@@ -29,6 +29,7 @@ from ..drafters.common.head import DraftHead
 from ..drafters.common.registry import trainable_drafters
 from ..drafters.joined import JoinedDrafter
 from ..drafters.lookup import LookupDrafter
+from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
 from ..evaluation.held_out import held_out_rates
@@ -98,33 +99,24 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
     torch.manual_seed(arguments.seed)
-    target, tokenizer = _load_target(args, arguments, accelerator)
+    target, tokenizer = _load_target(args, accelerator)
     table = TokenTable.of(target)
     examples = load_examples(args.data, tokenizer, arguments.max_length)
     train, held_out = split_examples(examples, arguments.held_out)
-    drafter = _make_drafter(args, target, train, held_out, print if main else _silent).to(accelerator.device)
+    say = print if main else lambda *values: None
+    drafter = _make_drafter(args, target, train, held_out, say).to(accelerator.device)
     drafter.config.chat_template, drafter.config.thinking = PromptStyle.of(tokenizer)
     objective = _objective(drafter, args.objective)
     chosen = [example for example in train if example.greedy or not args.greedy_only]
-    views = _views(args.views, chosen, target, drafter.feature_layers, accelerator, not args.quiet)
+    views = _views(args, chosen, target, drafter.feature_layers, accelerator)
     measured = _measured(args, held_out, target, drafter) if main else None
-    evaluate = _evaluation(args, arguments, table, objective, measured) if measured else None
+    evaluate = _evaluation(args, objective, measured) if measured else None
     if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
     trainer = DrafterTrainer(
-        drafter,
-        table,
-        chosen,
-        views,
-        arguments,
-        evaluate,
-        objective,
-        accelerator,
-        progress=not args.quiet,
+        drafter, table, chosen, views, arguments, evaluate, objective, accelerator, progress=not args.quiet
     )
-    rehearsal = rehearse(
-        trainer, target, *(_expected(arguments, drafter, table, target, measured) if measured else ())
-    )
+    rehearsal = rehearse(trainer, target, *(_expected(args, drafter, target, measured) if measured else ()))
     if main:
         batches = batches_of_epoch(trainer.examples, arguments.batch_tokens, arguments.seed, 0)
         print(f"padding: {padding_share(trainer.examples, batches):.1%} of the batches' places")
@@ -137,28 +129,22 @@ def run(args: argparse.Namespace) -> int:
     trained = trainer.whole_drafter().to(target.dtype)
     if main:
         facts = training_facts(args, arguments, chosen, held_out)
-        finish(args, trained, table, measured, target, facts)
+        finish(args, trained, measured, target, facts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
 
 
 def finish(
-    args: argparse.Namespace,
-    drafter: PreTrainedModel,
-    table: TokenTable,
-    measured: Measured | None,
-    target: PreTrainedModel,
-    facts: CardFacts,
+    args: argparse.Namespace, drafter: Any, measured: Measured | None, target: PreTrainedModel, facts: CardFacts
 ) -> None:
     """Measure what the drafter's plans accept, which [`calibrate`] chooses by, and save it in the target's dtype."""
     drafter.set_attn_implementation("sdpa")
     if measured:
-        joined = JoinedDrafter(drafter, LookupDrafter(target.config))
         drafter.config.acceptance = []
         plans = drafter.plans_to_measure()
         for plan in tqdm(plans, desc="acceptance of every plan", unit="plan", disable=args.quiet):
-            taus = [simulate_acceptance(d, table, *measured, plan).tau for d in (drafter, joined)]
+            taus = [simulate_acceptance(d, *measured, plan).tau for d in _alone_and_joined(drafter, target)]
             row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
             drafter.config.acceptance.append(row)
     final = Path(args.output_dir) / "final"
@@ -185,10 +171,6 @@ def training_facts(
     )
 
 
-def _silent(*values: object) -> None:
-    """What processes other than the first print."""
-
-
 def _known_objective(name: str) -> str:
     kind = trainable_drafters()[name][0].objective_class
     return "nothing" if kind is None else ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind))
@@ -200,8 +182,8 @@ def _objective(drafter: PreTrainedModel, pairs: list[str]) -> Any:
     return None if kind is None else kind(**chosen)
 
 
-def _load_target(args: argparse.Namespace, arguments: DrafterTrainingArguments, accelerator: Accelerator):
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.mixed_precision]
+def _load_target(args: argparse.Namespace, accelerator: Accelerator):
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
     if args.device_map is not None and accelerator.num_processes > 1:
         raise ValueError(
             f"--device-map {args.device_map} spreads one target over the devices that {accelerator.num_processes} "
@@ -213,11 +195,7 @@ def _load_target(args: argparse.Namespace, arguments: DrafterTrainingArguments, 
 
 
 def _make_drafter(
-    args: argparse.Namespace,
-    target: PreTrainedModel,
-    train: list[Example],
-    held_out: list[Example],
-    say: Callable[..., None],
+    args: argparse.Namespace, target: PreTrainedModel, train: list[Example], held_out: list[Example], say: Callable
 ) -> PreTrainedModel:
     vocab_size = target.config.get_text_config().vocab_size
 
@@ -250,28 +228,27 @@ def _make_drafter(
 
 
 def _views(
-    folder: str | None,
+    args: argparse.Namespace,
     examples: list[Example],
     target: PreTrainedModel,
     layers: tuple[int, ...],
-    accelerator: Accelerator | None = None,
-    progress: bool = True,
+    shared: Accelerator | None = None,
 ) -> Callable[[list[int]], list[TargetView]]:
-    if folder is None:
+    """The target's views of examples by their index; stored ones are made by all processes that share the work."""
+    if args.views is None:
         return lambda indices: view_target(target, [examples[i] for i in indices], layers, TOP_K)
-    store = FeatureStore(folder, examples)
-    if accelerator is None:
-        store.build(target, layers, TOP_K, progress=progress)
-    else:
-        part = (accelerator.process_index, accelerator.num_processes)
-        store.build(target, layers, TOP_K, part=part, progress=progress)
-        accelerator.wait_for_everyone()
+    store = FeatureStore(args.views, examples)
+    part = (shared.process_index, shared.num_processes) if shared else (0, 1)
+    store.build(target, layers, TOP_K, part=part, progress=not args.quiet)
+    if shared:
+        shared.wait_for_everyone()
     return lambda indices: [store[i] for i in indices]
 
 
 class Measured(NamedTuple):
-    """Held-out answers that are drafted along, and the target's views of them."""
+    """The target's embedding and head, held-out answers that are drafted along, and its views of them."""
 
+    table: TokenTable
     examples: list[Example]
     views: list[TargetView]
 
@@ -283,55 +260,46 @@ def _measured(
     greedy = [e for e in held_out if e.greedy][: args.eval_examples]
     if not greedy:
         return None
-    views = _views(args.views, greedy, target, drafter.feature_layers, progress=not args.quiet)
-    return Measured(greedy, views(list(range(len(greedy)))))
+    views = _views(args, greedy, target, drafter.feature_layers)
+    return Measured(TokenTable.of(target), greedy, views(list(range(len(greedy)))))
 
 
-def _plans_of_evaluation(arguments: DrafterTrainingArguments, drafter: PreTrainedModel) -> list[DraftingPlan]:
+def _plans_of_evaluation(args: argparse.Namespace, drafter: PreTrainedModel) -> list[DraftingPlan]:
     forwards = drafter.default_plan(torch.device("cuda")).num_forwards
-    return [DraftingPlan(budget, forwards) for budget in arguments.eval_budgets]
+    return [DraftingPlan(budget, forwards) for budget in args.eval_budgets]
 
 
-def _evaluation(
-    args: argparse.Namespace,
-    arguments: DrafterTrainingArguments,
-    table: TokenTable,
-    objective: Any,
-    measured: Measured,
-) -> Callable[[nn.Module], dict[str, Any]]:
+def _alone_and_joined(drafter: Any, target: PreTrainedModel) -> tuple[TreeDrafter, TreeDrafter]:
+    return drafter, JoinedDrafter(drafter, LookupDrafter(target.config))
+
+
+def _evaluation(args: argparse.Namespace, objective: Any, measured: Measured) -> Callable[[nn.Module], dict[str, Any]]:
     """What is measured on held-out answers while training: only the main process asks."""
 
     def evaluate(trained: nn.Module) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
-        plans = _plans_of_evaluation(arguments, trained)
+        plans = _plans_of_evaluation(args, trained)
         for plan in tqdm(plans, desc="evaluation", unit="plan", leave=False, disable=args.quiet):
-            result = simulate_acceptance(trained, table, *measured, plan)
+            result = simulate_acceptance(trained, *measured, plan)
             numbers[f"tau_{plan.tree_budget}"] = round(result.tau, 4)
         numbers["depths"] = [round(rate, 4) for rate in result.rates()]
-        return numbers | held_out_rates(trained, table, *measured, objective, arguments.batch_tokens)
+        return numbers | held_out_rates(trained, *measured, objective, args.batch_tokens)
 
     return evaluate
 
 
 def _expected(
-    arguments: DrafterTrainingArguments,
-    drafter: PreTrainedModel,
-    table: TokenTable,
-    target: PreTrainedModel,
-    measured: Measured,
+    args: argparse.Namespace, drafter: PreTrainedModel, target: PreTrainedModel, measured: Measured
 ) -> tuple[float, float]:
     """Seconds that an evaluation will take, and measuring every plan at the end."""
     attention = drafter.config._attn_implementation
     drafter.eval()
-    evaluation = sum(
-        expected_seconds(drafter, table, *measured, plan) for plan in _plans_of_evaluation(arguments, drafter)
-    )
+    evaluation = sum(expected_seconds(drafter, *measured, plan) for plan in _plans_of_evaluation(args, drafter))
     drafter.set_attn_implementation("sdpa")
-    joined = JoinedDrafter(drafter, LookupDrafter(target.config))
     finish = sum(
-        expected_seconds(either, table, *measured, plan)
+        expected_seconds(either, *measured, plan)
         for plan in drafter.plans_to_measure()
-        for either in (drafter, joined)
+        for either in _alone_and_joined(drafter, target)
     )
     drafter.set_attn_implementation(attention)
     return evaluation, finish

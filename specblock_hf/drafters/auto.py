@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import LOCATION_OPTIONS, DrafterFiles
-from .common.layout import Layout
 from .common.registry import drafter_kind
 from .find import find_drafters
 from .layouts import layout_of
@@ -71,8 +70,12 @@ class AutoDrafter:
         if layout is None:
             drafter = drafter_kind(files.config["model_type"]).from_pretrained(name, **kwargs)
         else:
-            config = target.config if isinstance(target, PreTrainedModel) else target
-            drafter = _load_foreign(files, layout, config, kwargs)
+            known, found = target.config if isinstance(target, PreTrainedModel) else target, files.tensors()
+            with refusing_misfits(files.name):
+                config = layout.read_config(files.config, files.name, found, known)
+                tensors = layout.read_tensors(config, files, found)
+            options = {key: value for key, value in kwargs.items() if key not in LOCATION_OPTIONS}
+            drafter = drafter_kind(config.model_type).from_tensors(files.name, config, tensors, **options)
         if isinstance(target, PreTrainedModel):
             drafter.check_target(target)
         return drafter
@@ -115,12 +118,3 @@ class AutoDrafter:
             logger.warning(advice)
         known = target if isinstance(target, PreTrainedModel | PreTrainedConfig) else None
         return cls.from_pretrained(best.name, target=known, revision=best.revision, **kwargs)
-
-
-def _load_foreign(files: DrafterFiles, layout: Layout, target: PreTrainedConfig | None, kwargs: dict) -> Any:
-    found = files.tensors()
-    with refusing_misfits(files.name):
-        config = layout.read_config(files.config, files.name, found, target)
-        tensors = layout.read_tensors(config, files, found)
-    options = {key: value for key, value in kwargs.items() if key not in LOCATION_OPTIONS}
-    return drafter_kind(config.model_type).from_tensors(files.name, config, tensors, **options)

@@ -102,7 +102,8 @@ class Findings:
         if self.candidates and self.candidates[0].fits:
             return self.candidates[0]
         nearest = "; ".join(f"{one.name} ({one.misfit.rstrip('.')})" for one in self.candidates[:3])
-        told = [f"the nearest are {nearest}" if nearest else "none is known", *map(_clause, self.notes)]
+        clauses = [note[:1].lower() + note[1:].rstrip(".") for note in self.notes]
+        told = [f"the nearest are {nearest}" if nearest else "none is known", *clauses]
         raise ValueError(
             f"No drafter was found that fits {self.target}: {'; '.join(told)}; train one with `specblock train`, or "
             "pass assistant_model=LookupDrafter(target.config), which needs no training."
@@ -133,14 +134,8 @@ def find_drafters(
         OSError: The target's configuration cannot be had.
         ValueError: It describes no model that transformers can build.
     """
-    model, name = _model_and_name(
-        target,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
     index = HubIndex(token, cache_dir, local_files_only)
+    model, name = _model_and_name(target, revision=revision, **index.options)
     lineage = index.lineage(name, revision) if name else []
     if name and os.path.isdir(name) and len(lineage) == 1:
         index.notes.append(f"{name} is a folder that names no model of the Hub; search by the name that it has there.")
@@ -214,7 +209,3 @@ def _with_target(candidate: Candidate, config: PreTrainedConfig, lineage: list[s
     if candidate.trained_for is not None or stated not in lineage:
         return candidate
     return replace(candidate, trained_for=stated, distance=lineage.index(stated))
-
-
-def _clause(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:].rstrip(".")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..drafting.drafter import DraftingCallback, DraftState, TreeDrafter
@@ -17,7 +16,6 @@ from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, Limits
 from ..drafting.proposal import propose
 from ..drafting.state import wait
-from ..drafting.target_batch import TargetBatch
 from ..trees.tree import DraftTree
 from .lookup import LookupDrafter
 
@@ -87,6 +85,10 @@ class JoinedDrafter(TreeDrafter):
     acceptance_measured = _of_first("acceptance_measured")
     compiled_rounds = _of_first("compiled_rounds")
     captures_rounds = _of_first("captures_rounds")
+    default_plan = _of_first("default_plan")
+    feature_layers_for = _of_first("feature_layers_for")
+    loss = _of_first("loss")
+    parameters_of = _of_first("parameters_of")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label})"
@@ -124,15 +126,9 @@ class JoinedDrafter(TreeDrafter):
                 return part.remove_callback(callback)
         super().remove_callback(callback)
 
-    def default_plan(self, device: torch.device) -> DraftingPlan:
-        return self.parts[0].default_plan(device)
-
     def acceptance(self, with_lookup: bool = False) -> list[tuple[DraftingPlan, float]]:
         looks_up = any(isinstance(part, LookupDrafter) for part in self.parts[1:])
         return self.parts[0].acceptance(with_lookup or looks_up)
-
-    def feature_layers_for(self, target: PreTrainedModel) -> tuple[int, ...]:
-        return self.parts[0].feature_layers_for(target)
 
     def check_target(self, target: PreTrainedModel) -> None:
         for part in self.parts:
@@ -199,16 +195,3 @@ class JoinedDrafter(TreeDrafter):
     @staticmethod
     def _count(state: JoinedState) -> None:
         state.calls, state.forward_rows = state.parts[0].calls, state.parts[0].forward_rows
-
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: Any = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
-        return self.parts[0].loss(batch, objective, progress=progress, generator=generator)
-
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
-        return self.parts[0].parameters_of(scope)

@@ -136,6 +136,7 @@ class LookupDrafter(TreeDrafter):
     """
 
     look_ups = "alone"
+    has_fixed_rounds = True
 
     def __init__(self, config: PreTrainedConfig, branches: int = 2, depth: int = 8):
         if branches < 1 or depth < 1:
@@ -165,10 +166,6 @@ class LookupDrafter(TreeDrafter):
     def extend(self, state: LookupState, pairs: Pairs) -> None:
         for text, tokens in zip(state.rows, pairs.host_tokens(), strict=True):
             text.append(tokens)
-
-    @property
-    def has_fixed_rounds(self) -> bool:
-        return True
 
     def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> LookupState:
         roots = DraftTree.root(torch.zeros(batch_size, dtype=torch.long, device=table.device))

@@ -36,13 +36,17 @@ if TYPE_CHECKING:
 
     from ..trees.tree import DraftTree
     from ..trees.verification import Walk
-    from .target_batch import TargetBatch
+    from .target_batch import Losses, TargetBatch
 
 
 logger = logging.getLogger(__name__)
 
 BUDGET, CPU_BUDGET = 60, 12
 """Nodes of a tree where nothing else is said: a verified node is almost free on a GPU and costs real time on a CPU."""
+
+
+Scope = Literal["head", "full"]
+"""Of an update: the drafter's head, or all of it."""
 
 
 @dataclass(eq=False)
@@ -156,6 +160,8 @@ class TreeDrafter(ABC):
             everything; `specblock train --objective NAME=VALUE` sets its fields. `None` if there is nothing to choose.
         lock (`DrafterLock`):
             Held around `propose` and around any in-place change of the weights. Every drafter has one from the start.
+        has_fixed_rounds (`bool`):
+            Whether a round's shapes follow from a plan alone, so that `begin_fixed` may be called.
         can_sample (`bool`): Whether it can draw trees, see [`DraftingPlan`].
         callbacks (`tuple` of [`DraftingCallback`]): Who listens to its calls; see `add_callback`.
         predicts_at_once (`bool`):
@@ -177,6 +183,7 @@ class TreeDrafter(ABC):
     compiled_rounds: Any = None
     captures_rounds: bool = True
     last_statistics: GenerationStatistics | None = None
+    has_fixed_rounds: bool = False
     can_sample: bool = False
     callbacks: tuple[DraftingCallback, ...] = ()
     predicts_at_once: bool = False
@@ -267,11 +274,6 @@ class TreeDrafter(ABC):
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> DraftState:
         """A fresh memory for one `generate()` call; see [`DraftState`] for the arguments."""
 
-    @property
-    def has_fixed_rounds(self) -> bool:
-        """Whether a round's shapes follow from a plan alone, so that `begin_fixed` may be called."""
-        return False
-
     def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> DraftState:
         """
         A memory that many calls use one after the other, for rounds of fixed shapes, which may be captured: with it
@@ -317,7 +319,7 @@ class TreeDrafter(ABC):
         *,
         progress: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> Losses:
         """
         The drafter's training objective and its parts, for the trainer and the online updater alike. `specblock train
         --drafter NAME` trains whatever implements this and is registered, see [`register_drafter`]: the
@@ -343,8 +345,14 @@ class TreeDrafter(ABC):
         Raises:
             `TypeError`: The drafter has no weights.
         """
-        raise TypeError(f"{type(self).__name__} has no weights to train; train the drafter that it goes with.")
+        if self.objective_class is None:
+            raise TypeError(f"{type(self).__name__} has no weights to train; train the drafter that it goes with.")
+        return self._loss(batch, objective or self.objective_class(), progress, generator)
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def _loss(self, batch: TargetBatch, objective: Any, progress: float, generator: Any) -> Losses:
+        """What `loss` returns, of a kind with an `objective_class`."""
+        raise NotImplementedError
+
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         """The parameters that an update of this scope may change; none for a drafter without weights."""
         return []

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -128,14 +128,18 @@ class Pairs:
         def picked(values: torch.Tensor) -> torch.Tensor:
             return values[index.to(values.device), :width]
 
+        read = None if self.read is None else [self.read[row] for row in rows]
+        return self.each(picked, lengths=self.lengths[index], read=read)
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor], **more: Any) -> Pairs:
+        """With `change` of everything that is there for every pair, and what else is said."""
         return replace(
             self,
-            tokens=picked(self.tokens),
-            features=tuple(picked(feature) for feature in self.features),
-            positions=picked(self.positions),
-            lengths=self.lengths[index],
-            given_embeds=None if self.given_embeds is None else picked(self.given_embeds),
-            read=None if self.read is None else [self.read[row] for row in rows],
+            tokens=change(self.tokens),
+            features=tuple(map(change, self.features)),
+            positions=change(self.positions),
+            given_embeds=None if self.given_embeds is None else change(self.given_embeds),
+            **more,
         )
 
     @classmethod

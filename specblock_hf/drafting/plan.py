@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -132,6 +132,8 @@ class Limits:
     enough_found: float = math.inf
     waits: bool = False
 
+    _trims: ClassVar[bool] = True  # starts are counted, which asks the device
+
     def most_starts(self, forward: int) -> int:
         """
         Rows that a forward after the first may have: no more than `max_starts`, nor than the largest tree can use. A
@@ -167,17 +169,15 @@ class Limits:
             reach (`int`): Depth that must be allowed for another one to pay.
             beam (`int`, *optional*): Most starts of the drafter's own rule.
         """
-        if not self._goes_on(forward, reach):
+        if forward + 1 >= self.num_forwards or reach > max(self.depth):
             return None
-        starts = limit_starts(candidates, tree, self._most(forward + 1, beam), self.min_start_probability)
-        return starts if starts.node.shape[1] else None
+        most = self.most_starts(forward + 1)
+        most = most if beam is None else min(most, beam)
+        starts = limit_starts(candidates, tree, most, self.min_start_probability, self._trims)
+        return self._within(starts, reach) if starts.node.shape[1] else None
 
-    def _goes_on(self, forward: int, reach: int) -> bool:
-        return forward + 1 < self.num_forwards and reach <= max(self.depth)
-
-    def _most(self, forward: int, beam: int | None) -> int:
-        most = self.most_starts(forward)
-        return most if beam is None else min(most, beam)
+    def _within(self, starts: Starts, reach: int) -> Starts:
+        return starts
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,10 @@ class FixedLimits(Limits):
     nodes_now: torch.Tensor | None = None
     depth_now: torch.Tensor | None = None
 
+    _trims: ClassVar[bool] = False
+
     def cut(self, tree: DraftTree) -> DraftTree:
         return tree.cut(self.nodes_now, self.depth_now, max(self.nodes))
 
-    def next_starts(
-        self, candidates: Starts, tree: DraftTree, forward: int, reach: int, beam: int | None = None
-    ) -> Starts | None:
-        if not self._goes_on(forward, reach):
-            return None
-        starts = limit_starts(candidates, tree, self._most(forward + 1, beam), self.min_start_probability, trim=False)
-        if not starts.node.shape[1]:
-            return None
+    def _within(self, starts: Starts, reach: int) -> Starts:
         return replace(starts, node=torch.where(self.depth_now.max() >= reach, starts.node, -2))

@@ -5,20 +5,17 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
+
+from ..devices import PhaseClock
 
 
 if TYPE_CHECKING:
     from ..trees.tree import DraftTree
     from ..trees.verification import Walk
-
-
-Phase = Literal["prefill", "draft", "verify", "host"]
 
 
 @dataclass
@@ -134,7 +131,7 @@ class GenerationStatistics:
         return "\n".join(lines)
 
 
-class Clock:
+class Clock(PhaseClock):
     """
     Splits a call's time into phases. On CUDA the laps are events on the stream and nothing waits for the device until
     `write_to`.
@@ -144,46 +141,24 @@ class Clock:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self._laps: list[tuple[Phase, Any]] = []
-        self._start = self._now()
-
-    def lap(self, phase: Phase) -> None:
-        """Book the time since the last lap under `phase`."""
-        self._laps.append((phase, self._now()))
+        super().__init__(device)
+        self.start()
 
     def __len__(self) -> int:
-        return len(self._laps)
+        return len(self.laps)
 
     def seconds(self, first: int, end: int) -> list[float] | None:
         """Those of some laps, counted from 0; `None` as long as the device has not come to their end."""
-        if len(self._laps) < end:
+        laps = self.laps[first:end]
+        if len(self.laps) < end or (self.device.type == "cuda" and not laps[-1][2].query()):
             return None
-        marks = [self._laps[first - 1][1] if first else self._start, *(now for _, now in self._laps[first:end])]
-        if self.device.type != "cuda":
-            return [now - before for before, now in pairwise(marks)]
-        if not marks[-1].query():
-            return None
-        return [before.elapsed_time(now) / 1000 for before, now in pairwise(marks)]
+        return [self._between(before, now) for _, before, now in laps]
 
     def write_to(self, statistics: GenerationStatistics) -> None:
         """Add every phase's seconds up in `statistics`."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        totals: dict[str, float] = dict.fromkeys(("prefill", "draft", "verify", "host"), 0.0)
-        before = self._start
-        for phase, now in self._laps:
-            totals[phase] += before.elapsed_time(now) / 1000 if self.device.type == "cuda" else now - before
-            before = now
+        totals = self.totals()
         statistics.prefill_seconds, statistics.draft_seconds = totals["prefill"], totals["draft"]
         statistics.verify_seconds, statistics.host_seconds = totals["verify"], totals["host"]
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
 
 
 def _mean_emitted(accepted: list[int]) -> float:

@@ -11,6 +11,9 @@ import torch
 from .pairs import TokenTable
 
 
+Losses = dict[str, torch.Tensor]
+"""What a drafter is trained by: its loss, the parts of it, and counts; see [`TreeDrafter.loss`]."""
+
 CPU_WORK, DEVICE_WORK = 2**21, 2**28
 """Numbers of a vocabulary-wide pass: 8 MB stay in a processor's cache between two operations, 1 GB fills a GPU."""
 

@@ -11,8 +11,7 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,17 +111,6 @@ class DraftRows(DraftingCallback):
         self.rows += states.shape[:-1].numel()
 
 
-@contextmanager
-def forwards_of(module: nn.Module) -> Iterator[Counter]:
-    """Counts `calls` of a module inside a `with` statement."""
-    counter: Counter = Counter()
-    handle = module.register_forward_pre_hook(lambda module, args: counter.update(calls=1))
-    try:
-        yield counter
-    finally:
-        handle.remove()
-
-
 def decoding_settings(temperature: float, max_new_tokens: int) -> dict[str, Any]:
     """
     Greedy at 0, otherwise the whole distribution at that temperature, whatever the target's own configuration cuts
@@ -150,7 +138,8 @@ def answer(
             run = generate()
         return Run(run.ids, run.seconds, method.drafter.last_statistics, rows.per_round)
     if method.kind == "transformers":
-        with forwards_of(target) as forwards:
+        forwards: Counter = Counter()
+        with target.register_forward_pre_hook(lambda module, args: forwards.update(calls=1)):
             run = generate()
         return Run(run.ids, run.seconds, target_calls=forwards["calls"])
     return generate()
@@ -171,6 +160,7 @@ def answer_row(runs: Sequence[Run]) -> Row:
     return row
 
 
+@dataclass(eq=False)
 class Benchmark:
     """
     Times methods on prompts.
@@ -184,21 +174,12 @@ class Benchmark:
         seed (`int`, *optional*, defaults to 0): Every call starts from it; it matters only for sampling.
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        methods: Sequence[Method],
-        max_new_tokens: int,
-        repeats: int = 1,
-        seed: int = 0,
-    ):
-        self.target = target
-        self.tokenizer = tokenizer
-        self.methods = list(methods)
-        self.max_new_tokens = max_new_tokens
-        self.repeats = repeats
-        self.seed = seed
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    methods: Sequence[Method]
+    max_new_tokens: int
+    repeats: int = 1
+    seed: int = 0
 
     def warm_up(self, units: Sequence[Unit]) -> None:
         """Let every method answer a few tokens at every temperature, so that first-call costs fall on none."""
@@ -227,7 +208,7 @@ class Benchmark:
             runs: dict[str, list[Run]] = {method.name: [] for method in self.methods}
             for repeat in range(self.repeats):
                 first = (turn_of + turn + repeat) % len(self.methods)
-                for method in self.methods[first:] + self.methods[:first]:
+                for method in (*self.methods[first:], *self.methods[:first]):
                     runs[method.name].append(answer(self.target, prompt_ids, method, settings, self.seed))
             answers = {name: made[0].ids for name, made in runs.items()}
             replies.append(self.tokenizer.decode(answers[PLAIN], skip_special_tokens=True))
@@ -316,8 +297,7 @@ class ResultFolder:
         for name, chosen in plan(setting["plans"].keys()):
             setting["plans"][name] = chosen
             self._save(setting)
-        if not self._setting.exists():
-            self._save(setting)
+        self._save(setting)
         return setting
 
     def _save(self, setting: Mapping[str, Any]) -> None:

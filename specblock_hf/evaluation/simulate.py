@@ -103,10 +103,6 @@ def _replay(text: list[int]) -> Select:
     return lambda row, node: next(coming)
 
 
-def _never(row: int, token: int) -> bool:
-    return False
-
-
 def _walk_text(
     drafter: TreeDrafter, table: TokenTable, text: list[int], start: int, features: torch.Tensor, plan: DraftingPlan
 ) -> list[int]:
@@ -129,7 +125,7 @@ def _walk_text(
     while end + 2 < len(text):
         limits = round_limits(plan, [len(text) - end - 1])
         tree = draft(drafter, state, pairs_between(done, end), limits).keep_likely(plan.min_probability)
-        walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), _never)
+        walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), lambda row, token: False)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted
         if end + 1 < len(text):  # else the end of the text has cut this round

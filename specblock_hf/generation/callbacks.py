@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..drafting.drafter import DraftingCall, DraftingCallback
 
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
     from ..drafting.drafter import TreeDrafter
     from ..drafting.pairs import Pairs, Scored
     from ..drafting.statistics import GenerationStatistics
@@ -24,46 +26,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Listeners(DraftingCallback):
+def tell(callbacks: Sequence[DraftingCallback], hook: str, call: DraftingCall, *what: Any) -> None:
     """
-    Tells every callback of a call in the order in which they were added.
+    Tell every callback of a call, in the order in which they were added.
 
     Args:
-        callbacks (sequence of [`DraftingCallback`]): As they are when the call begins.
+        callbacks (sequence of [`DraftingCallback`]): As they were when the call began.
+        hook (`str`): What has happened: the name of the method that hears of it.
+        call ([`DraftingCall`]): The call.
+        *what: What else that method takes.
     """
-
-    def __init__(self, callbacks: Sequence[DraftingCallback]):
-        self.callbacks = callbacks
-
-    def on_generate_begin(self, call: DraftingCall) -> None:
-        self._tell("on_generate_begin", call)
-
-    def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
-        self._tell("on_prompt", call, pairs)
-
-    def on_draft(self, call: DraftingCall, tree: DraftTree) -> None:
-        self._tell("on_draft", call, tree)
-
-    def on_verify(self, call: DraftingCall, tree: DraftTree, scored: Scored) -> None:
-        self._tell("on_verify", call, tree, scored)
-
-    def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
-        self._tell("on_commit", call, tree, scored, walk, pairs)
-
-    def on_generate_end(self, call: DraftingCall) -> None:
-        self._tell("on_generate_end", call)
-
-    def _tell(self, hook: str, call: DraftingCall, *what: Any) -> None:
-        for callback in self.callbacks:
-            if callback.failure is not None:
-                continue
-            try:
-                getattr(callback, hook)(call, *what)
-            except Exception as error:
-                if not callback.optional:
-                    raise
-                call.notes.pop(callback, None)
-                callback.fail(error)
+    for callback in callbacks:
+        if callback.failure is not None:
+            continue
+        try:
+            getattr(callback, hook)(call, *what)
+        except Exception as error:
+            if not callback.optional:
+                raise
+            call.notes.pop(callback, None)
+            callback.fail(error)
 
 
 def call_figures(statistics: GenerationStatistics) -> dict[str, float]:
@@ -139,12 +121,6 @@ class JsonlTrace(DraftingCallback):
         self._file.write(json.dumps(row) + "\n")
 
 
-class Tracker(Protocol):
-    """What a tracker of accelerate offers (`accelerator.get_tracker(...)`)."""
-
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None: ...
-
-
 class TrackerCallback(DraftingCallback):
     """
     Hands the figures of every call to an experiment tracker (TensorBoard, Weights & Biases, ... through accelerate).
@@ -156,7 +132,7 @@ class TrackerCallback(DraftingCallback):
 
     optional = True
 
-    def __init__(self, tracker: Tracker, prefix: str = "drafting/"):
+    def __init__(self, tracker: GeneralTracker, prefix: str = "drafting/"):
         self.tracker = tracker
         self.prefix = prefix
         self.calls = 0

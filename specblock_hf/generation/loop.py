@@ -26,7 +26,7 @@ from ..target.model import TargetModel
 from ..trees.rejection_sampling import SampledVerifier
 from ..trees.tree import DraftTree
 from ..trees.verification import Verifier, sample_and_walk
-from .callbacks import Listeners
+from .callbacks import tell
 from .compilation import lend
 from .requests import drafting_plan
 from .rounds.drafts import Drafts, EagerDrafts
@@ -59,16 +59,16 @@ def decode(
     lent = Lent() if lent is None else lent
     clock, statistics = Clock(target.device), GenerationStatistics(eager_because=lent.reason)
     batch_size = target.base.shape[0]
-    listeners = Listeners(drafter.callbacks)
-    call = DraftingCall(drafter, target.table, batch_size, statistics, target.version() if drafter.callbacks else 0)
-    listeners.on_generate_begin(call)
-    drafts = _drafts(target, drafter, choice, lent, bool(drafter.callbacks))
+    callbacks = drafter.callbacks
+    call = DraftingCall(drafter, target.table, batch_size, statistics, target.version() if callbacks else 0)
+    tell(callbacks, "on_generate_begin", call)
+    drafts = _drafts(target, drafter, choice, lent, bool(callbacks))
     chunks = target.prefill()
     scored, pairs = next(chunks)
     for chunk in chunks:
         if pairs.tokens.shape[1]:  # a mask may hide all of a chunk
             drafts.extend(pairs)
-            listeners.on_prompt(call, pairs)
+            tell(callbacks, "on_prompt", call, pairs)
         scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
@@ -77,8 +77,8 @@ def decode(
     pairs = target.close_prompt(pairs, walk)
     target.commit(walk)
     statistics.emitted = int(walk.lengths.sum())
-    listeners.on_prompt(call, pairs)
-    listeners.on_commit(call, tree, scored, walk, pairs)
+    tell(callbacks, "on_prompt", call, pairs)
+    tell(callbacks, "on_commit", call, tree, scored, walk, pairs)
     clock.lap("prefill")
 
     active = [not stopped for stopped in walk.stopped.tolist()]
@@ -87,11 +87,11 @@ def decode(
         if target.pauses():
             drafts.extend(pairs)
         tree = target.scorable(pilot.cut(drafts.propose(pairs, limits), trim=not target.fixed))
-        listeners.on_draft(call, tree)
+        tell(callbacks, "on_draft", call, tree)
         clock.lap("draft")
         scored = target.score(tree)
         clock.lap("verify")
-        listeners.on_verify(call, tree, scored)
+        tell(callbacks, "on_verify", call, tree, scored)
         walk = target.greedy_walk(active, choice.stop) if choice.is_greedy and verify is sample_and_walk else None
         if walk is None:
             read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
@@ -99,7 +99,7 @@ def decode(
         pairs = target.settle(tree, scored, walk)
         statistics.add_round(tree, walk, len(scored.rows))
         pilot.record(read, walk, active, drafts.state, clock)
-        listeners.on_commit(call, tree, scored, walk, pairs)
+        tell(callbacks, "on_commit", call, tree, scored, walk, pairs)
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
         clock.lap("host")
 
@@ -109,7 +109,7 @@ def decode(
     statistics.drafter_calls, statistics.drafter_rows = drafts.calls, drafts.rows
     clock.write_to(statistics)
     statistics.plan = pilot.describe()
-    listeners.on_generate_end(call)
+    tell(callbacks, "on_generate_end", call)
     return statistics
 
 

@@ -29,46 +29,9 @@ from ..compat import CACHE
 from ..trees.tree import DraftTree
 
 
-# Processors of transformers that treat every row by itself, with what they hold row by row: the batch is called one
-# row at a time, because rows are at different lengths.
-_ROW_WISE: dict[type[LogitsProcessor], str | None] = {
-    logits_process.EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
-    logits_process.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
-    logits_process.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
-    **dict.fromkeys(
-        (
-            logits_process.EpsilonLogitsWarper,
-            logits_process.EtaLogitsWarper,
-            logits_process.ExponentialDecayLengthPenalty,
-            logits_process.ForcedBOSTokenLogitsProcessor,
-            logits_process.ForcedEOSTokenLogitsProcessor,
-            logits_process.InfNanRemoveLogitsProcessor,
-            logits_process.LogitNormalization,
-            logits_process.MinLengthLogitsProcessor,
-            logits_process.MinNewTokensLengthLogitsProcessor,
-            logits_process.MinPLogitsWarper,
-            logits_process.NoBadWordsLogitsProcessor,
-            logits_process.NoRepeatNGramLogitsProcessor,
-            logits_process.PrefixConstrainedLogitsProcessor,
-            logits_process.SequenceBiasLogitsProcessor,
-            logits_process.SuppressTokensAtBeginLogitsProcessor,
-            logits_process.SuppressTokensLogitsProcessor,
-            logits_process.SynthIDTextWatermarkLogitsProcessor,
-            logits_process.TemperatureLogitsWarper,
-            logits_process.TopHLogitsWarper,
-            logits_process.TopKLogitsWarper,
-            logits_process.TopPLogitsWarper,
-            logits_process.TypicalLogitsWarper,
-            logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-            logits_process.WatermarkLogitsProcessor,
-        )
-    ),
-}
-_ROW_WISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
-
-
-# Of these, those that look at one distribution at a time and at nothing else, so that they fit any vocabulary. A
-# drafter that draws its tokens draws them from distributions that these have changed as they change the target's.
+# Processors of transformers that look at one distribution at a time and at nothing else, so that they fit any
+# vocabulary. A drafter that draws its tokens draws them from distributions that these have changed as they change the
+# target's.
 _WARPERS = (
     logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper,
@@ -79,6 +42,37 @@ _WARPERS = (
     logits_process.TopPLogitsWarper,
     logits_process.TypicalLogitsWarper,
 )
+# Those that treat every row by itself, with what they hold row by row: the batch is called one
+# row at a time, because rows are at different lengths.
+_ROW_WISE: dict[type[LogitsProcessor], str | None] = {
+    logits_process.EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
+    logits_process.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    **dict.fromkeys(
+        (
+            *_WARPERS,
+            logits_process.ExponentialDecayLengthPenalty,
+            logits_process.ForcedBOSTokenLogitsProcessor,
+            logits_process.ForcedEOSTokenLogitsProcessor,
+            logits_process.InfNanRemoveLogitsProcessor,
+            logits_process.LogitNormalization,
+            logits_process.MinLengthLogitsProcessor,
+            logits_process.MinNewTokensLengthLogitsProcessor,
+            logits_process.NoBadWordsLogitsProcessor,
+            logits_process.NoRepeatNGramLogitsProcessor,
+            logits_process.PrefixConstrainedLogitsProcessor,
+            logits_process.SequenceBiasLogitsProcessor,
+            logits_process.SuppressTokensAtBeginLogitsProcessor,
+            logits_process.SuppressTokensLogitsProcessor,
+            logits_process.SynthIDTextWatermarkLogitsProcessor,
+            logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+            logits_process.WatermarkLogitsProcessor,
+        )
+    ),
+}
+_ROW_WISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+
+
 # Of these, what remembers how it was called.
 _REMEMBERS = (logits_process.SynthIDTextWatermarkLogitsProcessor,)
 
@@ -127,14 +121,10 @@ class TokenChoice:
         self._streamer = streamer
         self._returns_dict = generation_config.return_dict_in_generate
         self._pad = generation_config._pad_token_tensor
-        self._argmax_only = not (generation_config.do_sample or len(logits_processor) or self._rows[0].records)
+        # Whether every token is the likeliest by the target's bare logits, and nothing of these is recorded.
+        self.is_greedy = not (generation_config.do_sample or len(logits_processor) or self._rows[0].records)
         self._logits: dict[int, torch.Tensor] = {}
         self._argmax: dict[int, list[int]] = {}
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every token is the likeliest by the target's bare logits, and nothing of these is recorded."""
-        return self._argmax_only
 
     @property
     def remaining(self) -> list[int]:
@@ -158,7 +148,7 @@ class TokenChoice:
         for row in self._rows:
             row.forget()
         read = [tree.tokens, tree.parents]
-        if self._argmax_only:
+        if self.is_greedy:
             read.append(logits.argmax(-1).to(tree.tokens.device))
         tokens, parents, *best = torch.cat(read).cpu().split([len(part) for part in read])
         if best:
@@ -167,7 +157,7 @@ class TokenChoice:
 
     def select(self, row: int, node: int) -> int:
         """The target's token after `node`, whose path must have been emitted; see [`Verifier`]."""
-        if self._argmax_only:
+        if self.is_greedy:
             return self._argmax[row][node]
         return self._rows[row].select(self._logits[row][node : node + 1])
 
@@ -220,7 +210,8 @@ class TokenChoice:
         """
         if self._streamer is not None:
             self._streamer.end()
-        sequences = self._stacked([row.sequence() for row in self._rows])
+        rows, pad = [row.sequence()[0] for row in self._rows], 0 if self._pad is None else int(self._pad)
+        sequences = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         if not self._returns_dict:
             return sequences
         return GenerateDecoderOnlyOutput(
@@ -230,14 +221,6 @@ class TokenChoice:
             **{CACHE: cache},
             **more,
         )
-
-    def _stacked(self, rows: list[torch.LongTensor]) -> torch.LongTensor:
-        """Rows of different lengths `[1, L]` as one tensor, padded on the right."""
-        longest = max(row.shape[1] for row in rows)
-        padding = [
-            row.new_full((1, longest - row.shape[1]), 0 if self._pad is None else int(self._pad)) for row in rows
-        ]
-        return torch.cat([torch.cat((row, pad), dim=1) for row, pad in zip(rows, padding, strict=True)])
 
 
 class _RowChoice:

@@ -65,17 +65,15 @@ class Offer:
 
     def prior(self, way: Way, found: int) -> list[float]:
         """Tokens that the nodes of each band add, where look-ups promise so much."""
-        if (way, found) not in self._priors:
-            self._priors[way, found] = self._prior(way, found)
-        return self._priors[way, found]
-
-    def _prior(self, way: Way, found: int) -> list[float]:
+        if (way, found) in self._priors:
+            return self._priors[way, found]
         middle = FOUND_MIDDLES[found]
         sums = [min(middle, 0.9 * nodes) for nodes in BANDS]
         if way.forwards:
             trust = 1.0 if self.trusted else 0.5
             sums = [max(trust * self.drafts(way, nodes), least) for nodes, least in zip(BANDS, sums, strict=True)]
-        return [here - before for here, before in zip(sums, [0.0, *sums], strict=False)]
+        self._priors[way, found] = [here - before for here, before in zip(sums, [0.0, *sums], strict=False)]
+        return self._priors[way, found]
 
     def drafts(self, way: Way, nodes: int) -> float:
         """tau - 1 with so many nodes by the figures, between and beyond them by the logarithm of the nodes."""

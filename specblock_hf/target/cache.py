@@ -214,7 +214,9 @@ class TargetCache:
             self._see(source)
             self._move(source.clamp_min(0), 0)
         self.states.commit(lengths, scored)
-        self._cut(width, self.width + scored)
+        # Sliding layers return to their window here, even if nothing is dropped.
+        crop(self.cache, self.width + scored - width)
+        self.width = width
         self._shifting = False
         if len(kept) == 1:
             self.secure(width)
@@ -277,24 +279,12 @@ class TargetCache:
         """Write what columns `source` `[B, count]` hold to the columns from `start` on, in all layers with rows."""
         for layer in self._filled:
             # A sliding layer lacks the oldest columns, and nobody asks for what moves out of it.
-            first = self._first(layer)
+            first = 0 if self.static else layer.get_seq_length() - layer.keys.shape[-2]
             skipped = max(first - start, 0)
             index = (source[:, skipped:].to(layer.keys.device) - first).clamp_min(0)[:, None, :, None]
             there = slice(start + skipped - first, start + source.shape[1] - first)
             for rows in (layer.keys, layer.values):
                 rows[..., there, :] = rows.gather(2, index.expand(-1, rows.shape[1], -1, rows.shape[3]))
-
-    def _first(self, layer: Any) -> int:
-        """The column that a layer's first row holds."""
-        if self.static:
-            return 0
-        return layer.get_seq_length() - layer.keys.shape[-2]
-
-    def _cut(self, width: int, total: int) -> None:
-        """Drop the columns from `width` to `total`."""
-        # Sliding layers return to their window here, even if nothing is dropped.
-        crop(self.cache, total - width)
-        self.width = width
 
     @property
     def _filled(self) -> list[Any]:

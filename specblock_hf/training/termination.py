@@ -20,7 +20,6 @@ class Terminated(Exception):
 
     def __init__(self, step: int):
         super().__init__(f"ended by SIGTERM after step {step}, which is saved; the same command goes on from there.")
-        self.step = step
 
 
 class Termination:

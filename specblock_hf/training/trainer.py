@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,11 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_folder_whole, save_text_whole
 from ..data.examples import Example
-from ..devices import without_cudnn_attention
+from ..devices import PhaseClock, without_cudnn_attention
 from ..drafting.pairs import TokenTable
 from ..drafting.target_batch import TargetBatch
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
-from .clock import StepClock
 from .metrics import merge_outputs, report_of
 from .target_views import TargetView
 from .termination import Terminated, Termination
@@ -58,6 +58,7 @@ class ObjectiveModule(nn.Module):
         return self.drafter.loss(batch, self.objective, progress=progress, generator=generator)
 
 
+@dataclass(eq=False)
 class DrafterTrainer:
     """
     Trains a drafter on conversations that the target has written. A step takes the mean gradient of
@@ -76,41 +77,33 @@ class DrafterTrainer:
         progress (`bool`, *optional*, defaults to `True`): Show a bar on the standard error stream.
     """
 
-    def __init__(
-        self,
-        drafter,
-        table: TokenTable,
-        examples: Sequence[Example],
-        views: Callable[[list[int]], list[TargetView]],
-        args: DrafterTrainingArguments,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-        objective: Any = None,
-        accelerator: Accelerator | None = None,
-        progress: bool = True,
-    ):
-        if not examples:
+    drafter: Any
+    table: TokenTable
+    examples: Sequence[Example]
+    views: Callable[[list[int]], list[TargetView]]
+    args: DrafterTrainingArguments
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    objective: Any = None
+    accelerator: Accelerator | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        args, drafter = self.args, self.drafter
+        if not self.examples:
             raise ValueError("there is no conversation to train on; give more answers or hold fewer of them out.")
-        self.drafter = drafter
-        self.table = table
-        self.examples = examples
-        self.views = views
-        self.args = args
-        self.evaluate = evaluate
-        self.progress = progress
-        self.accelerator = accelerator or make_accelerator(args, cpu=table.device.type == "cpu")
+        self.accelerator = self.accelerator or make_accelerator(args, cpu=self.table.device.type == "cpu")
         self.folder = Path(args.output_dir)
         self.batches_a_step = self.accelerator.num_processes * args.gradient_accumulation
-        batches_an_epoch = len(batches_of_epoch(examples, args.batch_tokens, args.seed, 0))
+        batches_an_epoch = len(batches_of_epoch(self.examples, args.batch_tokens, args.seed, 0))
         self.total_steps = max(1, round(batches_an_epoch * args.epochs / self.batches_a_step))
         optimizer = torch.optim.AdamW(
             drafter.parameters_of("full"), lr=args.learning_rate, betas=args.betas, weight_decay=0.0, fused=True
         )
-        self.module, self.optimizer = self.accelerator.prepare(ObjectiveModule(drafter, objective), optimizer)
-        self.clock = StepClock(self.accelerator.device)
-        self.step = 0
+        self.module, self.optimizer = self.accelerator.prepare(ObjectiveModule(drafter, self.objective), optimizer)
+        self.clock = PhaseClock(self.accelerator.device)
+        self.step = self.tokens_seen = 0
         self.seconds = 0.0
-        self.tokens_seen = 0
-        self.draft_ids = draft_ids_of(drafter, table.vocab_size)
+        self.draft_ids = draft_ids_of(drafter, self.table.vocab_size)
 
     def learning_rate(self, step: float) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -140,10 +133,8 @@ class DrafterTrainer:
         self.module.train()
         if self.evaluation_is_missing():
             self.log_evaluation()
-        total, shown = (
-            None if args.max_seconds else self.total_steps,
-            self.accelerator.is_main_process and self.progress,
-        )
+        total = None if args.max_seconds else self.total_steps
+        shown = self.accelerator.is_main_process and self.progress
         with (
             Termination(self.accelerator.num_processes == 1) as termination,
             tqdm(total=total, initial=self.step, desc="training", unit="step", disable=not shown) as bar,

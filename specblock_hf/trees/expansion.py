@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,7 +19,10 @@ from torch import nn
 from .tree import DraftTree
 
 
-Children = Callable[[int, torch.LongTensor, torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
+Best = tuple[torch.Tensor, torch.Tensor]
+"""Ids and log-probs of the likeliest tokens."""
+
+Children = Callable[[int, torch.LongTensor, torch.LongTensor], Best]
 """
 `children(level, rows, tokens)`: target ids and log-probs `[B, F, W]`, best first, below F nodes of a level, given the
 row of
@@ -46,9 +49,7 @@ class BlockOutputs:
     def children(self, width: int) -> Children:
         """The `width` best tokens of every slot, as [`best_first`] asks for them: the same below any token."""
 
-        def children(
-            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
             picked = rows.unsqueeze(-1).expand(-1, -1, width)
             best = (self.tokens[:, :, level, :width], self.log_probs[:, :, level, :width])
             return best[0].gather(1, picked), best[1].gather(1, picked)
@@ -86,7 +87,7 @@ def children_by_parent(
         share = (logits.float().logsumexp(-1) - total).exp()
         rest = total + (1 - share).clamp_min(0).log()
 
-    def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
         index = rows.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
         picked = logits[:, :, level].gather(1, index)
         chosen = None if ids is None else ids[:, :, level].gather(1, index)
@@ -174,7 +175,7 @@ class Branching:
             widths.add_(bucket >= i, alpha=self.children[i] - self.children[i - 1])
         if self.probability_cuts:
             widths = _cut(widths, best, {0.85: 3, 0.95: 2})
-        if self._can_give_up():
+        if self.children[-1] == 0:  # a slot can give up
             gave_up = bucket == len(self.children) - 1
             if first_block:
                 gave_up[..., 0] = False
@@ -194,15 +195,12 @@ class Branching:
             `torch.BoolTensor` of shape `[B, S]`.
         """
         bucket = outputs.rank_class
-        if not self._can_give_up():
+        if self.children[-1]:
             return torch.ones_like(bucket[..., 0], dtype=torch.bool)
         gave_up = bucket == len(self.children) - 1
         if first_block:
             gave_up &= (bucket > 0).cumsum(dim=-1) == 1
         return ~gave_up.any(dim=-1)
-
-    def _can_give_up(self) -> bool:
-        return self.children[-1] == 0
 
 
 def _cut(widths: torch.LongTensor, log_probs: torch.Tensor, most: dict[float, int]) -> torch.LongTensor:
@@ -333,12 +331,7 @@ def best_first(
         log_probs=torch.cat((tree.log_probs, made["log_probs"]), dim=1),
         origin=torch.cat((tree.origin, origin), dim=1),
         height=tree.max_depth + depth,
-    ), Starts(
-        node=torch.where(made["parents"] >= 0, nodes, -2),
-        parent_start=made["rows"],
-        slot=made["slots"],
-        tokens=made["tokens"],
-    )
+    ), Starts(torch.where(made["parents"] >= 0, nodes, -2), made["rows"], made["slots"], made["tokens"])
 
 
 def limit_starts(
@@ -374,24 +367,3 @@ def limit_starts(
         slot=starts.slot.gather(1, order),
         tokens=starts.tokens.gather(1, order),
     )
-
-
-def limit_starts_as_released(starts: Starts, tree: DraftTree, budget: int, block_size: int) -> Starts:
-    """
-    The cap that the authors' release puts on the starts of the third and later blocks: the likeliest
-    `(budget - nodes) // block_size`, at least 1 and at most 10, where `nodes` counts the drafted nodes before any is
-    pruned (which mostly leaves 1).
-
-    Args:
-        starts (`Starts`): Candidates, S wide.
-        tree (`DraftTree`): The tree that they are nodes of, neither merged nor pruned.
-        budget (`int`): Drafted nodes that the finished tree may keep.
-        block_size (`int`): K.
-
-    Returns:
-        `Starts`: `min(S, 10)` wide.
-    """
-    limited = limit_starts(starts, tree, 10)
-    room = (budget - (tree.num_nodes - 1)).div(block_size, rounding_mode="floor").clamp_min(1)
-    rank = torch.arange(limited.node.shape[1], device=room.device)
-    return replace(limited, node=torch.where(rank < room.unsqueeze(1), limited.node, -2))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tree import FOUND, Decoder, DraftTree
+from .tree import FOUND, Decoder, DraftTree, children_of
 
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ def place_nodes(parents: Sequence[int], log_probs: Sequence[float]) -> dict[int,
     Returns:
         `dict[int, tuple[int, int]]`: (depth, line) of every node that is not padding.
     """
-    children: dict[int, list[int]] = {node: [] for node, parent in enumerate(parents) if parent >= -1}
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            children[parent].append(node)
+    children = children_of(parents)
     places: dict[int, tuple[int, int]] = {}
     stack, lines = [(0, 0, True)], 0
     while stack:
@@ -125,7 +122,8 @@ def draw_tree(axes: Axes, panel: TreePanel, tokenizer: Decoder) -> None:
     axes.set_ylim(max(line for _, line in places.values()) + 0.8, -0.8)
     axes.axis("off")
     axes.set_title(f"{panel.title}\n{len(places) - 1} drafted, {max(len(kept) - 1, 0)} accepted", size=10)
-    names = {forward: _name(forward) for forward in sorted({forwards[node] for node in places if node})}
+    numbers = sorted({forwards[node] for node in places if node})
+    names = {number: "found in the text" if number == FOUND else f"drafter forward {number}" for number in numbers}
     patches = [Patch(facecolor=_colour(forward), edgecolor="#666666", label=name) for forward, name in names.items()]
     patches.append(Patch(facecolor="white", edgecolor=KEPT_COLOUR, linewidth=2.2, label="kept by the target"))
     axes.legend(handles=patches, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
@@ -181,10 +179,6 @@ def _colour(forward: int) -> str:
     if forward < 0:
         return FOUND_COLOUR if forward == FOUND else ROOT_COLOUR
     return COLOURS[forward % len(COLOURS)]
-
-
-def _name(forward: int) -> str:
-    return "found in the text" if forward == FOUND else f"drafter forward {forward}"
 
 
 def _short(text: str) -> str:

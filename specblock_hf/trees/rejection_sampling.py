@@ -33,12 +33,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
 from .distributions import DraftDistributions
-from .tree import DraftTree
+from .tree import DraftTree, children_of
 from .verification import Select, Stop, Walk
 
 
@@ -62,23 +63,17 @@ class TargetDistributions(Protocol):
         """The token after this node is emitted next; called once per emitted token, in order."""
 
 
-class Coins(Protocol):
-    """Where a rule's randomness comes from."""
+class GlobalCoins:
+    """
+    Where a rule's randomness comes from: the global random generators, as [`~transformers.set_seed`] seeds them.
+    """
 
     def accept(self, probability: float) -> bool:
         """True with this probability, surely for 1."""
-
-    def draw(self, mass: torch.Tensor) -> int:
-        """An index, in proportion to the mass `[V]`."""
-
-
-class GlobalCoins:
-    """The global random generators, as [`~transformers.set_seed`] seeds them."""
-
-    def accept(self, probability: float) -> bool:
         return float(torch.rand((), dtype=torch.float64)) < probability
 
     def draw(self, mass: torch.Tensor) -> int:
+        """An index, in proportion to the mass `[V]`."""
         return int(torch.multinomial(mass, num_samples=1))
 
 
@@ -91,10 +86,10 @@ class SampledVerifier:
     Args:
         target ([`TargetDistributions`]): Of the request.
         rule (`str`): `"token"` or `"block"`, which never keeps fewer tokens of the same tree on average.
-        coins ([`Coins`], *optional*): The rule's randomness; the global generators by default.
+        coins ([`GlobalCoins`], *optional*): The rule's randomness; the global generators by default.
     """
 
-    def __init__(self, target: TargetDistributions, rule: Literal["token", "block"], coins: Coins | None = None):
+    def __init__(self, target: TargetDistributions, rule: Literal["token", "block"], coins: GlobalCoins | None = None):
         self._target = target
         self._rule = rule
         self._coins = coins or GlobalCoins()
@@ -153,35 +148,32 @@ class _Owed:
         # Otherwise all mass lies in the tree and only rounding can have rejected: the mass stays as it is.
 
 
+@dataclass(eq=False)
 class _RowVerification:
     """One row's tree under verification."""
 
-    def __init__(
-        self,
-        target: TargetDistributions,
-        coins: Coins,
-        distributions: DraftDistributions | None,
-        row: int,
-        tokens: list[int],
-        parents: list[int],
-    ):
-        self._target, self._coins, self._distributions = target, coins, distributions
-        self._row, self._tokens, self._parents = row, tokens, parents
-        self._distribution_of = [-1] * len(tokens) if distributions is None else distributions.rows[row].tolist()
-        self._children: dict[int, list[int]] = {}
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                self._children.setdefault(parent, []).append(node)
+    target: TargetDistributions
+    coins: GlobalCoins
+    distributions: DraftDistributions | None
+    row: int
+    tokens: list[int]
+    parents: list[int]
+
+    def __post_init__(self) -> None:
+        self._distribution_of = (
+            [-1] * len(self.tokens) if self.distributions is None else self.distributions.rows[self.row].tolist()
+        )
+        self._children = dict(children_of(self.parents))
 
     def run(self, rule: Literal["token", "block"]) -> tuple[list[int], int]:
         """The nodes from the root to the last accepted one, and the token after that."""
         node, owed = self._root_to_leaf(0) if rule == "token" else self._leaf_to_root(0, 1.0)
-        return self._path(node), self._coins.draw(owed.mass)
+        return self._path(node), self.coins.draw(owed.mass)
 
     def _root_to_leaf(self, node: int) -> tuple[int, _Owed]:
         owed = self._owed(node, 1.0)
         for child, acceptance in self._attempts(node, owed):
-            if self._coins.accept(acceptance):
+            if self.coins.accept(acceptance):
                 return self._root_to_leaf(child)
         return node, owed
 
@@ -189,13 +181,13 @@ class _RowVerification:
         """V of the lemma: the last accepted node and what it owes, or a rejection."""
         if node not in self._children:
             # The distribution of a leaf is needed only if it is accepted.
-            return (node, self._owed(node, weight)) if self._coins.accept(weight) else None
+            return (node, self._owed(node, weight)) if self.coins.accept(weight) else None
         owed = self._owed(node, weight)
         for child, acceptance in self._attempts(node, owed):
             found = self._leaf_to_root(child, acceptance) if acceptance > 0 else None
             if found is not None:
                 return found
-        return (node, owed) if self._coins.accept(owed.weight) else None
+        return (node, owed) if self.coins.accept(owed.weight) else None
 
     def _attempts(self, node: int, owed: _Owed) -> Iterator[tuple[int, float]]:
         """
@@ -207,7 +199,7 @@ class _RowVerification:
         q = self._draft_distribution(drawn[0], len(owed.mass)) if drawn else None
         # What follows from the text before may be tried in any order: it goes first.
         for child in (child for child in children if q is None or child not in drawn):
-            token = self._tokens[child]
+            token = self.tokens[child]
             acceptance = min(1.0, float(owed.mass[token]))
             yield child, acceptance
             left = owed.mass.clone()
@@ -218,7 +210,7 @@ class _RowVerification:
 
     def _without_replacement(self, drawn: list[int], q: torch.Tensor, owed: _Owed) -> Iterator[tuple[int, float]]:
         for child in drawn:
-            token = self._tokens[child]
+            token = self.tokens[child]
             weight = float(owed.mass[token] / q[token])
             if not math.isfinite(weight):
                 return  # no draw of this distribution, of which nothing is left
@@ -228,8 +220,8 @@ class _RowVerification:
             q = q / q.sum()
 
     def _owed(self, node: int, weight: float) -> _Owed:
-        path = [self._tokens[inner] for inner in self._path(node)[1:]]
-        return _Owed(self._target.distribution(self._row, node, path), weight)
+        path = [self.tokens[inner] for inner in self._path(node)[1:]]
+        return _Owed(self.target.distribution(self.row, node, path), weight)
 
     def _draft_distribution(self, child: int, vocab_size: int) -> torch.Tensor | None:
         """
@@ -238,8 +230,8 @@ class _RowVerification:
         before.
         """
         ids, probs = (
-            self._distributions.token_ids,
-            self._distributions.log_probs[self._row, self._distribution_of[child]].double().softmax(0),
+            self.distributions.token_ids,
+            self.distributions.log_probs[self.row, self._distribution_of[child]].double().softmax(0),
         )
         if not (probs.isfinite().all() & (ids.amin() >= 0) & (ids.amax() < vocab_size)):
             return None
@@ -247,6 +239,6 @@ class _RowVerification:
 
     def _path(self, node: int) -> list[int]:
         nodes = [node]
-        while self._parents[nodes[-1]] >= 0:
-            nodes.append(self._parents[nodes[-1]])
+        while self.parents[nodes[-1]] >= 0:
+            nodes.append(self.parents[nodes[-1]])
         return nodes[::-1]

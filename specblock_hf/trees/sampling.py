@@ -24,7 +24,7 @@ import torch
 
 from .distributions import DraftDistributions
 from .expansion import Starts
-from .tree import DraftTree
+from .tree import DraftTree, children_of
 
 
 DraftSampling = Literal["topk", "sampled"]
@@ -89,14 +89,6 @@ class Shape:
         for node in self.nodes[1:]:
             depths.append(depths[node.parent] + 1)
         return max(depths)
-
-    def path(self, node: int) -> list[int]:
-        """The nodes from below the root down to a node."""
-        path = []
-        while node > 0:
-            path.append(node)
-            node = self.nodes[node].parent
-        return path[::-1]
 
     def distributions_of(self, forward: int) -> list[int]:
         """The distributions that a forward provides."""
@@ -169,33 +161,22 @@ def tree_shape(
 
 def _laid_out(grown: Sequence[tuple[int, int, tuple[int, int, int]]]) -> Shape:
     """A shape of nodes (parent, sibling, distribution), with the starts that nothing grows from left out."""
-    children: dict[int, list[int]] = {}
-    for node, (parent, _, _) in enumerate(grown):
-        children.setdefault(parent, []).append(node)
+    children = children_of([parent for parent, _, _ in grown])
     # Depth first, first draws first: then an accepted path mostly leaves a cache without holes.
     order, stack = [], [0]
     while stack:
         order.append(stack.pop())
-        stack.extend(sorted(children.get(order[-1], []), key=lambda node: -grown[node][1]))
+        stack.extend(sorted(children[order[-1]], key=lambda node: -grown[node][1]))
     place = {node: index for index, node in enumerate(order)}
 
-    forwards = max(distribution[0] for _, _, distribution in grown)
-    used = sorted({(distribution[0], distribution[1]) for parent, _, distribution in grown if parent >= 0})
+    drawn = {distribution for _, _, distribution in grown[1:]}
+    used = sorted({(forward, row) for forward, row, _ in drawn})
     rows = {key: sum(other[0] == key[0] for other in used[:index]) for index, key in enumerate(used)}
-    distributions = sorted(
-        {
-            (distribution[0], rows[distribution[0], distribution[1]], distribution[2])
-            for parent, _, distribution in grown
-            if parent >= 0
-        }
-    )
-    starts: list[dict[int, int]] = [{} for _ in range(forwards + 1)]
-    nodes = []
-    for node in order:
+    distributions = sorted((forward, rows[forward, row], slot) for forward, row, slot in drawn)
+    starts: list[dict[int, int]] = [{} for _ in range(1 + max((forward for forward, _ in used), default=0))]
+    nodes = [ShapeNode(-1, -1, -1)]
+    for node in order[1:]:
         parent, sibling, (forward, row, slot) = grown[node]
-        if parent < 0:
-            nodes.append(ShapeNode(-1, -1, -1))
-            continue
         nodes.append(ShapeNode(place[parent], sibling, distributions.index((forward, rows[forward, row], slot))))
         if slot == 0:
             starts[forward][rows[forward, row]] = place[parent]
@@ -326,7 +307,7 @@ def shape_for(budget: int, depth: int, num_forwards: int, max_starts: int | None
             The distributions of the first forward. Only how many tokens they can draw matters.
     """
     # Nobody has that many siblings; without the cap every number of tokens would be a shape of its own.
-    supports = tuple(min(support, budget) for support in supports_of(log_probs))
+    supports = tuple((log_probs > -torch.inf).sum(-1).amax(0).clamp_max(budget).tolist())
     return tree_shape(budget, depth, log_probs.shape[1], num_forwards, max_starts, supports, log_probs.shape[-1])
 
 
@@ -344,8 +325,3 @@ def distributions_of(logits: torch.Tensor, warp: Callable[[torch.Tensor], torch.
     """
     sane = logits.float().nan_to_num(nan=0.0).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
     return warp(sane).log_softmax(-1)
-
-
-def supports_of(log_probs: torch.Tensor) -> tuple[int, ...]:
-    """How many tokens the slots of a forward `[B, K, D]` can draw, in the row of the batch that has most."""
-    return tuple((log_probs > -torch.inf).sum(-1).amax(0).tolist())

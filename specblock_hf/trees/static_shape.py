@@ -8,6 +8,7 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,11 @@ def likely_shape(
     found: list[tuple[int, int, int]] = [(-1, -1, 0)]
     starts: Counter[int] = Counter()
     weights = [1.0]
-    arrivals = 0
+    arrivals = count()
 
     def push(parent: int, rank: int) -> None:
-        nonlocal arrivals
-        arrivals += 1
-        heapq.heappush(heap, (-weights[parent] * rank_weights[rank], arrivals, parent, rank, found[parent][2] + 1))
+        chance = -weights[parent] * rank_weights[rank]
+        heapq.heappush(heap, (chance, next(arrivals), parent, rank, found[parent][2] + 1))
 
     if budget > 0 and depth > 0:
         push(0, 0)
@@ -73,10 +73,7 @@ def likely_shape(
                 starts[level] += 1
             if level % block_size or max_starts is None or starts[level] <= max_starts:
                 push(len(found) - 1, 0)
-    return _by_level(found)
-
-
-def _by_level(found: list[tuple[int, int, int]]) -> TreeShape:
+    # Listed level by level.
     order = sorted(range(len(found)), key=lambda node: found[node][2])
     place = {node: index for index, node in enumerate(order)}
     return TreeShape(

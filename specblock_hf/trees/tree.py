@@ -35,6 +35,15 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int]) -> str: ...
 
 
+def children_of(parents: Sequence[int]) -> defaultdict[int, list[int]]:
+    """The children of every node of a tree, in order; none of padding."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            children[parent].append(node)
+    return children
+
+
 @dataclass
 class DraftTree:
     """
@@ -179,8 +188,7 @@ class DraftTree:
         """The trees of the first nodes, padding counted. A node without its parent becomes padding."""
         if count >= self.tokens.shape[1]:
             return self
-        drawn = self.distributions and replace(self.distributions, rows=self.distributions.rows[:, :count])
-        cut = self._each(lambda part: part[:, :count])
+        cut, drawn = self._each(lambda part: part[:, :count]), self._drawn(lambda rows: rows[:, :count])
         tree = replace(cut, height=min(self.max_depth, count - 1), distributions=drawn)
         return replace(tree, parents=tree.parents.masked_fill(tree.parents >= count, -2))
 
@@ -237,18 +245,13 @@ class DraftTree:
         other._check_fixed()
         shift = self.tokens.shape[1] - 1
         parents = torch.where(other.parents > 0, other.parents + shift, other.parents)[:, 1:]
-        distributions = self.distributions
-        if distributions is not None:
-            distributions = replace(
-                distributions, rows=torch.cat((distributions.rows, torch.full_like(parents, -1)), dim=1)
-            )
         return DraftTree(
             tokens=torch.cat((self.tokens, other.tokens[:, 1:]), dim=1),
             parents=torch.cat((self.parents, parents), dim=1),
             log_probs=torch.cat((self.log_probs, other.log_probs[:, 1:].to(self.log_probs)), dim=1),
             origin=torch.cat((self.origin, other.origin[:, 1:]), dim=1),
             height=max(self.max_depth, other.max_depth),
-            distributions=distributions,
+            distributions=self._drawn(lambda rows: torch.cat((rows, torch.full_like(parents, -1)), dim=1)),
         )
 
     def clone(self) -> DraftTree:
@@ -296,9 +299,6 @@ class DraftTree:
             width (`int`): Nodes and padding of a row, at least as many as now.
         """
         added = width - self.tokens.shape[1]
-        distributions = self.distributions
-        if distributions is not None:
-            distributions = replace(distributions, rows=nn.functional.pad(distributions.rows, (0, added), value=-1))
         return replace(
             self,
             tokens=nn.functional.pad(self.tokens, (0, added)),
@@ -306,7 +306,7 @@ class DraftTree:
             log_probs=nn.functional.pad(self.log_probs, (0, added), value=-math.inf),
             origin=nn.functional.pad(self.origin, (0, 0, 0, added), value=-1),
             height=self.max_depth,
-            distributions=distributions,
+            distributions=self._drawn(lambda rows: nn.functional.pad(rows, (0, added), value=-1)),
         )
 
     def pack(self) -> DraftTree:
@@ -329,12 +329,7 @@ class DraftTree:
         """
         tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
         probs, origin = self.log_probs[row].exp().tolist(), self.origin[row].tolist()
-        children = defaultdict(list)
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                children[parent].append(node)
-
-        lines = []
+        children, lines = children_of(parents), []
         stack = [(0, "", "")]
         while stack:
             node, lead, branch = stack.pop()
@@ -351,6 +346,10 @@ class DraftTree:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> DraftTree:
         names = ("tokens", "parents", "log_probs", "origin")
         return replace(self, **{name: change(vars(self)[name]) for name in names})
+
+    def _drawn(self, change: Callable[[torch.Tensor], torch.Tensor]) -> DraftDistributions | None:
+        """The distributions, if there are any, of nodes that move as `change` moves their rows."""
+        return self.distributions and replace(self.distributions, rows=change(self.distributions.rows))
 
     def _positions(self) -> torch.LongTensor:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -371,12 +370,9 @@ class DraftTree:
         new = torch.arange(order.shape[1], device=order.device).expand_as(order)
         place = torch.zeros_like(self.parents).scatter_(1, order, new)
         parents = self.parents.gather(1, order)
-        distributions = self.distributions
-        if distributions is not None:
-            distributions = replace(distributions, rows=distributions.rows.gather(1, order))
         return replace(
             self,
-            distributions=distributions,
+            distributions=self._drawn(lambda rows: rows.gather(1, order)),
             tokens=self.tokens.gather(1, order),
             parents=torch.where(parents >= 0, place.gather(1, parents.clamp_min(0)), parents),
             log_probs=self.log_probs.gather(1, order),

@@ -65,6 +65,6 @@ def test_a_clock_tells_the_seconds_of_its_laps():
     for phase in ("draft", "verify", "host"):
         clock.lap(phase)
     assert len(clock) == 3 and clock.seconds(1, 4) is None
-    times = [clock._start, *(now for _, now in clock._laps)]
+    times = [clock.laps[0][1], *(now for _, _, now in clock.laps)]
     assert clock.seconds(0, 3) == [times[1] - times[0], times[2] - times[1], times[3] - times[2]]
     assert clock.seconds(1, 2) == [times[2] - times[1]]

@@ -11,9 +11,9 @@ import pickle
 from dataclasses import replace
 
 import pytest
+from plan_service_for_tests import SETTING, Nature, SimulatedService
 
 from specblock_hf.calibration.costs import CostCurves
-from specblock_hf.evaluation.plan_service import SETTING, Nature, SimulatedService
 from specblock_hf.planning.controller import PlanController
 from specblock_hf.planning.offers import LOOKUPS, Choice, Offer, Round, Way
 from specblock_hf.planning.record import FIRST_SHARE, SHARE

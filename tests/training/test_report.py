@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from specblock_hf.training.clock import StepClock
+from specblock_hf.devices import PhaseClock
 from specblock_hf.training.metrics import bucket_scores, describe_counts, merge_outputs, report_of
 
 
@@ -48,7 +48,7 @@ def test_a_line_of_the_log_counts_only_steps_with_all_forwards():
 def test_the_clock_charges_phases_and_begins_anew(monkeypatch):
     now = iter([10.0, 11.0, 14.0, 20.0, 20.5, 21.0, 30.0, 31.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = StepClock(torch.device("cpu"))
+    clock = PhaseClock(torch.device("cpu"))
     clock.start()  # 10
     clock.lap("target")  # 1
     clock.lap("forward")  # 3

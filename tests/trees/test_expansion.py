@@ -16,7 +16,6 @@ from specblock_hf.trees.expansion import (
     Branching,
     Starts,
     limit_starts,
-    limit_starts_as_released,
     rank_guided,
 )
 from specblock_hf.trees.tree import DraftTree
@@ -263,15 +262,6 @@ def test_limit_starts(max_starts, min_probability, kept):
         assert getattr(limited, name)[0, : len(valid)].tolist() == [node * factor for node in valid]
 
 
-@pytest.mark.parametrize(
-    ("budget", "block_size", "kept"), [(20, 4, [1, 2, 3]), (60, 4, [1, 2, 3, 5, 6, 8]), (9, 4, [1]), (2, 4, [1])]
-)
-def test_limit_starts_as_released(budget, block_size, kept):
-    tree, starts = grown()  # 8 drafted nodes
-    limited = limit_starts_as_released(starts, tree, budget, block_size).node[0].tolist()
-    assert [node for node in limited if node > 0] == kept
-
-
 def test_nothing_depends_on_the_values():
     """Tensors without data refuse whatever would have to wait for the device or give a shape that depends on it."""
     root = torch.empty(2, dtype=torch.long, device="meta")
@@ -285,7 +275,6 @@ def test_nothing_depends_on_the_values():
     assert tree.tokens.shape == (2, 41) and starts.node.shape == (2, 40)
     tree, starts = rank_guided(tree, limit_starts(starts, tree, 8), outputs(8), branching, 1)
     assert tree.tokens.shape == (2, 41 + 8 * 4 * 6) and starts.node.shape == (2, 192) and tree.max_depth == 8
-    assert limit_starts_as_released(starts, tree, 60, 4).node.shape == (2, 10)
 
 
 def test_bad_input_is_refused():

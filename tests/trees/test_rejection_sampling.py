@@ -11,7 +11,7 @@ import pytest
 import torch
 from outcomes_for_tests import outcomes
 from test_verification import tree_of
-from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct
+from toy_models_for_tests import Tokens, ToyModel, all_trees, distinct, path_in
 
 from specblock_hf.trees.distributions import DraftDistributions
 from specblock_hf.trees.rejection_sampling import GlobalCoins, SampledVerifier
@@ -89,7 +89,7 @@ class Analytic:
         owed = [weight * p for p in self.model.target_distribution(path).tolist()]
         forward, row, slot = self.shape.distributions[self.shape.nodes[children[0]].distribution]
         start = self.shape.starts[forward][row]
-        q = self.model.draft_distribution(path[: len(self.shape.path(start))], slot).tolist()
+        q = self.model.draft_distribution(path[: len(path_in(self.shape, start))], slot).tolist()
         return self._without_replacement(children, path, owed, weight, q)
 
     def _without_replacement(self, children, path, owed, weight, q) -> float:

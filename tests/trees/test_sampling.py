@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_models_for_tests import ToyModel, all_trees, distinct
+from toy_models_for_tests import ToyModel, all_trees, distinct, path_in
 
 from specblock_hf.target.masks import likeliest_chain
 from specblock_hf.trees.sampling import (
@@ -26,7 +26,7 @@ QUICK = settings(max_examples=100, deadline=None)
 
 
 def depths_of(shape: Shape) -> list[int]:
-    return [len(shape.path(node)) for node in range(len(shape.nodes))]
+    return [len(path_in(shape, node)) for node in range(len(shape.nodes))]
 
 
 def check_layout(shape: Shape, block_size: int) -> None:
@@ -48,8 +48,8 @@ def check_layout(shape: Shape, block_size: int) -> None:
         forward, row, slot = shape.distributions[inner.distribution]
         # The slot counts from the node that the forward's row starts from, on the node's own path.
         start = shape.starts[forward][row]
-        assert slot < block_size and start in (0, *shape.path(node))
-        assert len(shape.path(node)) - len(shape.path(start)) == slot + 1
+        assert slot < block_size and start in (0, *path_in(shape, node))
+        assert len(path_in(shape, node)) - len(path_in(shape, start)) == slot + 1
     for forward, starts in enumerate(shape.starts[1:], start=1):
         assert all(shape.distributions[shape.nodes[start].distribution][0] == forward - 1 for start in starts)
         assert [row for _, row, slot in shape.distributions if slot == 0 and _ == forward] == list(range(len(starts)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -139,24 +140,23 @@ class BlockDrafter(NetworkDrafter):
     forward returned.
     """
 
-    project_features: Callable[[torch.Tensor], torch.Tensor]
+    state_class: type[Any] = BlockState  # what `begin` makes
 
     @property
     def columns_per_pair(self) -> int:
         """Slots of a committed pair whose keys and values are kept."""
         return self.config.block_size
 
-    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
+    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> Any:
         committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long)
         columns = min(max_length, PREFILL_PAIRS) * self.columns_per_pair
         cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)
-        return BlockState(
-            table, batch_size, max_length, first_position=first_position, cache=cache, committed=committed
+        return self.state_class(
+            self.own_table(table), batch_size, max_length, first_position, cache=cache, committed=committed
         )
 
-    def _begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
-        """What [`~TreeDrafter.begin_fixed`] returns where forwards have shapes that follow from shapes."""
-        return FixedBlockState.empty(self, self.columns_per_pair, table, batch_size, max_length, width)
+    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
+        return FixedBlockState.empty(self, self.columns_per_pair, self.own_table(table), batch_size, max_length, width)
 
     def extend(self, state: BlockState, pairs: Pairs) -> None:
         for _ in self._commit(state, pairs):

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import rotate_half
 
 from ...devices import on_device
 
@@ -48,6 +50,28 @@ def backend_mask(mask: torch.BoolTensor, implementation: str, dtype: torch.dtype
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+def masked_or_causal(
+    mask: torch.BoolTensor | None, implementation: str, rows: int, like: torch.Tensor
+) -> torch.Tensor | None:
+    """As [`backend_mask`]; without a mask attention is causal, which the eager backend has to be told."""
+    if mask is None and implementation == "eager":
+        mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=like.device).tril()
+    return None if mask is None else backend_mask(mask, implementation, like.dtype)
+
+
+def keys_and_values(
+    attention: nn.Module,
+    rows: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    norm: Callable[[torch.Tensor], torch.Tensor] = lambda keys: keys,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an attention layer makes of rows `[B, T, d]` that ask for nothing: `[B, heads, T, head_dim]` each."""
+    heads = (*rows.shape[:-1], -1, attention.head_dim)
+    keys = norm(attention.k_proj(rows).view(heads)).transpose(1, 2)
+    cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+    return keys * cos + rotate_half(keys) * sin, attention.v_proj(rows).view(heads).transpose(1, 2)
+
+
 class BlockCache:
     """
     Keys and values of one `generate()` call: first the committed columns of every row of the batch, then scratch
@@ -80,11 +104,14 @@ class BlockCache:
             width (`int`): Columns `[0, width)` are what the next forward attends to, its own included.
         """
         self.offsets, self.width = offsets, width
-        have = self.keys[0].shape[2]
-        if width > have:
-            room = max(width, 2 * have)
+        if width > self.keys[0].shape[2]:
+            room = self._room(width)
             self.keys = [_grown(k, room) for k in self.keys]
             self.values = [_grown(v, room) for v in self.values]
+
+    def _room(self, width: int) -> int:
+        """Columns to make where so many are needed."""
+        return max(width, 2 * self.keys[0].shape[2])
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch and forget the others."""
@@ -117,11 +144,8 @@ class FixedBlockCache(BlockCache):
         super().__init__(config, batch_size, columns, dtype, device)
         self._own = columns
 
-    def seek(self, offsets: int | torch.LongTensor, width: int) -> None:
-        if width > self.keys[0].shape[2]:
-            self.keys = [_grown(k, width) for k in self.keys]
-            self.values = [_grown(v, width) for v in self.values]
-        super().seek(offsets, width)
+    def _room(self, width: int) -> int:
+        return width
 
     def clear(self) -> None:
         for store in (*self.keys, *self.values):

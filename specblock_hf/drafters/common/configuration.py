@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
@@ -106,7 +107,64 @@ def _rope_theta(text: PreTrainedConfig) -> float:
     return (rope.get("full_attention") or rope).get("rope_theta", 10000.0)
 
 
-class DrafterConfig(CheckedConfig, LlamaConfig):
+# By a name of its own, or mypy would take these fields for all that a configuration is made of.
+_fields = dataclass(kw_only=True, repr=False, eq=False)
+
+
+@_fields
+class DrafterFields(CheckedConfig):
+    """What the configuration of every drafter says, whatever its layers; see [`DrafterConfig`] for the fields."""
+
+    num_blocks = 1  # forwards of a round
+    paper: ClassVar[Paper | None] = None  # what cards cite
+
+    feature_layers: list[int] | None = None
+    target_hidden_size: int | None = None
+    target_num_layers: int | None = None
+    target_name_or_path: str | None = None
+    chat_template: str | None = None
+    thinking: bool | None = None
+    tree_budget: int = 60
+    acceptance: list[list[float]] | None = None
+
+    def __post_init__(self: Any, **kwargs):
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.feature_layers is None:
+            self.feature_layers = self.usual_feature_layers(self.target_num_layers)
+        super().__post_init__(**kwargs)
+
+    def usual_feature_layers(self, num_layers: int | None) -> list[int]:
+        """What the drafter reads of a target of N layers if nothing else is said; `None` for an unknown N."""
+        return [UNRECORDED_LAYER] * 3 if num_layers is None else list(default_feature_layers(num_layers))
+
+    def refuse_other_embedding(self: Any) -> None:
+        """
+        For drafters that may have an embedding of their own.
+
+        Raises:
+            ValueError: They have none and are not as wide as the target, whose embedding they read.
+        """
+        if self.hidden_size != self.target_hidden_size and not self.own_embedding:
+            raise ValueError(
+                f"The target's embedding is {self.target_hidden_size} wide and the drafter's states "
+                f"{self.hidden_size}; a drafter of another width needs own_embedding=True."
+            )
+
+    def refuse_several_layers(self: Any, one: str) -> None:
+        """
+        For drafters of one layer, of which `one` says that.
+
+        Raises:
+            ValueError: There are more.
+        """
+        if self.num_hidden_layers != 1:
+            raise ValueError(
+                f"{one} and num_hidden_layers is {self.num_hidden_layers}; drafters of several are not supported."
+            )
+
+
+class DrafterConfig(DrafterFields, LlamaConfig):
     r"""
     Base of the configurations of drafters that are made of Llama-type layers and a head over a part of the target's
     vocabulary; every field of [`~transformers.LlamaConfig`] keeps its meaning.
@@ -128,36 +186,17 @@ class DrafterConfig(CheckedConfig, LlamaConfig):
             Measured tau of several plans, in the rows that [`SpecBlockConfig`] describes.
     """
 
-    num_blocks = 1  # forwards of a round
-    paper: ClassVar[Paper | None] = None  # what cards cite
-
     vocab_size: int = 32000
     num_hidden_layers: int = 1
     draft_vocab_size: int = 32000
-    feature_layers: list[int] | None = None
-    target_hidden_size: int | None = None
-    target_num_layers: int | None = None
-    target_name_or_path: str | None = None
-    chat_template: str | None = None
-    thinking: bool | None = None
-    tree_budget: int = 60
-    acceptance: list[list[float]] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.target_hidden_size is None:
-            self.target_hidden_size = self.hidden_size
-        if self.feature_layers is None:
-            self.feature_layers = self.usual_feature_layers(self.target_num_layers)
         super().__post_init__(**kwargs)
         if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocab_size "
                 f"({self.vocab_size}); pass a draft vocabulary that is a subset of the target's."
             )
-
-    def usual_feature_layers(self, num_layers: int | None) -> list[int]:
-        """What the drafter reads of a target of N layers if nothing else is said; `None` for an unknown N."""
-        return [UNRECORDED_LAYER] * 3 if num_layers is None else list(default_feature_layers(num_layers))
 
     def refuse_other_width(self) -> None:
         """

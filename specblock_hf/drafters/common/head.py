@@ -4,11 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+
+from ...drafting.pairs import TokenTable
 
 
 class MarkovHead(nn.Module):
@@ -41,7 +40,7 @@ class MarkovHead(nn.Module):
         return (self.markov_w2.weight[candidates] @ known.unsqueeze(-1)).squeeze(-1)
 
 
-class DraftHead:
+class DraftHead(nn.Module):
     """
     Mixin of networks that end in `norm` and an `lm_head` over `draft_vocab_size` of the target's tokens.
 
@@ -50,13 +49,6 @@ class DraftHead:
             Buffer of offsets: target id = draft id + d2t[draft id].
         t2d (`torch.BoolTensor` of shape `[vocab_size]`): Buffer: whether a target id is in the draft vocabulary.
     """
-
-    config: PreTrainedConfig
-    norm: nn.Module
-    lm_head: nn.Linear
-    register_buffer: Callable[..., None]
-    d2t: torch.Tensor
-    t2d: torch.Tensor
 
     def register_draft_vocabulary(self) -> None:
         """Add the buffers, at first with the target's first tokens; of the constructor."""
@@ -80,6 +72,10 @@ class DraftHead:
     def draft_to_target(self) -> torch.LongTensor:
         """`[draft_vocab_size]`: the target id of every row of the draft head."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def own_table(self, table: TokenTable) -> TokenTable:
+        """The embedding and head that the drafter uses: the target's, unless it has its own."""
+        return table
 
     def draft_logits(
         self, hidden: torch.Tensor, before: torch.LongTensor | None = None

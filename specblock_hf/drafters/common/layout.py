@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ from ...checkpoints.files import WEIGHTS, DrafterFiles
 from ...checkpoints.saving import save_folder_whole
 from .configuration import UNRECORDED_LAYER, default_feature_layers
 
+
+Fields = Mapping[str, Any]
+"""What a `config.json` says."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -64,11 +68,7 @@ class Layout(ABC):
 
     @abstractmethod
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> PreTrainedConfig:
         """
         Our configuration of a checkpoint.
@@ -118,6 +118,7 @@ class Layout(ABC):
         )
 
 
+@dataclass(eq=False)
 class UnreadLayout(Layout):
     """
     A layout that is known by its name, and whose drafters cannot be run.
@@ -134,38 +135,28 @@ class UnreadLayout(Layout):
 
     is_readable = is_writable = False
 
-    def __init__(
-        self,
-        name: str,
-        method: str,
-        lacking: str,
-        architectures: tuple[str, ...] = (),
-        speculators: str | None = None,
-        projector: str | None = None,
-        hub_words: tuple[str, ...] = (),
-    ):
-        self.name, self.hub_words = name, hub_words
-        self._method, self._lacking = method, lacking
-        self._architectures, self._speculators, self._projector = architectures, speculators, projector
+    name: str
+    method: str
+    lacking: str
+    architectures: tuple[str, ...] = ()
+    speculators: str | None = None
+    projector: str | None = None
+    hub_words: tuple[str, ...] = ()
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         block = config.get("dflash_config")
         projector = block.get("projector_type") if isinstance(block, dict) else None
         return (
-            any(name in self._architectures for name in config.get("architectures") or ())
-            or (self._speculators is not None and config.get("speculators_model_type") == self._speculators)
-            or (self._projector is not None and projector == self._projector)
+            any(name in self.architectures for name in config.get("architectures") or ())
+            or (self.speculators is not None and config.get("speculators_model_type") == self.speculators)
+            or (self.projector is not None and projector == self.projector)
         )
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> PreTrainedConfig:
         raise ValueError(
-            f"{name} is a {self._method} drafter, which cannot be run here because {self._lacking}; load another "
+            f"{name} is a {self.method} drafter, which cannot be run here because {self.lacking}; load another "
             "drafter."
         )
 

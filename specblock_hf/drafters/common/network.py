@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...drafting.drafter import CPU_BUDGET, DraftState, TreeDrafter
+from ...drafting.drafter import CPU_BUDGET, DraftState, Scope, TreeDrafter
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...trees.expansion import BlockOutputs, Starts, best_first
@@ -51,7 +51,7 @@ def refuse_other_target(config: Any, target: PreTrainedModel) -> None:
         )
 
 
-class NetworkDrafter(TreeDrafter):
+class NetworkDrafter(TreeDrafter, nn.Module):
     """A drafter that names this class before its network, which ends in a head over the draft vocabulary."""
 
     typical_acceptance: Sequence[Sequence[float]] = ()
@@ -59,13 +59,6 @@ class NetworkDrafter(TreeDrafter):
 
     plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (4, 8, 12, 16, 32, 60))
     """Nodes, forwards and starts (0: all) of plans that are the best somewhere, from a slow CPU to a GPU."""
-
-    dtype: torch.dtype
-    device: torch.device
-    lm_head: nn.Linear
-    parameters: Callable[[], Any]
-    best_tokens: Callable[[torch.Tensor, int], tuple[torch.LongTensor, torch.Tensor]]
-    __call__: Callable[..., torch.Tensor]
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -85,7 +78,7 @@ class NetworkDrafter(TreeDrafter):
 
     @drafting_plan.setter
     def drafting_plan(self, plan: DraftingPlan | Literal["auto"] | None) -> None:
-        vars(self)["drafting_plan"] = plan
+        self.__dict__["drafting_plan"] = plan
 
     def check_target(self, target: PreTrainedModel) -> None:
         refuse_other_target(self.config, target)
@@ -115,7 +108,7 @@ class NetworkDrafter(TreeDrafter):
             for nodes, forwards, starts, *taus in rows
         ]
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         return list((self.lm_head if scope == "head" else self).parameters())
 
     def root_of(self, pairs: Pairs) -> DraftTree:

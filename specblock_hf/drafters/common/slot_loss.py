@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from .head import DraftHead
 from .losses import soft_cross_entropy
 
@@ -101,6 +101,12 @@ def score_slots(
         rows = None if learned is None else learned[:, :, slot]
         sums.append(score_slot(drafter, batch, states, pairs + 2 + slot, alive, rows))
     return sums
+
+
+def slots_loss(drafter: DraftHead, batch: TargetBatch, hidden: torch.Tensor, decay: float) -> Losses:
+    """What [`TreeDrafter.loss`] returns of states `[B, T, K, d]` of the K slots of every pair."""
+    sums = score_slots(drafter, batch, hidden, torch.arange(hidden.shape[1], device=hidden.device))
+    return {"loss": weighted_loss(sums, decay)} | guesses(sums, hidden.shape[2])
 
 
 def weighted_loss(sums: Sequence[SlotSums], decay: float) -> torch.Tensor:

@@ -7,8 +7,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig, Qwen3Config
 
 from ...checkpoints.card import Paper
-from ...checkpoints.configuration_checks import CheckedConfig
-from ..common.configuration import UNRECORDED_LAYER, fields_for_target
+from ..common.configuration import UNRECORDED_LAYER, DrafterFields, fields_for_target
 
 
 def spread_feature_layers(num_features: int, target_num_layers: int) -> list[int]:
@@ -27,7 +26,7 @@ def spread_feature_layers(num_features: int, target_num_layers: int) -> list[int
     return [round(1 + k * (target_num_layers - 4) / (num_features - 1)) + 1 for k in range(num_features)]
 
 
-class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
+class BlockDiffusionConfig(DrafterFields, Qwen3Config):
     r"""
     Configuration of a [`BlockDiffusionDrafter`] (DFlash, https://huggingface.co/papers/2602.06036, and what grew from
     it). The layers are Qwen3-type layers whatever the target is, so every field of [`~transformers.Qwen3Config`] keeps
@@ -91,21 +90,13 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
         method="DFlash",
         key="dflash2026",
         title="DFlash: Block Diffusion for Flash Speculative Decoding",
-        authors="",
         arxiv="2602.06036",
         year=2026,
     )
-    num_blocks = 1  # forwards of a round
 
     num_hidden_layers: int = 5
     block_size: int = 16
     mask_token_id: int | None = None
-    feature_layers: list[int] | None = None
-    target_hidden_size: int | None = None
-    target_num_layers: int | None = None
-    target_name_or_path: str | None = None
-    chat_template: str | None = None
-    thinking: bool | None = None
     causal: bool | None = None
     predicts_from_anchor: bool = False
     own_embedding: bool = False
@@ -122,21 +113,14 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
     confidence_head_with_markov: bool = False
     confidence_threshold: float = 0.0
     tree_width: int | None = None
-    tree_budget: int = 60
-    acceptance: list[list[float]] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.target_hidden_size is None:
-            self.target_hidden_size = self.hidden_size
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
-        if self.feature_layers is None:
-            self.feature_layers = self.usual_feature_layers(self.target_num_layers)
         super().__post_init__(**kwargs)
         self._check()
 
     def usual_feature_layers(self, num_layers: int | None) -> list[int]:
-        """What the drafter reads of a target of N layers if nothing else is said; `None` for an unknown N."""
         count = len(self.feature_layers or ()) or self.num_hidden_layers
         return [UNRECORDED_LAYER] * count if num_layers is None else spread_feature_layers(count, num_layers)
 
@@ -146,11 +130,7 @@ class BlockDiffusionConfig(CheckedConfig, Qwen3Config):
                 f"block_size is {self.block_size}, so a block predicts no token; give "
                 f"{2 - self.predicts_from_anchor} or more."
             )
-        if self.hidden_size != self.target_hidden_size and not self.own_embedding:
-            raise ValueError(
-                f"The target's embedding is {self.target_hidden_size} wide and the drafter's states "
-                f"{self.hidden_size}; a drafter of another width needs own_embedding=True."
-            )
+        self.refuse_other_embedding()
         known = {"full_attention", "sliding_attention"}
         if len(self.layer_types) != self.num_hidden_layers or not known.issuperset(self.layer_types):
             raise ValueError(

@@ -5,16 +5,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...drafting.drafter import Scope
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, Limits
-from ...drafting.target_batch import TargetBatch
-from ...trees.expansion import BlockOutputs, Children, Starts, best_first, children_by_parent
+from ...drafting.target_batch import Losses, TargetBatch
+from ...trees.expansion import Best, BlockOutputs, Children, Starts, best_first, children_by_parent
 from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
 from ..common.block import BlockState, FixedBlockState
@@ -77,6 +78,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
 
     objective_class = BlockDiffusionObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
+    has_fixed_rounds = True
 
     @property
     def draft_to_target(self) -> torch.LongTensor:
@@ -115,10 +117,6 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             cache=BlockCache(self.config, batch_size, columns, self.dtype, self.device),
             committed=0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long),
         )
-
-    @property
-    def has_fixed_rounds(self) -> bool:
-        return True
 
     def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
         # The block is written behind the pairs.
@@ -210,9 +208,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         count = self.config.selector_top_k
         unary, candidates = block.logits.topk(count, dim=-1)
 
-        def children(
-            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
             gained = self.candidate_selector(block.hidden[:, level], tokens, candidates[:, level])
             best = (unary[:, level].unsqueeze(1) + gained).log_softmax(-1).topk(min(width, count), dim=-1)
             ids = candidates[:, level].unsqueeze(1).expand(-1, tokens.shape[1], -1)
@@ -223,9 +219,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
     def _confident(self, inner: Children, block: Block) -> Children:
         """Nothing below nodes whose children the target will hardly accept."""
 
-        def children(
-            level: int, rows: torch.LongTensor, tokens: torch.LongTensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
             ids, log_probs = inner(level, rows, tokens)
             sure = self.confidence(block.hidden[:, level], tokens) >= self.config.confidence_threshold
             return ids, log_probs.masked_fill(~sure.unsqueeze(-1), -torch.inf)
@@ -239,23 +233,16 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             inputs = torch.cat([inputs, self.markov_head.markov_w1(before)], dim=-1)
         return self.confidence_head(inputs).sigmoid()
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         """The head is the target's, so the lighter scope is what makes rows of features, and the last norm."""
         modules = [self.fc, self.hidden_norm, self.norm] if scope == "head" else [self]
         return [weight for module in modules for weight in module.parameters()]
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: BlockDiffusionObjective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: BlockDiffusionObjective, progress: float, generator: Any) -> Losses:
         """
         The training objective; see [`block_diffusion_loss`].
 
         Raises:
             `ValueError`: The drafter has a selector, Markov or confidence head, whose training is not known.
         """
-        return block_diffusion_loss(self, batch, objective or BlockDiffusionObjective(), generator)
+        return block_diffusion_loss(self, batch, objective, generator)

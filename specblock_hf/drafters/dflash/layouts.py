@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.configuration import UNRECORDED_LAYER
-from ..common.layout import Layout, require, rope_parameters_of, target_fields, write_folder
+from ..common.layout import Fields, Layout, Tensors, require, rope_parameters_of, target_fields, write_folder
 from .configuration import BlockDiffusionConfig, spread_feature_layers
 
 
@@ -76,11 +76,7 @@ class DFlashLayout(Layout):
         return any(name in self.architectures for name in config.get("architectures") or ())
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> BlockDiffusionConfig:
         dflash = config.get("dflash_config") or {}
         _refuse_unknown(dflash, self.words, name, tensors)
@@ -244,11 +240,7 @@ class OtherDFlashLayout(Layout):
         return "dflash_config" in config or any("DFlash" in name or "DSpark" in name for name in names)
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> BlockDiffusionConfig:
         known = ", ".join((*DFlashLayout.architectures, *DSparkLayout.architectures))
         raise ValueError(

@@ -41,22 +41,6 @@ class BlockDiffusionObjective:
             raise ValueError(f"{self} cannot be trained; give at least one anchor and a decay of 0 or more.")
 
 
-@dataclass
-class TrainingBlocks:
-    """
-    A blocks for each of B texts.
-
-    Args:
-        anchors (`torch.LongTensor` of shape `[B, A]`): Place a of each block's known token.
-        valid (`torch.BoolTensor` of shape `[B, A]`): False for padding.
-        hidden (`torch.Tensor` of shape `[B, A, D, d]`): Normed states of the rows that predict tokens a + 1 to a + D.
-    """
-
-    anchors: torch.LongTensor
-    valid: torch.BoolTensor
-    hidden: torch.Tensor
-
-
 def block_diffusion_loss(
     drafter: BlockDiffusionDrafter,
     batch: TargetBatch,
@@ -95,15 +79,15 @@ def block_diffusion_loss(
         raise ValueError("The batch has no table, and this drafter predicts with the target's head; pass the table.")
     causal = all(causal for causal, _ in config.layer_rules)
     table = drafter.own_table(batch.table)
-    blocks = _run_blocks(drafter, batch, objective.num_anchors, generator)
-    steps = torch.arange(1, config.num_predictions + 1, device=blocks.anchors.device)
-    places = blocks.anchors.unsqueeze(-1) + steps
-    inside = blocks.valid.unsqueeze(-1) & (places < batch.lengths[:, None, None])
+    anchors, valid, hidden = _run_blocks(drafter, batch, objective.num_anchors, generator)
+    steps = torch.arange(1, config.num_predictions + 1, device=anchors.device)
+    places = anchors.unsqueeze(-1) + steps
+    inside = valid.unsqueeze(-1) & (places < batch.lengths[:, None, None])
     places = places.clamp_max(batch.tokens.shape[1] - 1)
     inside &= _at(batch.scored, places)
     text, block, slot = (inside & _at(batch.counted, places)).nonzero(as_tuple=True)
     place = places[text, block, slot]
-    logits = drafter.head_logits(blocks.hidden[text, block, slot], table)
+    logits = drafter.head_logits(hidden[text, block, slot], table)
     if causal if objective.soft is None else objective.soft:
         losses = soft_cross_entropy(logits, batch.top_ids[text, place], batch.top_probs[text, place])
     else:
@@ -142,7 +126,8 @@ def _draw_anchors(
 
 def _run_blocks(
     drafter: BlockDiffusionDrafter, batch: TargetBatch, most: int, generator: torch.Generator | None
-) -> TrainingBlocks:
+) -> tuple[torch.LongTensor, torch.BoolTensor, torch.Tensor]:
+    """Anchors `[B, A]`, which of them are real, and the states `[B, A, D, d]` of the rows that predict."""
     config, device = drafter.config, batch.tokens.device
     anchors, valid = _draw_anchors(batch, most, generator)
     table = drafter.own_table(batch.table)
@@ -158,4 +143,4 @@ def _run_blocks(
     queries = positions.flatten(1)
     masks = drafter.masks(queries, torch.cat([known, queries], dim=1), torch.cat([before, together], dim=-1))
     hidden = drafter(embeds, positions, masks, cache)
-    return TrainingBlocks(anchors, valid, hidden if config.predicts_from_anchor else hidden[:, :, 1:])
+    return anchors, valid, hidden if config.predicts_from_anchor else hidden[:, :, 1:]

@@ -24,17 +24,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-    rotate_half,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...drafting.pairs import TokenTable
-from ..common.cache import BlockCache, GraphCache, backend_mask
+from ..common.cache import BlockCache, GraphCache, backend_mask, keys_and_values
 from ..common.head import MarkovHead
 from .configuration import BlockDiffusionConfig
 
@@ -120,16 +114,6 @@ class BlockDiffusionLayer(nn.Module):
             self.mlp_conv = BlockConvolution(config)
         self.convolves = bool(config.conv_kernel_size)
 
-    def context_rows(
-        self, context: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[B, heads, T, head_dim]` of rows g `[B, T, d]`."""
-        attention = self.self_attn
-        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-        heads = (*context.shape[:-1], -1, attention.head_dim)
-        keys = attention.k_norm(attention.k_proj(context).view(heads)).transpose(1, 2)
-        return keys * cos + rotate_half(keys) * sin, attention.v_proj(context).view(heads).transpose(1, 2)
-
     def forward(
         self,
         hidden: torch.Tensor,
@@ -159,10 +143,8 @@ class BlockDiffusionModel(StrictPreTrainedModel):
 
     config_class = BlockDiffusionConfig
     config: BlockDiffusionConfig
-    base_model_prefix = ""
     main_input_name = "block_embeds"
     _no_split_modules = ["BlockDiffusionLayer"]
-    _supports_flash_attn = False  # windows and ragged batches need masks that FlashAttention cannot take
 
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__(config)
@@ -195,9 +177,6 @@ class BlockDiffusionModel(StrictPreTrainedModel):
             nn.init.normal_(module.predecessor_codebook, std=self.config.initializer_range)
             nn.init.normal_(module.successor_codebook, std=self.config.initializer_range)
 
-    def get_input_embeddings(self) -> None:
-        """None: the token embedding is the target's, or the drafter's own that is not the model's input."""
-
     def own_table(self, table: TokenTable) -> TokenTable:
         """The embedding and head that the drafter uses: its own if it has them, otherwise the target's."""
         if self.config.own_embedding:
@@ -228,7 +207,8 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         context = self.project_features(features)
         position_embeddings = self.rotary_emb(context, position_ids)
         for index, layer in enumerate(self.layers):
-            cache.update(*layer.context_rows(context, position_embeddings), index)
+            attention = layer.self_attn
+            cache.update(*keys_and_values(attention, context, position_embeddings, attention.k_norm), index)
 
     def masks(
         self, queries: torch.LongTensor, keys: torch.LongTensor, visible: torch.BoolTensor | None = None

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from ...checkpoints.files import DrafterFiles
 from ...checkpoints.loading import refuse_vocabulary
-from ..common.layout import Tensors, require, without_embedding
+from ..common.layout import Fields, Tensors, require, without_embedding
 from .configuration import BlockDiffusionConfig
 from .layouts import DFlashLayout, dspark_heads
 
@@ -32,11 +32,7 @@ class SpeculatorsBlockLayout(DFlashLayout):
         return config.get("speculators_model_type") in ("dflash", "dspark")
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> BlockDiffusionConfig:
         words = ("transformer_layer_config", "aux_hidden_state_layer_ids", "mask_token_id", "block_size")
         require(config, words, name)

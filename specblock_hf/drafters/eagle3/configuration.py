@@ -78,15 +78,7 @@ class Eagle3Config(DrafterConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.num_hidden_layers != 1:
-            raise ValueError(
-                f"An EAGLE-3 drafter has one layer and num_hidden_layers is {self.num_hidden_layers}; drafters of "
-                "several layers are not supported."
-            )
+        self.refuse_several_layers("An EAGLE-3 drafter has one layer")
+        self.refuse_other_embedding()
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm norm the same features; set one of them.")
-        if self.hidden_size != self.target_hidden_size and not self.own_embedding:
-            raise ValueError(
-                f"The target's embedding is {self.target_hidden_size} wide and the drafter's states "
-                f"{self.hidden_size}; a drafter of another width needs own_embedding=True."
-            )

@@ -12,14 +12,16 @@ the target's own features in one forward, which is also the first one of the nex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ...drafting.pairs import Pairs, TokenTable
+from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.expansion import BlockOutputs, Branching, Starts, rank_guided
 from ...trees.tree import DraftTree
-from ..common.block import BlockDrafter, BlockState, FixedBlockState
+from ..common.block import BlockDrafter, BlockState
 from ..common.cache import BlockPath
 from .loss import Eagle3Objective, eagle3_loss
 from .modeling import Eagle3Model
@@ -45,6 +47,7 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
     """
 
     predicts_at_once = True
+    has_fixed_rounds = True
     objective_class = Eagle3Objective
     # A forward is one level, and most machines cannot afford all of them.
     plans_that_pay = (
@@ -58,21 +61,6 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
             # A verified node costs real time there, and every level is a forward of its own.
             return DraftingPlan(min(12, config.tree_budget), min(4, config.num_blocks), min(4, config.beam_width))
         return DraftingPlan(config.tree_budget, config.num_blocks, config.beam_width)
-
-    def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> BlockState:
-        return super().begin(self._own_table(table), batch_size, max_length, first_position=first_position)
-
-    @property
-    def has_fixed_rounds(self) -> bool:
-        return True
-
-    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
-        return self._begin_fixed(self._own_table(table), batch_size, max_length, width)
-
-    def _own_table(self, table: TokenTable) -> TokenTable:
-        if not self.config.own_embedding:
-            return table
-        return TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
 
     def deepest(self, plan: DraftingPlan) -> int:
         return min(plan.tree_budget, plan.num_forwards)
@@ -104,13 +92,6 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
         tokens, log_probs = self.best_tokens(hidden, width)
         return BlockOutputs(tokens, log_probs, torch.zeros_like(tokens[..., 0]))
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: Eagle3Objective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: Eagle3Objective, progress: float, generator: Any) -> Losses:
         """The training objective; see [`eagle3_loss`]."""
-        return eagle3_loss(self, batch, objective or Eagle3Objective())
+        return eagle3_loss(self, batch, objective)

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from ...checkpoints.files import DrafterFiles
 from ..common.configuration import UNRECORDED_LAYER
 from ..common.layout import (
+    Fields,
     Layout,
     Tensors,
     check_usual_features,
@@ -42,11 +42,7 @@ class _Eagle3Layout(Layout):
     """Whether `model_type` is the layer's, and not whatever some other program wants to read."""
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> Eagle3Config:
         layer = self.layer_config(config, name)
         _refuse_other_layers(layer, name)
@@ -207,11 +203,7 @@ class DeepSpecLayout(_Eagle3Layout):
         return {ours: config[word] for ours, word in words.items() if config.get(word) is not None}
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> Eagle3Config:
         require(config, ("target_layer_ids", "vocab_size"), name)
         words = {

@@ -28,7 +28,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
-from ..common.cache import BlockCache, backend_mask
+from ...drafting.pairs import TokenTable
+from ..common.cache import BlockCache, masked_or_causal
 from ..common.head import DraftHead
 from ..common.path_attention import PathCache
 from .configuration import Eagle3Config
@@ -110,10 +111,8 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
 
     config_class = Eagle3Config
     config: Eagle3Config
-    base_model_prefix = ""
     main_input_name = "token_embeds"
     _no_split_modules = ["Eagle3Layer"]
-    _supports_flash_attn = False  # a level of the tree needs a mask that FlashAttention cannot take
 
     def __init__(self, config: Eagle3Config):
         super().__init__(config)
@@ -133,8 +132,10 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
         self.register_draft_vocabulary()
         self.post_init()
 
-    def get_input_embeddings(self) -> None:
-        """None: the drafter's own embedding, if there is one, is not the model's input."""
+    def own_table(self, table: TokenTable) -> TokenTable:
+        if not self.config.own_embedding:
+            return table
+        return TokenTable(self.embed_tokens, table.output_head, table.vocab_size)
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `[..., F * d_target]`, in the order of `feature_layers`, to conditions `[..., d]`."""
@@ -178,12 +179,9 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
             as a block of one slot.
         """
         on_path = isinstance(cache, PathCache) and cache.holds_pairs
-        if self.config._attn_implementation == "eager" and not on_path:
-            # The eager backend adds its mask to the scores, and without one lets everybody see everything.
-            if attention_mask is None:
-                rows = token_embeds.shape[1]
-                attention_mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=position_ids.device).tril()
-            attention_mask = backend_mask(attention_mask, "eager", token_embeds.dtype)
+        if not on_path:
+            implementation, rows = self.config._attn_implementation, token_embeds.shape[1]
+            attention_mask = masked_or_causal(attention_mask, implementation, rows, token_embeds)
         position_embeddings = self.rotary_emb(token_embeds, position_ids)
         hidden = self.layers[0](token_embeds, conditions, position_embeddings, attention_mask, cache)
         return (self.norm(hidden) if self.config.norm_output else hidden).unsqueeze(2)

@@ -71,11 +71,7 @@ class FalconDrafterConfig(LastStateConfig):
             raise ValueError(
                 f"block_size is {self.block_size}; the rows of a block look at each other, so give 2 or more."
             )
-        if self.num_hidden_layers != 1:
-            raise ValueError(
-                f"A Falcon drafter has one attention layer and num_hidden_layers is {self.num_hidden_layers}; "
-                "drafters of several are not supported."
-            )
+        self.refuse_several_layers("A Falcon drafter has one attention layer")
         weights = self.rank_weights
         if not weights or weights != sorted(weights, reverse=True) or not 0 < weights[-1] <= weights[0] <= 1:
             raise ValueError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +23,11 @@ from torch import nn
 from ...devices import on_device
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import Limits
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.static_shape import TreeShape, likely_shape
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
-from ..common.cache import BlockPath
+from ..common.cache import BlockPath, keys_and_values
 from .loss import FalconObjective, falcon_loss
 from .modeling import FalconModel, Memory
 
@@ -85,31 +86,20 @@ class FalconDrafter(BlockDrafter, FalconModel):
     """
 
     objective_class = FalconObjective
+    state_class = FalconState
+    columns_per_pair = 1
     plans_that_pay = (
         *((nodes, 1, 0) for nodes in (4, 8)),
         *((nodes, 2, 4) for nodes in (8, 12, 16)),
         *((16, 3, 4), (24, 3, 4), (24, 4, 8), (32, 4, 8), (60, 4, 0)),
     )
 
-    @property
-    def columns_per_pair(self) -> int:
-        return 1
-
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> FalconState:
         state = super().begin(table, batch_size, max_length, first_position=first_position)
-        recent = torch.zeros(
-            batch_size, self.config.block_size, self.config.hidden_size, dtype=self.dtype, device=self.device
-        )
-        return FalconState(
-            table,
-            batch_size,
-            max_length,
-            first_position=first_position,
-            cache=state.cache,
-            committed=state.committed,
-            memory=self.no_memory(batch_size),
-            recent=recent,
-        )
+        shape = (batch_size, self.config.block_size, self.config.hidden_size)
+        state.recent = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        state.memory = self.no_memory(batch_size)
+        return state
 
     def extend(self, state: FalconState, pairs: Pairs) -> None:
         (features,) = pairs.features
@@ -121,7 +111,8 @@ class FalconDrafter(BlockDrafter, FalconModel):
         )
         state.cache.seek(offsets, state.longest + count)
         state.forward_rows += len(embeds) * count
-        self.append_keys(states, pairs.positions.to(self.device), state.cache)
+        layer, position_embeddings = self.layers[0], self.rotary_emb(states, pairs.positions.to(self.device))
+        state.cache.update(*keys_and_values(layer.self_attn, layer.input_layernorm(states), position_embeddings), 0)
         state.advance(pairs)
         seen = torch.cat([state.recent, states], dim=1)
         last = lengths[:, None] + torch.arange(self.config.block_size, device=self.device)
@@ -252,13 +243,6 @@ class FalconDrafter(BlockDrafter, FalconModel):
             path,
         )
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: FalconObjective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: FalconObjective, progress: float, generator: Any) -> Losses:
         """The training objective; see [`falcon_loss`]."""
-        return falcon_loss(self, batch, objective or FalconObjective(), progress, generator)
+        return falcon_loss(self, batch, objective, progress, generator)

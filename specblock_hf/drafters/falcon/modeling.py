@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
@@ -43,10 +43,8 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
 
     config_class = FalconDrafterConfig
     config: FalconDrafterConfig
-    base_model_prefix = ""
     main_input_name = "states"
     _no_split_modules = ["LlamaDecoderLayer"]
-    _supports_flash_attn = False  # blocks need masks that FlashAttention cannot take
 
     def __init__(self, config: FalconDrafterConfig):
         super().__init__(config)
@@ -58,9 +56,6 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.register_draft_vocabulary()
         self.post_init()
-
-    def get_input_embeddings(self) -> None:
-        """None: the token embedding is the target's and is handed in."""
 
     def no_memory(self, rows: int) -> Memory:
         """What the LSTM knows before a text."""
@@ -99,23 +94,6 @@ class FalconModel(DraftHead, StrictPreTrainedModel):
         padded, _ = pad_packed_sequence(states, batch_first=True, total_length=inputs.shape[1])
         hidden, cell = (torch.where(some, new[:, unsort], old) for new, old in zip(after, before, strict=True))
         return padded[unsort], (hidden, cell)
-
-    def append_keys(self, states: torch.Tensor, position_ids: torch.LongTensor, cache: BlockCache) -> None:
-        """
-        Write the keys and values of rows into the cache, without attention.
-
-        Args:
-            states (`torch.Tensor` of shape `[B, T, d]`): As `read` returns them.
-            position_ids (`torch.LongTensor` of shape `[B, T]`): Positions i.
-            cache (`BlockCache`): Takes them in.
-        """
-        attention = self.layers[0].self_attn
-        normed = self.layers[0].input_layernorm(states)
-        heads = (*states.shape[:-1], -1, attention.head_dim)
-        keys = attention.k_proj(normed).view(heads).transpose(1, 2)
-        values = attention.v_proj(normed).view(heads).transpose(1, 2)
-        cos, sin = (part.unsqueeze(1) for part in self.rotary_emb(states, position_ids))
-        cache.update(keys * cos + rotate_half(keys) * sin, values, 0)
 
     def forward(
         self,

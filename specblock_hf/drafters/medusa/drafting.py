@@ -15,16 +15,15 @@ output.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from ...drafting.drafter import DraftState
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import Limits
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.tree import DraftTree
 from ..common.network import NetworkDrafter
-from ..common.slot_loss import guesses, score_slots, weighted_loss
+from ..common.slot_loss import slots_loss
 from .modeling import MedusaModel
 
 
@@ -73,16 +72,7 @@ class MedusaDrafter(NetworkDrafter, MedusaModel):
         state.forward_rows += len(features)
         return self.product_tree(self.root_of(pairs), self(features.to(self.device, self.dtype)), limits)
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: MedusaObjective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: MedusaObjective, progress: float, generator: Any) -> Losses:
         """The mean cross-entropy of every head at every place of the answers; see [`TreeDrafter.loss`]."""
-        objective = objective or MedusaObjective()
         hidden = self(batch.features[:, :-1])
-        sums = score_slots(self, batch, hidden, torch.arange(hidden.shape[1], device=hidden.device))
-        return {"loss": weighted_loss(sums, objective.head_decay)} | guesses(sums, self.config.block_size)
+        return slots_loss(self, batch, hidden, objective.head_decay)

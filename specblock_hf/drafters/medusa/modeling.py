@@ -38,7 +38,6 @@ class MedusaModel(DraftHead, StrictPreTrainedModel):
 
     config_class = MedusaConfig
     config: MedusaConfig
-    base_model_prefix = ""
     main_input_name = "features"
     _no_split_modules = ["MedusaBlock"]
 
@@ -61,9 +60,6 @@ class MedusaModel(DraftHead, StrictPreTrainedModel):
             nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
-
-    def get_input_embeddings(self) -> None:
-        """None: no token is read."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """The target's last states `[..., d]` to `[..., K, d]`, as the head reads them."""

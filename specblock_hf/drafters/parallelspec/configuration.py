@@ -42,7 +42,6 @@ class ParallelSpecConfig(DrafterConfig):
         method="ParallelSpec",
         key="parallelspec2024",
         title="ParallelSpec: Parallel Drafter for Efficient Speculative Decoding",
-        authors="",
         arxiv="2410.05589",
         year=2024,
     )
@@ -59,8 +58,4 @@ class ParallelSpecConfig(DrafterConfig):
             raise ValueError(f"block_size is {self.block_size}; a group has at least one mask, so give 2 or more.")
         if self.tree_width < 1:
             raise ValueError(f"tree_width is {self.tree_width}; a node gets at least 1 child, so give 1 or more.")
-        if self.num_hidden_layers != 1:
-            raise ValueError(
-                f"A ParallelSpec drafter has one layer and num_hidden_layers is {self.num_hidden_layers}; drafters of "
-                "several layers are not supported."
-            )
+        self.refuse_several_layers("A ParallelSpec drafter has one layer")

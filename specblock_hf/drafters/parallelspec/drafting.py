@@ -14,17 +14,18 @@ open: what a mask has in place of features (here a learned vector), and the weig
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ...drafting.pairs import Pairs
 from ...drafting.plan import Limits
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.tree import DraftTree
 from ..common.block import PREFILL_PAIRS, BlockDrafter, BlockState
 from ..common.cache import committed_mask
 from ..common.path_attention import PathCache
-from ..common.slot_loss import guesses, score_slots, weighted_loss
+from ..common.slot_loss import slots_loss
 from .modeling import ParallelSpecModel
 
 
@@ -58,10 +59,7 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
     """
 
     objective_class = ParallelSpecObjective
-
-    @property
-    def columns_per_pair(self) -> int:
-        return 1  # keys and values of masks are dropped
+    columns_per_pair = 1  # keys and values of masks are dropped
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
         before, last = _split(pairs, PREFILL_PAIRS)
@@ -93,19 +91,10 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
         slots = (lengths - 1).clamp_min(0) + steps[:size]
         return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])).unsqueeze(1)
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: ParallelSpecObjective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: ParallelSpecObjective, progress: float, generator: Any) -> Losses:
         """The mean cross-entropy of every slot of every group in the answers; see [`TreeDrafter.loss`]."""
-        objective = objective or ParallelSpecObjective()
         hidden = self.group_states(batch.embeds[:, 1:], self.project_features(batch.features[:, :-1]))
-        sums = score_slots(self, batch, hidden, torch.arange(hidden.shape[1], device=hidden.device))
-        return {"loss": weighted_loss(sums, objective.slot_decay)} | guesses(sums, self.config.block_size)
+        return slots_loss(self, batch, hidden, objective.slot_decay)
 
     def group_states(self, embeds: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """
@@ -141,13 +130,5 @@ def _split(pairs: Pairs, count: int) -> tuple[Pairs | None, Pairs]:
             index = index[..., None].expand(-1, -1, values.shape[-1])
         return values.gather(1, index)
 
-    last = replace(
-        pairs,
-        tokens=taken(pairs.tokens),
-        features=tuple(taken(f) for f in pairs.features),
-        positions=taken(pairs.positions),
-        lengths=pairs.lengths - before,
-        given_embeds=None if pairs.given_embeds is None else taken(pairs.given_embeds),
-        read=None,
-    )
+    last = pairs.each(taken, lengths=pairs.lengths - before, read=None)
     return replace(pairs, lengths=before, read=None), last

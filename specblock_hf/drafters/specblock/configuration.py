@@ -62,7 +62,6 @@ class SpecBlockConfig(DrafterConfig):
         method="SpecBlock",
         key="specblock2026",
         title="SpecBlock: Block-Iterative Speculative Decoding with Dynamic Tree Drafting",
-        authors="",
         arxiv="2605.07243",
         year=2026,
     )

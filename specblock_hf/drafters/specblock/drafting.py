@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...drafting.pairs import Pairs, TokenTable
+from ...drafting.drafter import Scope
+from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
-from ...drafting.target_batch import TargetBatch
+from ...drafting.target_batch import Losses, TargetBatch
 from ...trees.expansion import (
     BlockOutputs,
     Branching,
@@ -23,7 +24,7 @@ from ...trees.expansion import (
 )
 from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
-from ..common.block import BlockDrafter, BlockState, FixedBlockState
+from ..common.block import BlockDrafter, BlockState
 from ..common.cache import BlockPath
 from .loss import SpecBlockObjective, specblock_loss
 from .modeling import SpecBlockModel
@@ -67,6 +68,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     """
 
     predicts_at_once = True
+    has_fixed_rounds = True
     objective_class = SpecBlockObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
     plans_that_pay = (
@@ -89,13 +91,6 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             # A verified node costs real time there: half a step for a dozen in float32.
             return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
         return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
-
-    @property
-    def has_fixed_rounds(self) -> bool:
-        return True
-
-    def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:
-        return self._begin_fixed(table, batch_size, max_length, width)
 
     def deepest(self, plan: DraftingPlan) -> int:
         return min(plan.tree_budget, plan.num_forwards * self.config.block_size)
@@ -193,21 +188,14 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         rank_logits = self.rank_logits(normed, best.values[..., : self.config.rank_top_k])
         return BlockOutputs(ids + self.d2t[ids], log_probs, rank_logits.argmax(-1))
 
-    def parameters_of(self, scope: Literal["head", "full"]) -> list[nn.Parameter]:
+    def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         heads = [self.lm_head, self.rank_head] + ([self.markov_head] if self.config.markov_rank else [])
         modules = heads if scope == "head" else [self]
         return [p for module in modules for p in module.parameters()]
 
-    def loss(
-        self,
-        batch: TargetBatch,
-        objective: SpecBlockObjective | None = None,
-        *,
-        progress: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def _loss(self, batch: TargetBatch, objective: SpecBlockObjective, progress: float, generator: Any) -> Losses:
         """The training objective with cuts drawn from 1 to K; see [`specblock_loss`] and [`SpecBlockObjective`]."""
-        objective = (objective or SpecBlockObjective()).at(progress)
+        objective = objective.at(progress)
         cuts = torch.randint(1, self.config.block_size + 1, (objective.num_blocks - 1,), generator=generator).tolist()
         if objective.release:
             return release_loss(self, batch, objective, cuts)

@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward, rotate_half
 
-from ..common.cache import OpenBlock, backend_mask
+from ..common.cache import OpenBlock, backend_mask, keys_and_values
 
 
 class SpecBlockLayer(LlamaDecoderLayer):
@@ -32,11 +32,7 @@ class SpecBlockLayer(LlamaDecoderLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, S, d]` to what [`OpenBlock`] holds of keys and values."""
         attention, normed = self.self_attn, self.input_layernorm(hidden)
-        heads = (*hidden.shape[:-1], -1, attention.head_dim)
-        keys = attention.k_proj(normed).view(heads).transpose(1, 2)
-        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-        values = attention.v_proj(normed).view(heads).transpose(1, 2)
-        return cache.update(keys * cos + rotate_half(keys) * sin, values, attention.layer_idx)
+        return cache.update(*keys_and_values(attention, normed, position_embeddings), attention.layer_idx)
 
     def _read(
         self, hidden: torch.Tensor, block: OpenBlock, texts: torch.LongTensor, slots: torch.LongTensor

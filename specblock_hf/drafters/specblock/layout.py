@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ...checkpoints.files import DrafterFiles, read_tensors
 from ..common.layout import (
+    Fields,
     Layout,
     Tensors,
     check_usual_features,
@@ -38,11 +39,7 @@ class ReleaseLayout(Layout):
         return any(name.startswith("LlamaForCausalLMSpecBlock") for name in config.get("architectures") or ())
 
     def read_config(
-        self,
-        config: Mapping[str, Any],
-        name: object,
-        tensors: Mapping[str, torch.Tensor],
-        target: PreTrainedConfig | None = None,
+        self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> SpecBlockConfig:
         fields = read_llama_fields(config, name)
         require(config, ("draft_vocab_size", "diffspec_draft_token_num", "num_hidden_layers"), name)

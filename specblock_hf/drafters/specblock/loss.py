@@ -142,7 +142,7 @@ def specblock_loss(
         `dict[str, torch.Tensor]`: `loss`, `draft_loss`, `rank_loss`, and the counts `agreed` and `counted` of shape
         `[blocks, K]` and `rank_confusion` of shape `[buckets, buckets]`; see [`TreeDrafter.loss`].
     """
-    cache = GraphCache(drafter.config.num_hidden_layers)
+    cache, last = GraphCache(drafter.config.num_hidden_layers), batch.tokens.shape[1] - 1
     block = first_block(drafter, batch, cache)
     alive, conditions = block.valid, None
     blocks = []
@@ -151,7 +151,10 @@ def specblock_loss(
             if objective.starts_share < 1:
                 draws = torch.rand(alive.shape, generator=generator).to(alive.device)
                 alive = alive & (draws < objective.starts_share)
-            starts = _starts(batch, block, alive, cuts[number - 1])
+            # Where the token that the next block's first slot is about is still part of the answer.
+            wanted = block.pairs + block.shift + cuts[number - 1] + 2
+            inside = (wanted < batch.lengths[:, None]) & batch.scored.gather(1, wanted.clamp_max(last))
+            starts = alive & inside
             block = later_block(
                 drafter, batch, cache, block, starts, conditions, cuts[number - 1], objective.earlier_keys
             )
@@ -167,6 +170,13 @@ def specblock_loss(
     draft_loss = (sums["draft"] / rows * decay).sum()
     plain = objective.rank_loss == "plain"
     rank_loss = (sums["rank"] / (first if plain else sums["rank_weights"].sum(-1, keepdim=True).clamp_min(1e-6))).sum()
+    return weighed(draft_loss, rank_loss, sums, objective)
+
+
+def weighed(
+    draft_loss: torch.Tensor, rank_loss: torch.Tensor, sums: dict[str, torch.Tensor], objective: SpecBlockObjective
+) -> dict[str, torch.Tensor]:
+    """What [`TreeDrafter.loss`] returns, of both losses and the sums of all slots of all blocks."""
     return {
         "loss": draft_loss + objective.rank_weight * rank_loss,
         "draft_loss": draft_loss,
@@ -181,15 +191,8 @@ def first_block(drafter: SpecBlockDrafter, batch: TargetBatch, cache: GraphCache
     """The block that starts at every committed pair."""
     pairs = torch.arange(batch.tokens.shape[1] - 1, device=batch.tokens.device).expand(len(batch.tokens), -1)
     conditions = drafter.project_features(batch.features[:, :-1])
-    opened = drafter.open_block(batch.embeds[:, 1:], conditions, pairs, None, cache)
+    opened = drafter(batch.embeds[:, 1:], conditions, pairs, None, cache, opens=True)
     return TrainingBlock(opened, pairs, 0, pairs < batch.lengths[:, None] - 1)
-
-
-def _starts(batch: TargetBatch, before: TrainingBlock, alive: torch.BoolTensor, cut: int) -> torch.BoolTensor:
-    """Rows whose next block begins where the token that its first slot is about is still part of the answer."""
-    wanted = before.pairs + before.shift + cut + 2
-    last = batch.tokens.shape[1] - 1
-    return alive & (wanted < batch.lengths[:, None]) & batch.scored.gather(1, wanted.clamp_max(last))
 
 
 def later_block(
@@ -232,7 +235,8 @@ def later_block(
     if earlier_keys:
         earlier = (pairs[:, :, None] > pairs[:, None]) & valid[:, None]
         mask[..., -width * size :] |= earlier.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None]
-    return TrainingBlock(drafter.open_block(embeds, conditions, pairs, mask, cache), pairs, shift, valid, path)
+    opened = drafter(embeds, conditions, pairs, mask, cache, opens=True)
+    return TrainingBlock(opened, pairs, shift, valid, path)
 
 
 def _score_block(

@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
-from ..common.cache import BlockCache, GraphCache, OpenBlock, backend_mask
+from ..common.cache import BlockCache, GraphCache, OpenBlock, masked_or_causal
 from ..common.head import DraftHead, MarkovHead
 from .configuration import NUM_LISTED_LOG_PROBS, SpecBlockConfig
 from .layer import SpecBlockLayer
@@ -76,10 +76,8 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
 
     config_class = SpecBlockConfig
     config: SpecBlockConfig
-    base_model_prefix = ""
     main_input_name = "token_embeds"
     _no_split_modules = ["SpecBlockLayer"]
-    _supports_flash_attn = False  # later blocks need masks that FlashAttention cannot take
 
     def __init__(self, config: SpecBlockConfig):
         super().__init__(config)
@@ -108,9 +106,6 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         if self.config.markov_rank and module is self.markov_head.markov_w2:  # starts as if it were not there
             nn.init.zeros_(module.weight)
 
-    def get_input_embeddings(self) -> None:
-        """None: the token embedding is the target's and is handed in."""
-
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """
         Target features `[..., F * d_target]`, concatenated in the order of `feature_layers`, to conditions `[...,
@@ -125,7 +120,8 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         position_ids: torch.LongTensor,
         attention_mask: torch.BoolTensor | None = None,
         cache: BlockCache | GraphCache | None = None,
-    ) -> torch.Tensor:
+        opens: bool = False,
+    ) -> torch.Tensor | OpenBlock:
         """
         One block forward.
 
@@ -138,32 +134,28 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
             attention_mask (`torch.BoolTensor` of shape `[B, 1, R * K, columns]`, *optional*):
                 True where a slot sees a column. Without one, attention is causal over the flattened slots.
             cache (`BlockCache` or `GraphCache`, *optional*): Where keys and values of earlier rows are, and these go.
+            opens (`bool`, *optional*, defaults to `False`):
+                Go no further than to what others read of the slots; [`SpecBlockModel.read_slots`] gives their states.
 
         Returns:
-            `torch.Tensor` of shape `[B, R, K, d]`: The last layer's states, before the final norm.
+            `torch.Tensor` of shape `[B, R, K, d]`: The last layer's states, before the final norm. With `opens` an
+            [`OpenBlock`].
         """
-        hidden, position_embeddings, mask = self._enter_last_layer(
-            token_embeds, conditions, position_ids, attention_mask, cache
-        )
-        hidden = self.layers[-1](
-            hidden, attention_mask=mask, position_embeddings=position_embeddings, **{CACHE: cache}
-        )
-        return hidden.view(*token_embeds.shape[:2], self.config.block_size, -1)
-
-    def open_block(
-        self,
-        token_embeds: torch.Tensor,
-        conditions: torch.Tensor,
-        position_ids: torch.LongTensor,
-        attention_mask: torch.BoolTensor | None,
-        cache: BlockCache | GraphCache,
-    ) -> OpenBlock:
-        """The same forward up to what others read of its slots; [`SpecBlockModel.read_slots`] gives their states."""
-        hidden, position_embeddings, _ = self._enter_last_layer(
-            token_embeds, conditions, position_ids, attention_mask, cache
-        )
-        keys, values = self.layers[-1](hidden, step="open", position_embeddings=position_embeddings, cache=cache)
-        return OpenBlock(hidden, position_embeddings, keys, values, attention_mask)
+        batch, rows, _ = token_embeds.shape
+        size, implementation = self.config.block_size, self.config._attn_implementation
+        steps = torch.arange(1, size + 1, device=position_ids.device)
+        position_embeddings = self.rotary_emb(token_embeds, (position_ids.unsqueeze(-1) + steps).flatten(1))
+        mask = masked_or_causal(attention_mask, implementation, rows * size, token_embeds)
+        inputs = {"attention_mask": mask, "position_embeddings": position_embeddings, CACHE: cache}
+        hidden = self.input_layer(conditions, token_embeds).flatten(1, 2)
+        for index, layer in enumerate(self.layers):
+            if index > 0 and self.config.layer_shift:
+                hidden = self._shift(hidden, index - 1, batch, rows)
+            if opens and layer is self.layers[-1]:
+                keys, values = layer(hidden, step="open", position_embeddings=position_embeddings, cache=cache)
+                return OpenBlock(hidden, position_embeddings, keys, values, attention_mask)
+            hidden = layer(hidden, **inputs)
+        return hidden.view(batch, rows, size, -1)
 
     def read_slots(
         self, block: OpenBlock, texts: torch.LongTensor, rows: torch.LongTensor, slots: torch.LongTensor | int
@@ -183,38 +175,6 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
         places = rows * self.config.block_size + slots
         hidden = block.hidden.flatten(0, 1).index_select(0, texts * block.hidden.shape[1] + places)
         return self.layers[-1](hidden, step="read", block=block, texts=texts, slots=places)
-
-    def _enter_last_layer(
-        self,
-        token_embeds: torch.Tensor,
-        conditions: torch.Tensor,
-        position_ids: torch.LongTensor,
-        attention_mask: torch.BoolTensor | None,
-        cache: BlockCache | GraphCache | None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
-        """What enters the last layer `[B, R * K, d]`, and the cosines, sines and mask of all layers."""
-        batch, rows, _ = token_embeds.shape
-        size, implementation = self.config.block_size, self.config._attn_implementation
-        steps = torch.arange(1, size + 1, device=position_ids.device)
-        position_embeddings = self.rotary_emb(token_embeds, (position_ids.unsqueeze(-1) + steps).flatten(1))
-        if attention_mask is None and implementation == "eager":
-            # Without a mask the eager backend lets everybody see everything.
-            everything = torch.ones(rows * size, rows * size, dtype=torch.bool, device=position_ids.device)
-            attention_mask = everything.tril()[None, None]
-        if attention_mask is not None:
-            attention_mask = backend_mask(attention_mask, implementation, token_embeds.dtype)
-        hidden = self.input_layer(conditions, token_embeds).flatten(1, 2)
-        for index in range(len(self.layers)):
-            if index > 0 and self.config.layer_shift:
-                hidden = self._shift(hidden, index - 1, batch, rows)
-            if index + 1 < len(self.layers):
-                hidden = self.layers[index](
-                    hidden,
-                    attention_mask=attention_mask,
-                    position_embeddings=position_embeddings,
-                    **{CACHE: cache},
-                )
-        return hidden, position_embeddings, attention_mask
 
     def _shift(self, hidden: torch.Tensor, index: int, batch: int, rows: int) -> torch.Tensor:
         slots = hidden.view(batch, rows, self.config.block_size, -1)

@@ -16,7 +16,7 @@ import torch
 from ...drafting.target_batch import TargetBatch
 from ..common.cache import GraphCache
 from ..common.losses import soft_cross_entropy
-from .loss import SpecBlockObjective, TrainingBlock, first_block, later_block
+from .loss import SpecBlockObjective, TrainingBlock, first_block, later_block, weighed
 from .rank_loss import ordinal_rank_loss, rank_buckets
 
 
@@ -57,14 +57,7 @@ def release_loss(
     decay = objective.slot_decay ** torch.arange(len(slot_losses), device=slot_losses.device)
     draft_loss = (slot_losses * decay).sum()
     rank_loss = (sums["rank"].sum(-1) / sums["rank_weights"].sum(-1).clamp_min(1e-6)).sum()
-    return {
-        "loss": draft_loss + objective.rank_weight * rank_loss,
-        "draft_loss": draft_loss,
-        "rank_loss": rank_loss,
-        "agreed": sums["agreed"],
-        "counted": sums["counted"],
-        "rank_confusion": sums["confusion"].sum((0, 1)),
-    }
+    return weighed(draft_loss, rank_loss, sums, objective)
 
 
 def _score(

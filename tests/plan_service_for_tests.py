@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ..calibration.costs import CostCurves, interpolate
-from ..planning.controller import PlanController, Setting
-from ..planning.estimates import BANDS
-from ..planning.offers import FOUND, FOUND_MIDDLES, LOOKUPS, Choice, Offer, Round, Way
+from specblock_hf.calibration.costs import CostCurves, interpolate
+from specblock_hf.planning.controller import PlanController, Setting
+from specblock_hf.planning.estimates import BANDS
+from specblock_hf.planning.offers import FOUND, FOUND_MIDDLES, LOOKUPS, Choice, Offer, Round, Way
 
 
 SETTING = Setting("a target", "a machine", "float32")
