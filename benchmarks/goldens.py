@@ -10,7 +10,8 @@ tokens and what the drafters say of these must agree.
     python benchmarks/goldens.py --deepspec DeepSpec --output benchmarks/results/goldens.json
 
 With transformers 5.17, since speculators 0.9.0 takes none above 5.19; in an environment of its own. Without
-`--deepspec` its drafters are left out. Nothing that the projects make is kept but the differences.
+`--deepspec` its drafters are left out. Of what the projects make, only the differences and the drafted tokens with
+their log-probabilities are kept, by which the tests know the networks again.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ def run(case: Case, target: PreTrainedModel, text: Text, work: Path) -> dict[str
         "version": VERSIONS[case.project],
         "largest_difference": float(f"{max(found.values()):.1e}"),
         "same_tokens": theirs.tokens == ours.tokens,
-        "drafted": len(theirs.tokens),
+        "tokens": theirs.tokens,
+        "log_probs": [round(value, 5) for value in theirs.log_probs.tolist()],
         "passed": layout == case.layout and theirs.tokens == ours.tokens and max(found.values()) <= TOLERANCE,
     }
 

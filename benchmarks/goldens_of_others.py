@@ -7,6 +7,7 @@ The projects are imported where they are needed: none of them is a dependency of
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,12 @@ Maker = Callable[[PreTrainedModel, Path, Text, Path], Golden]
 
 
 def randomise(model: nn.Module, leave: tuple[str, ...] = ()) -> None:
-    """Weights that make every part count, norms included."""
-    generator = torch.Generator().manual_seed(7)
+    """Weights that make every part count, norms included; they follow from a parameter's name and shape."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.startswith(leave):
                 continue
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             if weight.dim() == 1:
                 weight.uniform_(0.5, 1.5, generator=generator)
             else:
