@@ -23,6 +23,10 @@ DSPARK = {
     "confidence_head": True,
     "confidence_head_with_markov": True,
 }
+DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 6}
+OF_KIND = {"dflash": {}, "dflash2": DFLASH2, "dspark": DSPARK}
+CLASSES = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel", "dspark": "DSparkDraftModel"}
+"""Of speculators; other projects call theirs so, too."""
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 4}
 
 
@@ -77,7 +81,7 @@ def speculators_folder(
     folder: Path, kind: str = "dflash", said: torch.Tensor | None = None, **changes
 ) -> BlockDiffusionDrafter:
     """What speculators saves of a small drafter, which is returned: copies of the target's tables, maybe cut."""
-    drafter = block_drafter(**(DSPARK if kind == "dspark" else {}), **changes.pop("fields", {}))
+    drafter = block_drafter(**OF_KIND[kind], **changes.pop("fields", {}))
     config, tensors, target = drafter.config, drafter.state_dict(), tiny_target("llama")
     head = target.get_output_embeddings().weight.detach()
     tensors["embed_tokens.weight"] = target.get_input_embeddings().weight.detach().clone()
@@ -90,7 +94,7 @@ def speculators_folder(
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     more = ("num_key_value_heads", "rms_norm_eps", "layer_types", "sliding_window", "use_sliding_window")
     written = {
-        "architectures": ["DSparkSpeculator" if kind == "dspark" else "DFlashSpeculator"],
+        "architectures": [CLASSES[kind]],
         "speculators_model_type": kind,
         "speculators_version": "0.9.0",
         "transformer_layer_config": {name: getattr(config, name) for name in (*names, *more)}
@@ -106,6 +110,8 @@ def speculators_folder(
     if kind == "dspark":
         heads = {"enable_confidence_head": True, "confidence_head_with_markov": True}
         written |= {"markov_rank": config.markov_rank, "markov_head_type": "vanilla"} | heads
+    if kind == "dflash2":
+        written |= DFLASH2
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(written | changes))
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")

@@ -17,10 +17,12 @@ Made by `specblock find > docs/models.md` from `specblock_hf/drafters/known.json
 `AutoDrafter.find(target)` look in this list and on the Hub, for the target and for what it was made from, and judge
 every drafter by its `config.json` before anything large is downloaded.
 
-Whether a drafter fits was not tried with the weights of these repositories: "tested" says how the reader of its
-layout is tested here. Where the layout is empty, only its `config.json` will tell. Figures are their authors', under
-conditions and in a count of their own, and do not compare with each other. A drafter that was trained on answers
-without thinking guesses badly where the target thinks, and the other way round: `specblock doctor` and
+Whether a drafter fits was not tried with the weights of these repositories: "tested" says how the reader of its layout
+is tested here. Golden tensors are the authors' own, in the tests. In a golden run, small drafters that a project's
+code made and saved said and drafted the same in its code and here (`benchmarks/goldens.py`, differences in
+`benchmarks/results/goldens.json`). Where the layout is empty, only its `config.json` will tell. Figures are their
+authors', under conditions and in a count of their own, and do not compare with each other. A drafter that was trained
+on answers without thinking guesses badly where the target thinks, and the other way round: `specblock doctor` and
 `specblock find` compare it with the tokenizer."""
 
 

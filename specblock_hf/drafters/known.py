@@ -66,7 +66,7 @@ def _list() -> dict[str, Any]:
 
 
 def layouts_tested() -> dict[str, str]:
-    """By which tensors the reader of each layout is tested: golden ones, or random ones that are read and run."""
+    """How the reader of each layout is tested: by recorded golden tensors, or by a run beside a project's own code."""
     return _list()["tested"]
 
 

@@ -21,6 +21,7 @@ from specblock_hf.drafters.layouts import layout_of, write_checkpoint
     ("layout", "fields"),
     [
         ("sglang", {"fc_norm": True}),
+        ("sglang", {"norm_before_fc": True}),
         ("sglang", {"norm_output": True}),
         ("speculators", {"fc_norm": True, "norm_output": True}),
         ("speculators", {"qk_norm": True, "norm_before_residual": True}),
@@ -34,6 +35,15 @@ def test_a_way_there_and_back_changes_nothing(tmp_path, layout, fields):
     assert_same(again, drafter)
     for name in ("fc_norm", "norm_output", "qk_norm", "norm_before_residual", "norm_before_fc"):
         assert getattr(again.config, name) == getattr(drafter.config, name) == fields.get(name, False)
+
+
+def test_sglangs_nested_word_is_read(tmp_path):
+    drafter = eagle3_drafter(norm_before_fc=True)
+    write_checkpoint(drafter, tmp_path / "there", "sglang")
+    file = tmp_path / "there" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"norm_before_fc": False, "eagle_config": {"norm_before_fc": True}}))
+    assert_same(AutoDrafter.from_pretrained(tmp_path / "there"), drafter)
 
 
 def test_a_layout_without_the_words_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""DFlash and DSpark as `speculators` saves them: read strictly, drafting exactly, within their windows."""
+"""DFlash, DFlash 2 and DSpark as `speculators` saves them: read strictly, drafting exactly, within their windows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from specblock_hf.drafters.layouts import write_checkpoint
 from specblock_hf.drafting.pairs import TokenTable
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark"])
 def test_every_tensor_but_the_targets_own_is_taken_as_it_is(tmp_path, kind):
     drafter = speculators_folder(tmp_path / "there", kind)
     again = AutoDrafter.from_pretrained(tmp_path / "there")
     assert_same(again, drafter)
-    for name in ("predicts_from_anchor", "markov_rank", "confidence_head", "block_size", "feature_layers", "causal"):
+    names = ("predicts_from_anchor", "markov_rank", "confidence_head", "block_size", "feature_layers", "causal")
+    for name in (*names, "conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
     assert again.config.target_name_or_path == "Qwen/Qwen3-8B" and not again.config.own_embedding
     assert AutoDrafter.from_pretrained(tmp_path / "there", target=tiny_target("llama").config).config.vocab_size == 32
@@ -32,8 +33,11 @@ def test_every_tensor_but_the_targets_own_is_taken_as_it_is(tmp_path, kind):
     assert_same(AutoDrafter.from_pretrained(tmp_path / "ours"), again)
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dspark"])
-@pytest.mark.parametrize("said", [None, SAID], ids=["whole", "restricted"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("dflash", None), ("dflash", SAID), ("dflash2", None), ("dspark", None), ("dspark", SAID)],
+    ids=["dflash", "dflash-restricted", "dflash2", "dspark", "dspark-restricted"],
+)
 @pytest.mark.parametrize("fields", [{}, WINDOWS], ids=["full", "windows"])
 def test_the_text_is_the_targets_own(tmp_path, kind, said, fields):
     speculators_folder(tmp_path / "there", kind, said, fields=fields)
@@ -72,6 +76,29 @@ def test_windows_are_the_files(tmp_path):
     assert AutoDrafter.from_pretrained(tmp_path / "causal").config.layer_rules == [(True, 4), (False, None)]
     speculators_folder(tmp_path / "both", fields=WINDOWS, sliding_window_non_causal=True)
     assert AutoDrafter.from_pretrained(tmp_path / "both").config.layer_rules == [(False, 4), (False, None)]
+    # Where DFlash 2 does not say so, they are not causal.
+    speculators_folder(tmp_path / "dflash2", "dflash2", fields=WINDOWS, sliding_window_non_causal=None)
+    assert AutoDrafter.from_pretrained(tmp_path / "dflash2").config.layer_rules == [(False, 4), (False, None)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_window_is_the_blocks(tmp_path, both_ways):
+    """All rows see as many columns before the anchor as it has, and their own block, as in speculators' training."""
+    layers = WINDOWS | {"layer_types": ["sliding_attention"] * 2}
+    speculators_folder(tmp_path / "there", fields=layers, sliding_window_non_causal=both_ways)
+    drafter = AutoDrafter.from_pretrained(tmp_path / "there").eval()
+    assert drafter.config.window_from_anchor
+    places, keys = torch.arange(9, 14)[None], torch.arange(14)[None]
+    (mask,) = drafter.masks(places, keys, places[:, :1]).values()
+    seen = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
+    before = [5, 6, 7, 8]
+    block = [9, 10, 11, 12, 13]
+    assert seen == [before + (block if both_ways else block[: row + 1]) for row in range(5)]
+    drafter.save_pretrained(tmp_path / "ours")
+    assert AutoDrafter.from_pretrained(tmp_path / "ours").config.window_from_anchor
+    with pytest.raises(ValueError, match=r"cannot be written in the layout dflash; "):
+        write_checkpoint(drafter, tmp_path / "theirs", "dflash")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +108,7 @@ def test_windows_are_the_files(tmp_path):
         ("dflash", {"aux_hidden_state_layer_ids": None}, r"lacks aux_hidden_state_layer_ids"),
         ("dflash", {"mask_token_id": None}, r"lacks mask_token_id"),
         ("dflash", {"draft_vocab_size": 16}, r"has a draft vocabulary and lacks d2t or t2d"),
+        ("dflash", {"speculators_model_type": "other"}, r"is not a drafter in a known layout"),
         ("dspark", {"enable_confidence_head": False}, r"unexpected confidence_head\.proj"),
         ("dflash", {"speculators_model_type": "dspark", "markov_rank": 8}, r"missing .*markov_head\.markov_w1"),
     ],

@@ -48,6 +48,9 @@ class BlockDiffusionConfig(DrafterFields, Qwen3Config):
         causal (`bool`, *optional*):
             Whether the rows of a block see earlier rows only (JetSpec). `None` leaves it to the layer: sliding ones
             are causal, full ones are not.
+        window_from_anchor (`bool`, *optional*, defaults to `False`):
+            All rows of a block see as many columns before its anchor as the window has (`speculators` checkpoints),
+            instead of each row so many up to itself.
         predicts_from_anchor (`bool`, *optional*, defaults to `False`):
             Row j of a block predicts the token after its own position (DSpark) instead of the one at it (DFlash,
             where the first row predicts nothing).
@@ -98,6 +101,7 @@ class BlockDiffusionConfig(DrafterFields, Qwen3Config):
     block_size: int = 16
     mask_token_id: int | None = None
     causal: bool | None = None
+    window_from_anchor: bool = False
     predicts_from_anchor: bool = False
     own_embedding: bool = False
     restricted_vocabulary: bool = False

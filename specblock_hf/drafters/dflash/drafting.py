@@ -173,7 +173,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         state.calls += 1
         state.forward_rows += len(anchors) * rows
         embeds = self.block_embeds(anchors, rows, state.table)
-        masks = self.masks(places, columns, visible)  # columns lie as far apart as their positions
+        masks = self.masks(places, columns, places[:, :1], visible)  # columns lie as far apart as their positions
         hidden = self(embeds, (positions + steps).unsqueeze(1), masks, state.cache)[:, 0]
         hidden = hidden[:, skipped : depth + skipped]
         return Block(hidden, self.head_logits(hidden, state.table))

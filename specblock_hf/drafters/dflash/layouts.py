@@ -35,7 +35,7 @@ _OPTIONAL = (
     "eos_token_id",
     "pad_token_id",
 )
-_NUMBERS = {
+NUMBERS = {
     "input_embedding_scale": 1.0,
     "output_multiplier": 1.0,
     "final_logit_softcapping": None,
@@ -46,7 +46,7 @@ _NUMBERS = {
 }
 """Fields that mean the same to us, with what they are where nothing is said."""
 _KNOWN = frozenset(
-    {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal", "causal_head", *_NUMBERS}
+    {"mask_token_id", "target_layer_ids", "block_size", "num_target_layers", "causal", "causal_head", *NUMBERS}
 )
 _FOREIGN_TENSORS = {
     "qkv_proj": "fused projections",
@@ -87,7 +87,7 @@ class DFlashLayout(Layout):
             raise ValueError(f"config.json of {name} states no rope_theta for all layers alike; load another drafter.")
         fields = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL) if config.get(key) is not None}
         slides = "sliding_attention" in (config.get("layer_types") or ())
-        fields |= {key: given.get(key, default) for key, default in _NUMBERS.items()}
+        fields |= {key: given.get(key, default) for key, default in NUMBERS.items()}
         fields |= {
             "use_sliding_window": config.get("use_sliding_window", slides),
             "rope_parameters": rope,
@@ -138,13 +138,13 @@ class DFlashLayout(Layout):
         convolves = bool(config.conv_kernel_size or config.selector_rank)
         return (
             (config.own_embedding, config.predicts_from_anchor) == (self.has_vocabulary, self.is_dspark)
-            and not config.restricted_vocabulary
+            and not (config.restricted_vocabulary or config.window_from_anchor)
             and not (convolves if self.is_dspark else heads)
         )
 
     def written_block(self, config: BlockDiffusionConfig, block: dict[str, Any]) -> dict[str, Any]:
         """What `config.json` says of the block, and where."""
-        numbers = {key: getattr(config, key) for key, default in _NUMBERS.items() if getattr(config, key) != default}
+        numbers = {key: getattr(config, key) for key, default in NUMBERS.items() if getattr(config, key) != default}
         causal = {} if config.causal is None else {"causal": config.causal}
         architecture = "DFlash2DraftModel" if config.selector_rank else "DFlashDraftModel"
         # Older readers look for the block's size at the top, and for JetSpec's word for causal blocks.

@@ -138,9 +138,11 @@ def _run_blocks(
     known = torch.arange(batch.tokens.shape[1], device=device).expand(len(batch.tokens), -1)
     drafter.append_context(batch.features.to(drafter.dtype), known, cache)
     number = torch.arange(anchors.shape[1], device=device).repeat_interleave(config.block_size)
-    before = known.unsqueeze(1) < anchors.repeat_interleave(config.block_size, dim=1).unsqueeze(-1)
+    starts = anchors.repeat_interleave(config.block_size, dim=1)
+    before = known.unsqueeze(1) < starts.unsqueeze(-1)
     together = (number.unsqueeze(-1) == number).expand(len(before), -1, -1)
     queries = positions.flatten(1)
-    masks = drafter.masks(queries, torch.cat([known, queries], dim=1), torch.cat([before, together], dim=-1))
+    visible = torch.cat([before, together], dim=-1)
+    masks = drafter.masks(queries, torch.cat([known, queries], dim=1), starts, visible)
     hidden = drafter(embeds, positions, masks, cache)
     return anchors, valid, hidden if config.predicts_from_anchor else hidden[:, :, 1:]

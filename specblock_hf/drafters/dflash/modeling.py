@@ -211,7 +211,11 @@ class BlockDiffusionModel(StrictPreTrainedModel):
             cache.update(*keys_and_values(attention, context, position_embeddings, attention.k_norm), index)
 
     def masks(
-        self, queries: torch.LongTensor, keys: torch.LongTensor, visible: torch.BoolTensor | None = None
+        self,
+        queries: torch.LongTensor,
+        keys: torch.LongTensor,
+        anchors: torch.LongTensor,
+        visible: torch.BoolTensor | None = None,
     ) -> Masks:
         """
         What rows see under the rule of each layer.
@@ -219,19 +223,24 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         Args:
             queries (`torch.LongTensor` of shape `[B or 1, Q]`): Position of every row of the blocks.
             keys (`torch.LongTensor` of shape `[B or 1, columns]`): Position of every column.
+            anchors (`torch.LongTensor` of shape `[B or 1, Q or 1]`): Position of the anchor of every row's block.
             visible (`torch.BoolTensor` of shape `[B or 1, Q, columns]`, *optional*):
                 What a row may see at all. All columns if not given.
         """
         masks: dict[tuple[bool, int | None], torch.Tensor | None] = {}
         backend = self.config._attn_implementation
         ahead = keys.unsqueeze(1) - queries.unsqueeze(2)
+        if self.config.window_from_anchor:  # and there are that many columns before it
+            back = anchors.unsqueeze(2) - keys.unsqueeze(1) - 1
+        else:
+            back = ahead.abs()
         everything = torch.ones_like(ahead, dtype=torch.bool) if visible is None else visible
         for causal, window in set(self.config.layer_rules):
             if visible is None and not causal and window is None and backend == "sdpa":
                 masks[causal, window] = None  # which other backends may take for causal
                 continue
             mask = everything & (ahead <= 0) if causal else everything
-            mask = (mask & (ahead.abs() < window) if window is not None else mask).unsqueeze(1)
+            mask = (mask & (back < window) if window is not None else mask).unsqueeze(1)
             masks[causal, window] = backend_mask(mask, backend, self.dtype)
         return masks
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-DFlash and DSpark as vLLM's `speculators` lays them out: a Qwen3Config inside, names of its own around it, and copies
-of the target's embedding and head, of the latter maybe only the rows of a draft vocabulary.
+DFlash, DFlash 2 and DSpark as vLLM's `speculators` lays them out: a Qwen3Config inside, names of its own around it,
+and maybe copies of the target's embedding and head, of the latter maybe only the rows of a draft vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...checkpoints.files import DrafterFiles
 from ...checkpoints.loading import refuse_vocabulary
 from ..common.layout import Fields, Tensors, require, without_embedding
 from .configuration import BlockDiffusionConfig
-from .layouts import DFlashLayout, dspark_heads
+from .layouts import NUMBERS, DFlashLayout, dspark_heads
 
 
 class SpeculatorsBlockLayout(DFlashLayout):
@@ -29,7 +29,7 @@ class SpeculatorsBlockLayout(DFlashLayout):
     is_writable = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
-        return config.get("speculators_model_type") in ("dflash", "dspark")
+        return config.get("speculators_model_type") in ("dflash", "dflash2", "dspark")
 
     def read_config(
         self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
@@ -47,7 +47,10 @@ class SpeculatorsBlockLayout(DFlashLayout):
             # Theirs are indices of hidden states, as ours.
             "target_layer_ids": [index - 1 for index in config["aux_hidden_state_layer_ids"]],
             "block_size": config["block_size"],
-        } | ({"causal": False} if config.get("sliding_window_non_causal") else {})
+        } | {number: config[number] for number in NUMBERS if config.get(number) is not None}
+        both_ways = config.get("sliding_window_non_causal")
+        if config["speculators_model_type"] == "dflash2" if both_ways is None else both_ways:
+            block["causal"] = False
         return super().read_config(layer | {"dflash_config": block, "around": config}, name, tensors, target)
 
     def own_fields(self, config: Mapping[str, Any], name: object) -> dict[str, Any]:
@@ -58,6 +61,7 @@ class SpeculatorsBlockLayout(DFlashLayout):
             "predicts_from_anchor": bool(around.get("sample_from_anchor", is_dspark)),
             "restricted_vocabulary": around.get("draft_vocab_size", config["vocab_size"]) != config["vocab_size"],
             "target_name_or_path": verifier,
+            "window_from_anchor": "sliding_attention" in (config.get("layer_types") or ()),
         } | (dspark_heads({"markov_rank": 256} | around, name) if is_dspark else {})
 
     def read_tensors(self, config: BlockDiffusionConfig, files: DrafterFiles, tensors: Tensors) -> Tensors:

@@ -50,7 +50,7 @@ class _Eagle3Layout(Layout):
         require(config, ("draft_vocab_size",), name)
         if target is not None:
             fields |= target_fields(target, fields)
-        layers = _feature_layers(config)
+        layers, nested = _feature_layers(config), config.get("eagle_config") or {}
         width = config.get("target_hidden_size")
         if width is None and "fc.weight" in tensors:
             width = tensors["fc.weight"].shape[1] // (len(layers) if layers else 3)
@@ -63,7 +63,7 @@ class _Eagle3Layout(Layout):
             draft_vocab_size=config["draft_vocab_size"],
             target_hidden_size=width,
             feature_layers=usual_features(fields) if layers is None else layers,
-            **{flag: bool(config.get(flag, False)) for flag in _NORMS},
+            **{flag: bool(nested.get(flag, config.get(flag, False))) for flag in _NORMS},
             qk_norm=norms_heads,
             own_embedding=has_embedding and config.get("embed_requires_grad") is not False,
         )
@@ -124,7 +124,7 @@ class SGLangLayout(SafeAILabLayout):
     name = "sglang"
     is_known_by_little = False
     architecture = "LlamaForCausalLMEagle3"
-    known_norms = ("fc_norm", "norm_output")
+    known_norms = ("norm_before_fc", "fc_norm", "norm_output")
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return self.architecture in (config.get("architectures") or ())
