@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -39,6 +39,21 @@ class BlockDiffusionObjective:
     def __post_init__(self) -> None:
         if self.num_anchors < 1 or (self.decay is not None and self.decay < 0):
             raise ValueError(f"{self} cannot be trained; give at least one anchor and a decay of 0 or more.")
+
+
+class TrainingBlocks(NamedTuple):
+    """
+    A blocks for each of B texts.
+
+    Args:
+        anchors (`torch.LongTensor` of shape `[B, A]`): Place a of each block's known token.
+        valid (`torch.BoolTensor` of shape `[B, A]`): False for padding.
+        hidden (`torch.Tensor` of shape `[B, A, D, d]`): Normed states of the rows that predict tokens a + 1 to a + D.
+    """
+
+    anchors: torch.LongTensor
+    valid: torch.BoolTensor
+    hidden: torch.Tensor
 
 
 def block_diffusion_loss(
@@ -126,8 +141,7 @@ def _draw_anchors(
 
 def _run_blocks(
     drafter: BlockDiffusionDrafter, batch: TargetBatch, most: int, generator: torch.Generator | None
-) -> tuple[torch.LongTensor, torch.BoolTensor, torch.Tensor]:
-    """Anchors `[B, A]`, which of them are real, and the states `[B, A, D, d]` of the rows that predict."""
+) -> TrainingBlocks:
     config, device = drafter.config, batch.tokens.device
     anchors, valid = _draw_anchors(batch, most, generator)
     table = drafter.own_table(batch.table)
@@ -145,4 +159,4 @@ def _run_blocks(
     visible = torch.cat([before, together], dim=-1)
     masks = drafter.masks(queries, torch.cat([known, queries], dim=1), starts, visible)
     hidden = drafter(embeds, positions, masks, cache)
-    return anchors, valid, hidden if config.predicts_from_anchor else hidden[:, :, 1:]
+    return TrainingBlocks(anchors, valid, hidden if config.predicts_from_anchor else hidden[:, :, 1:])
