@@ -133,13 +133,10 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.suite and args.prompts is None:
         raise ValueError("there is nothing to ask; name a suite with --suite, or a file with --prompts.")
-    for name, value in (
-        ("--max-new-tokens", args.max_new_tokens),
-        ("--repeats", args.repeats),
-        ("--limit", args.limit),
-    ):
+    for name in ("max_new_tokens", "repeats", "limit"):
+        value = vars(args)[name]
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more.")
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more.")
     if min(args.temperature) < 0 or len(set(args.temperature)) < len(args.temperature):
         raise ValueError(f"the temperatures are {args.temperature}; give different ones of 0 (greedy) or more.")
     if args.plots:
@@ -187,11 +184,7 @@ def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Seque
         "gsm8k": args.gsm8k and name_of(args.gsm8k),
         "files": {name: state for name, path in given.items() if path and (state := state_of(path))},
         "temperatures": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-        "limit": args.limit,
-        "repeats": args.repeats,
-        "seed": args.seed,
-        "dtype": args.dtype,
+        **{name: vars(args)[name] for name in ("max_new_tokens", "limit", "repeats", "seed", "dtype")},
         "attention": target.config._attn_implementation,
         "hardware": hardware,
         "versions": {"torch": version("torch"), "transformers": version("transformers")},

@@ -98,10 +98,8 @@ class DraftingPlan:
             raise ValueError(
                 f"{self} cannot be drafted; give a budget of 0 or more and at least one forward and start."
             )
-        for name, value in (
-            ("min_probability", self.min_probability),
-            ("min_start_probability", self.min_start_probability),
-        ):
+        for name in ("min_probability", "min_start_probability"):
+            value = vars(self)[name]
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; give a probability from 0 to 1.")
 

@@ -77,12 +77,9 @@ class SpecBlockObjective:
             raise ValueError(
                 f"prefix_width is {self.prefix_width}; a prefix holds likeliest tokens, so give 1 or more."
             )
-        for name, value, known in (
-            ("slot_mean", self.slot_mean, ("first", "survivors")),
-            ("rank_loss", self.rank_loss, ("plain", "release")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; known are {' and '.join(known)}.")
+        for name, known in (("slot_mean", ("first", "survivors")), ("rank_loss", ("plain", "release"))):
+            if vars(self)[name] not in known:
+                raise ValueError(f"{name} is {vars(self)[name]!r}; known are {' and '.join(known)}.")
 
     def at(self, progress: float) -> SpecBlockObjective:
         """The objective at a share of the run: the first block alone, and then all of it."""
