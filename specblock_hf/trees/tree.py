@@ -25,6 +25,11 @@ from .distributions import DraftDistributions
 _PATH_FACTOR = -7046029254386353131
 
 
+def _signed(number: int) -> int:
+    """A whole number as 64 bits hold it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
 FOUND = -2
 """Origin of nodes that no drafter forward proposed: continuations looked up in the text so far."""
 
@@ -91,7 +96,7 @@ class DraftTree:
 
     def depths(self) -> torch.LongTensor:
         """Distance of every node from the root, `[B, N]`; 0 for padding."""
-        return self._path_sums((self.parents >= 0).long())
+        return self._path_counts((self.parents >= 0).long())
 
     def cumulative_log_probs(self) -> torch.Tensor:
         """Sum of the log-probs from the root to every node, `[B, N]`; -inf for padding, never above the parent's."""
@@ -121,7 +126,7 @@ class DraftTree:
                 merge. `False` keeps every child's cumulative log-prob instead, as the authors' release does.
         """
         # Copies are found by a hash of their path. Should two different paths ever collide, one draft is lost.
-        paths = self._path_sums(torch.where(self.parents >= 0, self.tokens + 1, 0), factor=_PATH_FACTOR)
+        paths = self._path_counts(torch.where(self.parents >= 0, self.tokens + 1, 0), factor=_PATH_FACTOR)
         ordered, order = paths.sort(dim=1, stable=True)
         position = self._positions()
         differs = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
@@ -355,15 +360,26 @@ class DraftTree:
     def _positions(self) -> torch.LongTensor:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
-    def _path_sums(self, values: torch.Tensor, factor: int = 1) -> torch.Tensor:
+    def _path_sums(self, values: torch.Tensor) -> torch.Tensor:
         """
-        Sum `values` `[B, N]` (0 at the root) from every node up to the root, the parent's sum times `factor`. A node's
-        sum is its parent's plus one rounded addition, so sums of values <= 0 never grow towards the leaves.
+        Sum `values` `[B, N]` (0 at the root) from every node up to the root. A node's sum is its parent's plus one
+        rounded addition, so sums of values <= 0 never grow towards the leaves.
         """
         parent = self.parents.clamp_min(0)
         sums = values
         for _ in range(self.max_depth - 1):
-            sums = torch.add(values, sums.gather(1, parent), alpha=factor)
+            sums = values + sums.gather(1, parent)
+        return sums
+
+    def _path_counts(self, values: torch.LongTensor, factor: int = 1) -> torch.LongTensor:
+        """
+        The same of whole numbers, the parent's sum times `factor`, modulo 2^64. They are not rounded, whatever they
+        are added to first, so that a sum over twice as many nodes is made of two.
+        """
+        above, sums = self.parents.clamp_min(0), values
+        for _ in range((self.max_depth - 1).bit_length()):
+            sums = torch.add(sums, sums.gather(1, above), alpha=factor)
+            above, factor = above.gather(1, above), _signed(factor * factor)
         return sums
 
     def _take(self, order: torch.LongTensor) -> DraftTree:
@@ -413,7 +429,7 @@ class DraftTree:
         """Nodes `[B, N]` of a tree sorted by likelihood that are padding, a later child or below one."""
         same = self.parents.unsqueeze(2) == self.parents.unsqueeze(1)
         turns = same.tril(-1).any(2) | (self.parents < -1)
-        return self._path_sums(turns.long()) > 0
+        return self._path_counts(turns.long()) > 0
 
     def _per_row(self, limit: int | Sequence[int], name: str) -> list[int]:
         rows = self.tokens.shape[0]
