@@ -126,14 +126,10 @@ class DraftTree:
                 merge. `False` keeps every child's cumulative log-prob instead, as the authors' release does.
         """
         # Copies are found by a hash of their path. Should two different paths ever collide, one draft is lost.
-        paths = self._path_counts(torch.where(self.parents >= 0, self.tokens + 1, 0), factor=_PATH_FACTOR)
+        paths = self._path_counts((self.tokens + 1).masked_fill(self.parents < 0, 0), factor=_PATH_FACTOR)
         ordered, order = paths.sort(dim=1, stable=True)
-        position = self._positions()
-        differs = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
-        first = torch.where(differs, position, 0).cummax(dim=1).values
         # Padding hashes like the root, whose copy it thereby becomes.
-        kept_copy = torch.empty_like(order).scatter_(1, order, order.gather(1, first))
-        kept = kept_copy == position
+        kept_copy = order.gather(1, torch.searchsorted(ordered, paths))
 
         parent = self.parents.clamp_min(0)
         log_probs = self.log_probs if recompute else self.cumulative_log_probs()
@@ -142,7 +138,8 @@ class DraftTree:
         if not recompute:
             log_probs = log_probs - log_probs.gather(1, merged_parent)
         parents = torch.where(self.parents >= 0, merged_parent, self.parents)
-        return replace(self, parents=torch.where(kept, parents, -2), log_probs=log_probs)
+        copies = kept_copy != self._positions()
+        return replace(self, parents=parents.masked_fill(copies, -2), log_probs=log_probs)
 
     def prune(self, budget: int | Sequence[int]) -> DraftTree:
         """
