@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from ..compat import CACHE
 from ..devices import synchronize
@@ -75,6 +75,7 @@ def calibrate(
     apply: bool = True,
     batch_size: int = 1,
     prompts: Sequence[torch.LongTensor] | None = None,
+    cache_implementation: str | None = None,
     progress: bool = False,
 ) -> Calibration:
     """
@@ -100,6 +101,9 @@ def calibrate(
         batch_size (`int`, *optional*, defaults to 1): Texts that are decoded together.
         prompts (sequence of `torch.LongTensor` of shape `[1, T]`, *optional*):
             Texts to try plans on, like those that will come, in batches of `batch_size`; what fills none is left out.
+        cache_implementation (`str`, *optional*):
+            What calls will pass as such, which decides whether they run captured rounds: those are measured then.
+            Defaults to what the target's `generation_config` says.
         progress (`bool`, *optional*, defaults to `False`): Show bars on the standard error stream.
 
     Returns:
@@ -110,7 +114,8 @@ def calibrate(
         `ValueError`: The drafter is for another target, or the prompts fill no batch.
     """
     drafter.check_target(target)
-    probe = _Probe(target, drafter, context, batch_size)
+    cache_implementation = cache_implementation or target.generation_config.cache_implementation
+    probe = _Probe(target, drafter, context, batch_size, cache_implementation)
     with torch.no_grad():
         probe.measure(repeats, progress)
     curves, acceptance = probe.curves(), drafter.acceptance()
@@ -118,21 +123,25 @@ def calibrate(
     plan, speedup = choose_plan(curves, acceptance)
     if prompts is not None:
         plans = shortlist(curves, acceptance)
-        tried = tuple(zip(plans, try_plans(target, drafter, plans, prompts, batch_size, progress), strict=True))
+        speedups = try_plans(target, drafter, plans, prompts, batch_size, progress, cache_implementation)
+        tried = tuple(zip(plans, speedups, strict=True))
         plan, speedup = _fastest(tried)
     if apply:
-        _fill(target, drafter, curves, batch_size)
+        _fill(target, drafter, curves, batch_size, probe.lent)
         if drafter.drafting_plan != "auto":
             drafter.drafting_plan = plan
     return Calibration(curves, plan, speedup, probe.spread(), tried)
 
 
-def _fill(target: PreTrainedModel, drafter: TreeDrafter, curves: CostCurves, batch_size: int) -> None:
-    """Tell the drafter's controller what calls will cost; sampled and greedy ones cost the same."""
+def _fill(target: PreTrainedModel, drafter: TreeDrafter, curves: CostCurves, batch_size: int, lent: bool) -> None:
+    """
+    Tell the drafter's controller what calls will cost; sampled and greedy ones cost the same, those with rounds of
+    fixed shapes are another setting.
+    """
     device = TokenTable.of(target).device
     offer = offer_of(drafter, device)
     for sampled in (False, True):
-        setting = setting_of(target, device, batch_size, sampled)
+        setting = setting_of(target, device, batch_size, sampled, compiled=lent)
         drafter.controller.fill(setting, offer, *curves.for_controller(offer.ways))
 
 
@@ -153,8 +162,17 @@ class _Probe:
     both. Rows of the batch keep a drafted node in turns, as real ones keep different numbers.
     """
 
-    def __init__(self, target: PreTrainedModel, drafter: TreeDrafter, context: int, batch_size: int):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: TreeDrafter,
+        context: int,
+        batch_size: int,
+        cache_implementation: str | None = None,
+    ):
         self.target, self.drafter, self.context, self.batch_size = target, drafter, context, batch_size
+        self.cache_implementation = cache_implementation
+        self.lent = False  # rounds of fixed shapes
         generator = torch.Generator().manual_seed(0)  # the global generator belongs to the user's sampling
         vocab_size = target.config.get_text_config().vocab_size
         self.device = TokenTable.of(target).device
@@ -233,7 +251,8 @@ class _Probe:
                 bar.update()
             started = self._now()
 
-        settings = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "max_time": None}
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "max_time": None}
+        settings["cache_implementation"] = self.cache_implementation
         with closing(self._rounds(count)) as rounds:
             self.target.generate(
                 self.ids,
@@ -277,11 +296,15 @@ class _Probe:
     def _lent(self, length: int) -> dict[int, Lent]:
         """For all that is measured what calls would run on, if anything; the target is the same for all of it."""
         lent: dict[int, Lent] = {}
+        cache = None
+        if self.cache_implementation == "static":
+            cache = StaticCache(config=self.target.config, max_cache_len=length)  # takes no memory before its use
         for starts, (forwards, budget) in self.measured.items():
             plan = DraftingPlan(budget, forwards, starts or None)
             hindrance = "it was lent already" if lent else None
-            request = Request(self.target, self.drafter, plan, self.batch_size, length, hindrance=hindrance)
+            request = Request(self.target, self.drafter, plan, self.batch_size, length, cache, hindrance=hindrance)
             lent[starts] = lend_afresh(request)
+        self.lent = any(lent.values())
         return lent
 
     def _all(self, value: Any) -> tuple[Any, ...]:

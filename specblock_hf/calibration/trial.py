@@ -73,6 +73,7 @@ def try_plans(
     prompts: Sequence[torch.LongTensor],
     batch_size: int = 1,
     progress: bool = False,
+    cache_implementation: str | None = None,
 ) -> list[float]:
     """
     Each plan's tokens per second over those of plain `generate()`. A batch is answered by all of them before the next
@@ -86,12 +87,14 @@ def try_plans(
         prompts (sequence of `torch.LongTensor` of shape `[1, T]`): At least one batch of them.
         batch_size (`int`, *optional*, defaults to 1): Texts that are decoded together.
         progress (`bool`, *optional*, defaults to `False`): Show a bar on the standard error stream.
+        cache_implementation (`str`, *optional*): Of all calls. Defaults to what the target's `generation_config` says.
 
     Raises:
         ValueError: There are fewer prompts than rows in a batch.
     """
     settings = deepcopy(target.generation_config)
     settings.update(do_sample=False, num_beams=1, max_new_tokens=TRIAL_TOKENS, return_dict_in_generate=False)
+    settings.cache_implementation = cache_implementation or settings.cache_implementation
     if settings.pad_token_id is None:
         settings.pad_token_id = 0
     sides: list[DraftingPlan | None] = [None, *plans]

@@ -29,6 +29,9 @@ output = target.generate(**inputs, assistant_model=drafter)"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
     add_model_arguments(parser, positional=True)
+    parser.add_argument(
+        "--static-cache", action="store_true", help='as calls with cache_implementation="static" are, on both sides'
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="to time on (default: %(default)s)")
 
 
@@ -44,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         args.drafter = found.name
         print(f"found: {found.name} ({found.kind}, layout {found.layout}, for {found.trained_for})")
     target, tokenizer, drafter = load_models(args)
+    if args.static_cache:
+        target.generation_config.cache_implementation = "static"
     print(describe_setting(target))
     print(f"hook in generate(): {'installed' if is_installed() else 'missing; call specblock_hf.install()'}")
     print(f"compatible: yes ({describe_reading(target, drafter)})")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -37,6 +38,9 @@ logger = logging.get_logger(__name__)
 
 SIZES = (1, 8, 16, 32, 64, 128, 256)
 """Nodes, the root counted, that trees are padded to. A verification of 64 costs a tenth more than of one on a GPU."""
+
+KEPT = 2
+"""Drafts of fixed shapes that are kept: of a drafter and of look-ups joined with it, or of two plans, in turns."""
 
 STEP = 512
 """Tokens of a text by which buffers grow that follow the calls."""
@@ -87,8 +91,8 @@ class CompiledRounds:
         self._patience = PATIENCE if shapes is None else 0
         self._broken: str | None = None
         self._target: TargetRounds | None = None
-        self._drafts: DraftRounds | None = None
-        self._prints: dict[str, Hashable] = {}
+        self._drafts: list[DraftRounds] = []  # the one used last at the end
+        self._prints: WeakKeyDictionary[TargetRounds | DraftRounds, Hashable] = WeakKeyDictionary()
         self._free = threading.Lock()
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -195,7 +199,7 @@ class CompiledRounds:
             and made.max_length >= length
             and made.sizes[-1] >= sizes[-1]
         )
-        if fits and self._unchanged("target", target):
+        if fits and self._unchanged(made, "target", target):
             return made
         self._target = made = None  # its memory goes first
         self._check_replays(target)
@@ -204,32 +208,39 @@ class CompiledRounds:
             self._target = TargetRounds(
                 target, layers, request.batch_size, length, sizes, self._step, self._compiler(compiled)
             )
-        self._prints["target"] = fingerprint(target)
+        self._prints[self._target] = fingerprint(target)
         return self._target
 
     def _drafts_for(self, request: Request) -> DraftRounds:
-        drafter, made, table = request.drafter, self._drafts, TokenTable.of(request.target)
+        drafter, table = request.drafter, TokenTable.of(request.target)
         length, parts = self._length_of(request), [table.embedding, table.output_head]
         if isinstance(drafter.network, nn.Module):
             parts.append(drafter.network)
-        fits = (
-            made is not None
-            and made.drafter is drafter
-            and made.table.embedding is table.embedding
-            and made.batch_size == request.batch_size
-            and made.max_length >= length
-            and made.plan == request.plan
-        )
-        if fits and self._unchanged("drafts", *parts):
-            return made
-        self._drafts = made = None
-        self._check_replays(*parts)
-        with torch.inference_mode(False), torch.no_grad():
-            self._drafts = DraftRounds(
-                drafter, table, request.batch_size, length, request.plan, self._step, self._compiler(FusedNetwork)
+
+        def made_for(kept: DraftRounds) -> bool:
+            return (
+                kept.drafter is drafter
+                and kept.table.embedding is table.embedding
+                and kept.batch_size == request.batch_size
+                and kept.plan == request.plan
             )
-        self._prints["drafts"] = fingerprint(*parts)
-        return self._drafts
+
+        made = next(filter(made_for, self._drafts), None)
+        if made is not None:
+            self._drafts.remove(made)
+            if made.max_length < length or not self._unchanged(made, "drafter", *parts):
+                made = None
+        if made is None:
+            while len(self._drafts) >= KEPT:
+                self._drafts.pop(0)  # its memory goes first
+            self._check_replays(*parts)
+            with torch.inference_mode(False), torch.no_grad():
+                made = DraftRounds(
+                    drafter, table, request.batch_size, length, request.plan, self._step, self._compiler(FusedNetwork)
+                )
+            self._prints[made] = fingerprint(*parts)
+        self._drafts.append(made)
+        return made
 
     def _check_replays(self, *parts: nn.Module) -> None:
         """Refuse to capture what a replay would leave out."""
@@ -248,10 +259,10 @@ class CompiledRounds:
                         "remove them."
                     )
 
-    def _unchanged(self, name: str, *parts: nn.Module) -> bool:
-        if self._prints[name] == fingerprint(*parts):
+    def _unchanged(self, made: TargetRounds | DraftRounds, name: str, *parts: nn.Module) -> bool:
+        if self._prints[made] == fingerprint(*parts):
             return True
-        logger.info(f"The {name.removesuffix('s')} has changed beyond its weights' values; rounds are captured anew.")
+        logger.info(f"The {name} has changed beyond its weights' values; rounds are captured anew.")
         return False
 
     def _length_of(self, request: Request) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from .tree import DraftTree
 
@@ -168,22 +167,23 @@ class Branching:
             `torch.LongTensor` of shape `[B, S, K]`: Children at every slot, the greedy one counted; 0 where
             branching has stopped (the greedy chain goes on).
         """
-        bucket, best = outputs.rank_class, outputs.log_probs[..., 0]
+        bucket = outputs.rank_class
         # A look-up table would have to be copied to the device in every call.
         widths = torch.full_like(bucket, self.children[0])
-        for i in range(1, len(self.children)):
+        can_give_up = self.children[-1] == 0  # what such a slot would get is masked out below
+        for i in range(1, len(self.children) - can_give_up):
             widths.add_(bucket >= i, alpha=self.children[i] - self.children[i - 1])
         if self.probability_cuts:
-            widths = _cut(widths, best, {0.85: 3, 0.95: 2})
-        if self.children[-1] == 0:  # a slot can give up
+            widths = _cut(widths, outputs.log_probs[..., 0], {0.85: 3, 0.95: 2})
+        if can_give_up:
             gave_up = bucket == len(self.children) - 1
             if first_block:
                 gave_up[..., 0] = False
             widths.masked_fill_(gave_up.cummax(dim=-1).values, 0)
         if first_block:
-            root = torch.full_like(bucket[..., 0], self.root_width)
-            cuts = {0.6: 8, 0.8: 5, 0.9: 3} if self.probability_cuts else {}
-            widths[..., 0] = _cut(root, best[..., 0], cuts)
+            root = widths[..., 0].fill_(self.root_width)
+            if self.probability_cuts:
+                root.copy_(_cut(root, outputs.log_probs[..., 0, 0], {0.6: 8, 0.8: 5, 0.9: 3}))
         return widths
 
     def reaches_end(self, outputs: BlockOutputs, first_block: bool) -> torch.BoolTensor:
@@ -234,37 +234,72 @@ def rank_guided(
     """
     first_block = forward_index == 0
     width = branching.most(first_block)
-    batch, num_starts, slots, given = outputs.tokens.shape
+    given = outputs.tokens.shape[3]
     if given < width:
         raise ValueError(
             f"The drafter gave {given} candidates per slot but the branching asks for up to {width}; "
             "give more candidates or narrow the branching."
         )
-    device = tree.tokens.device
     widths = branching.widths(outputs, first_block)
     branches = widths > 1
     branches[..., -1] |= branching.reaches_end(outputs, first_block)
-    valid = torch.arange(width, device=device) < widths.clamp_min(1).unsqueeze(-1)
-    valid &= (starts.node >= 0)[:, :, None, None]
+    unwanted = torch.arange(width, device=widths.device) >= widths.clamp_min(1).unsqueeze(-1)
+    return _append(tree, starts, outputs, width, forward_index, unwanted, ~branches.unsqueeze(-1))
 
-    index = torch.arange(num_starts * slots * width, device=device) + tree.tokens.shape[1]
-    index = index.view(1, num_starts, slots, width)
-    greedy = index[..., :-1, 0].expand(batch, -1, -1)
-    above = torch.cat((starts.node.unsqueeze(-1), greedy), dim=-1).unsqueeze(-1)
-    row = torch.arange(num_starts, device=device).view(1, num_starts, 1, 1).expand_as(valid).flatten(1)
-    slot = torch.arange(slots, device=device).view(1, 1, slots, 1).expand_as(valid).flatten(1)
-    origin = nn.functional.pad(slot.unsqueeze(-1), (1, 0), value=forward_index)
-    tokens = outputs.tokens[..., :width].flatten(1)
-    log_probs = torch.where(valid, outputs.log_probs[..., :width], -torch.inf)
+
+def every_child(
+    tree: DraftTree, starts: Starts, outputs: BlockOutputs, forward_index: int
+) -> tuple[DraftTree, Starts]:
+    """
+    Append a level below every start: all candidates of a block of one slot (the trees of EAGLE-2).
+
+    Args:
+        tree (`DraftTree`): The tree so far.
+        starts (`Starts`): The S nodes that the level continues.
+        outputs (`BlockOutputs`): The W predictions below each of them.
+        forward_index (`int`): Which forward of the round this is.
+
+    Returns:
+        `tuple[DraftTree, Starts]`: The tree, `S * W` nodes wider, and those nodes as candidates for the next starts.
+    """
+    return _append(tree, starts, outputs, outputs.tokens.shape[3], forward_index)
+
+
+def _append(
+    tree: DraftTree,
+    starts: Starts,
+    outputs: BlockOutputs,
+    width: int,
+    forward_index: int,
+    unwanted: torch.BoolTensor | None = None,
+    ends: torch.BoolTensor | None = None,
+) -> tuple[DraftTree, Starts]:
+    """
+    Append the first `width` candidates of every slot, all of a slot below the greedy token of the slot before, but
+    for `unwanted` ones `[B, S, K, width]`. Those that are `ends` `[B, S, K, 1]` do not start anything.
+    """
+    batch, num_starts, slots, _ = outputs.tokens.shape
+    tokens, log_probs = outputs.tokens[..., :width], outputs.log_probs[..., :width]
+    place = torch.arange(num_starts * slots * width, device=tokens.device)
+    row, slot = place // (slots * width), place // width % slots
+    origin = torch.stack((torch.full_like(slot, forward_index), slot), dim=-1)
+    index = (place + tree.tokens.shape[1]).view(num_starts, slots, width).expand_as(tokens)
+    above = starts.node.view(batch, num_starts, 1, 1)
+    padding = above < 0
+    if unwanted is not None:
+        padding = padding | unwanted
+    if slots > 1:
+        above = torch.cat((above, index[:, :, :-1, :1]), dim=2)
+    tokens = tokens.flatten(1)
     grown = DraftTree(
         tokens=torch.cat((tree.tokens, tokens), dim=1),
-        parents=torch.cat((tree.parents, torch.where(valid, above, -2).flatten(1)), dim=1),
-        log_probs=torch.cat((tree.log_probs, log_probs.flatten(1)), dim=1),
-        origin=torch.cat((tree.origin, origin), dim=1),
+        parents=torch.cat((tree.parents, above.expand_as(index).masked_fill(padding, -2).flatten(1)), dim=1),
+        log_probs=torch.cat((tree.log_probs, log_probs.masked_fill(padding, -torch.inf).flatten(1)), dim=1),
+        origin=torch.cat((tree.origin, origin.expand(batch, -1, -1)), dim=1),
         height=tree.max_depth + slots,
     )
-    node = torch.where(valid & branches.unsqueeze(-1), index, -2).flatten(1)
-    return grown, Starts(node, parent_start=row, slot=slot, tokens=tokens)
+    node = index.masked_fill(padding if ends is None else padding | ends, -2).flatten(1)
+    return grown, Starts(node, parent_start=row.expand_as(node), slot=slot.expand_as(node), tokens=tokens)
 
 
 def best_first(
@@ -308,14 +343,16 @@ def best_first(
         width = new_tokens.shape[2]
         scores = (scores.unsqueeze(2) + log_probs).flatten(1)
         tokens, log_probs = new_tokens.flatten(1), log_probs.flatten(1)
-        parents, rows = front.repeat_interleave(width, dim=1), rows.repeat_interleave(width, dim=1)
+        kept = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         if most is not None and most < tokens.shape[1]:
             scores, kept = scores.topk(most, dim=1)
-            tokens, log_probs, parents, rows = (part.gather(1, kept) for part in (tokens, log_probs, parents, rows))
-        possible = scores > -torch.inf
+            tokens, log_probs = tokens.gather(1, kept), log_probs.gather(1, kept)
+        above = kept // width
+        parents, rows = front.gather(1, above), rows.gather(1, above)
+        impossible = ~(scores > -torch.inf)  # which NaN is, too
         grown["tokens"].append(tokens)
-        grown["parents"].append(torch.where(possible, parents, -2))
-        grown["log_probs"].append(log_probs.masked_fill(~possible, -torch.inf))
+        grown["parents"].append(parents.masked_fill(impossible, -2))
+        grown["log_probs"].append(log_probs.masked_fill(impossible, -torch.inf))
         grown["rows"].append(rows)
         grown["slots"].append(torch.full_like(tokens, level))
         index = torch.arange(offset, offset + tokens.shape[1], device=device)

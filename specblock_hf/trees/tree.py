@@ -25,6 +25,11 @@ from .distributions import DraftDistributions
 _PATH_FACTOR = -7046029254386353131
 
 
+def _signed(number: int) -> int:
+    """A whole number as 64 bits hold it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
 FOUND = -2
 """Origin of nodes that no drafter forward proposed: continuations looked up in the text so far."""
 
@@ -100,7 +105,7 @@ class DraftTree:
 
     def depths(self) -> torch.LongTensor:
         """Distance of every node from the root, `[B, N]`; 0 for padding."""
-        return self._path_sums((self.parents >= 0).long())
+        return self._path_counts((self.parents >= 0).long())
 
     def cumulative_log_probs(self) -> torch.Tensor:
         """Sum of the log-probs from the root to every node, `[B, N]`; -inf for padding, never above the parent's."""
@@ -130,14 +135,10 @@ class DraftTree:
                 merge. `False` keeps every child's cumulative log-prob instead, as the authors' release does.
         """
         # Copies are found by a hash of their path. Should two different paths ever collide, one draft is lost.
-        paths = self._path_sums(torch.where(self.parents >= 0, self.tokens + 1, 0), factor=_PATH_FACTOR)
+        paths = self._path_counts((self.tokens + 1).masked_fill(self.parents < 0, 0), factor=_PATH_FACTOR)
         ordered, order = paths.sort(dim=1, stable=True)
-        position = self._positions()
-        differs = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
-        first = torch.where(differs, position, 0).cummax(dim=1).values
         # Padding hashes like the root, whose copy it thereby becomes.
-        kept_copy = torch.empty_like(order).scatter_(1, order, order.gather(1, first))
-        kept = kept_copy == position
+        kept_copy = order.gather(1, torch.searchsorted(ordered, paths))
 
         parent = self.parents.clamp_min(0)
         log_probs = self.log_probs if recompute else self.cumulative_log_probs()
@@ -146,7 +147,8 @@ class DraftTree:
         if not recompute:
             log_probs = log_probs - log_probs.gather(1, merged_parent)
         parents = torch.where(self.parents >= 0, merged_parent, self.parents)
-        return replace(self, parents=torch.where(kept, parents, -2), log_probs=log_probs)
+        copies = kept_copy != self._positions()
+        return replace(self, parents=parents.masked_fill(copies, -2), log_probs=log_probs)
 
     def prune(self, budget: int | Sequence[int]) -> DraftTree:
         """
@@ -354,15 +356,26 @@ class DraftTree:
     def _positions(self) -> torch.LongTensor:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
-    def _path_sums(self, values: torch.Tensor, factor: int = 1) -> torch.Tensor:
+    def _path_sums(self, values: torch.Tensor) -> torch.Tensor:
         """
-        Sum `values` `[B, N]` (0 at the root) from every node up to the root, the parent's sum times `factor`. A node's
-        sum is its parent's plus one rounded addition, so sums of values <= 0 never grow towards the leaves.
+        Sum `values` `[B, N]` (0 at the root) from every node up to the root. A node's sum is its parent's plus one
+        rounded addition, so sums of values <= 0 never grow towards the leaves.
         """
         parent = self.parents.clamp_min(0)
         sums = values
         for _ in range(self.max_depth - 1):
-            sums = torch.add(values, sums.gather(1, parent), alpha=factor)
+            sums = values + sums.gather(1, parent)
+        return sums
+
+    def _path_counts(self, values: torch.LongTensor, factor: int = 1) -> torch.LongTensor:
+        """
+        The same of whole numbers, the parent's sum times `factor`, modulo 2^64. They are not rounded, whatever they
+        are added to first, so that a sum over twice as many nodes is made of two.
+        """
+        above, sums = self.parents.clamp_min(0), values
+        for _ in range((self.max_depth - 1).bit_length()):
+            sums = torch.add(sums, sums.gather(1, above), alpha=factor)
+            above, factor = above.gather(1, above), _signed(factor * factor)
         return sums
 
     def _take(self, order: torch.LongTensor) -> DraftTree:
@@ -409,7 +422,7 @@ class DraftTree:
         """Nodes `[B, N]` of a tree sorted by likelihood that are padding, a later child or below one."""
         same = self.parents.unsqueeze(2) == self.parents.unsqueeze(1)
         turns = same.tril(-1).any(2) | (self.parents < -1)
-        return self._path_sums(turns.long()) > 0
+        return self._path_counts(turns.long()) > 0
 
     def _per_row(self, limit: int | Sequence[int], name: str) -> list[int]:
         rows = self.tokens.shape[0]

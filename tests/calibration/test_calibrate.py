@@ -26,6 +26,7 @@ from specblock_hf.calibration import calibrate as calibration
 from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
 from specblock_hf.calibration.costs import NODES, CostCurves, choose_plan, interpolate, shortlist, slowest_tau
 from specblock_hf.generation import compilation
+from specblock_hf.generation.compilation import CompiledRounds
 
 
 CURVES = CostCurves(
@@ -344,6 +345,37 @@ def test_rounds_are_measured_as_calls_will_run_them(monkeypatch, llama):
     assert drafter.compiled_rounds is prepared and made[0].captured == 0
     # With the first the target's and a plan's drafts, with others those of further plans.
     assert all(graphs.replays for graphs in made[1:]) and made[1].captured > 1 == made[2].captured
+
+
+@pytest.mark.parametrize("where", ["argument", "generation_config", None])
+def test_a_static_cache_measures_captured_rounds_of_the_target_too(where, monkeypatch):
+    made, caches, target = [], [], deepcopy(tiny_target("llama"))
+
+    def recorder(device):
+        made.append(PretendedGraphs())
+        return made[-1]
+
+    monkeypatch.setattr(compilation, "recorder_for", recorder)
+    monkeypatch.setattr(calibration, "NOISY", math.inf)
+    prepare = target._prepare_cache_for_generation
+
+    def noting(generation_config, *args, **kwargs):
+        caches.append(generation_config.cache_implementation)
+        return prepare(generation_config, *args, **kwargs)
+
+    monkeypatch.setattr(target, "_prepare_cache_for_generation", noting)
+    drafter = tiny_drafter()
+    drafter.drafting_plan = "auto"
+    drafter.compiled_rounds = CompiledRounds(target.device)  # as the first call on CUDA leaves it
+    asked = {"cache_implementation": "static"} if where == "argument" else {}
+    if where == "generation_config":
+        target.generation_config.cache_implementation = "static"
+    calibrate(target, drafter, context=CONTEXT, repeats=1, **asked)
+    # Of the first only the target's sizes are captured beside a plan's drafts.
+    assert (made[1].captured > 1) == (where is not None) and all(graphs.replays for graphs in made[1:])
+    assert caches == ["static" if where else None]
+    records = drafter.controller.to_dict()["records"]
+    assert len(records) == 2 and all(record["setting"]["compiled"] for record in records)
 
 
 def test_calibrating_without_applying_changes_nothing():

@@ -295,15 +295,16 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
 
 
-@pytest.mark.parametrize("nodes", [0, 6])
-def test_doctor_says_what_its_calibration_says(nodes, models_on_disk, capsys, monkeypatch):
+@pytest.mark.parametrize(("nodes", "options"), [(0, []), (6, ["--static-cache"])])
+def test_doctor_says_what_its_calibration_says(nodes, options, models_on_disk, capsys, monkeypatch):
     def calibrated(target, drafter, progress):
         assert progress
+        assert target.generation_config.cache_implementation == ("static" if options else None)
         drafter.drafting_plan = DraftingPlan(nodes, 1)
         return SimpleNamespace(plan=drafter.drafting_plan, spread=0.01, speedup=1.5)
 
     monkeypatch.setattr(doctor, "calibrate", calibrated)
-    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12"])
+    status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12", *options])
     output = capsys.readouterr().out
     assert ("calibrated: no tree pays here" in output) == (nodes == 0)
     if nodes == 0:

@@ -73,7 +73,7 @@ def first_block(golden: Golden, cache: GraphCache) -> torch.Tensor:
 
 def training_mask(path: BlockPath, pairs: int, size: int) -> torch.BoolTensor:
     """The release's training mask: a later block also sees its own block's keys of earlier pairs."""
-    mask = path.mask(pairs * size, size).clone()
+    mask = path.mask(pairs * size).clone()
     own = torch.arange(pairs * size)
     mask[..., -pairs * size :] = own[:, None] >= own
     return mask
@@ -90,13 +90,13 @@ def test_training_forward(golden):
     for cut in range(1, size + 1):
         cache = GraphCache(golden.dims["layers"])
         hidden = first_block(golden, cache)
-        path = BlockPath(visible=rows * size + cut)
+        path = BlockPath(rows * size + cut, size)
         embeds = golden.table.embed(tokens[:, (torch.arange(pairs) + cut).clamp_max(pairs - 1) + 1])
         shifted[cut] = golden.drafter(embeds, hidden[:, :, cut - 1], rows, training_mask(path, pairs, size), cache)
         golden.check(f"train/block2_cut{cut}", shifted[cut])
         if cut == golden.dims["cuts"][0]:
             second = golden.dims["cuts"][1]
-            path = path.step(rows, torch.full_like(rows, second - 1), pairs)
+            path = path.step(rows, torch.full_like(rows, second - 1))
             embeds = golden.table.embed(tokens[:, (torch.arange(pairs) + cut + second).clamp_max(pairs - 1) + 1])
             third = golden.drafter(
                 embeds, shifted[cut][:, :, second - 1], rows, training_mask(path, pairs, size), cache
@@ -131,12 +131,12 @@ def test_incremental_drafting(golden, chunk):
 
         given = golden.inputs[f"infer/step{step}/block2_starts"]
         starts = Starts(torch.ones(1, len(given)), torch.zeros(1, len(given), dtype=torch.long), *given.T[:, None])
-        path = BlockPath(visible=state.committed - drafter.config.block_size + starts.slot + 1)
+        path = drafter._path_to(starts, None, state)
         second = drafter._later_block(state, hidden, starts, path, position, first_width)
         golden.check(f"infer/step{step}/block2", second[0])
 
         given = golden.inputs[f"infer/step{step}/block3_starts"]
         starts = Starts(torch.ones(1, len(given)), *given.T[:, None])
-        path = path.step(starts.parent_start, starts.slot, second.shape[1])
+        path = drafter._path_to(starts, path, state)
         third = drafter._later_block(state, second, starts, path, position, first_width)
         golden.check(f"infer/step{step}/block3", third[0])

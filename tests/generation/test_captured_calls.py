@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from specblock_hf import DraftingPlan, compile_rounds
 from specblock_hf.compat import CACHE
+from specblock_hf.drafters.joined import JoinedDrafter
+from specblock_hf.drafters.lookup import LookupDrafter
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.generation import compilation
-from specblock_hf.generation.compilation import CompiledRounds, Shapes
+from specblock_hf.generation.compilation import KEPT, CompiledRounds, Shapes
 from specblock_hf.generation.rounds.fingerprint import fingerprint
 from specblock_hf.generation.rounds.graphs import PATIENCE
 from specblock_hf.generation.rounds.lending import Request
@@ -90,9 +92,37 @@ def test_buffers_follow_the_calls(llama, monkeypatch):
             check(llama, drafter, one(prompt, new), max_new_tokens=new, cache_implementation=cache)
         for rows in ((5, 2, 9), (7, 7), (4,)):
             check(llama, drafter, padded_batch(rows), max_new_tokens=16, cache_implementation=cache, eos_token_id=5)
-    assert drafter.compiled_rounds._drafts.max_length == 32
+    assert [kept.max_length for kept in drafter.compiled_rounds._drafts] == [32, 32]
     drafter.drafting_plan = DraftingPlan(4, 1)
     assert check(llama, drafter, one(), max_new_tokens=20).captured_drafts
+
+
+def test_what_takes_turns_is_captured_once(llama, monkeypatch):
+    made = []
+
+    def recorder(device):
+        made.append(PretendedGraphs())
+        return made[-1]
+
+    monkeypatch.setattr(compilation, "recorder_for", recorder)
+    drafter = following(llama)
+    joined = JoinedDrafter(drafter, LookupDrafter(llama.config))
+
+    def turns(*calls) -> list[int]:
+        """What had been captured after each of them."""
+        counts = []
+        for helper, plan in calls:
+            drafter.drafting_plan = plan
+            check(llama, helper, one(), max_new_tokens=30)
+            counts.append(made[0].captured)
+        return counts
+
+    plan, smaller = DraftingPlan(12, 2, 4), DraftingPlan(12, 1)
+    assert turns(*[(drafter, plan), (joined, plan)] * 3) == [1, 2, 2, 2, 2, 2]
+    assert turns(*[(drafter, plan), (drafter, smaller)] * 2) == [2, 3, 3, 3]
+    # Of three the one that was used longest ago goes.
+    assert turns((joined, plan), (drafter, smaller), (drafter, plan)) == [4, 4, 5]
+    assert len(drafter.compiled_rounds._drafts) == KEPT and len(made) == 1
 
 
 def test_a_static_cache_of_the_users_own_stays_eager(llama):
@@ -167,13 +197,13 @@ def test_new_values_of_weights_need_no_new_graphs():
     compile_rounds(target, drafter, max_length=40)
     check(target, drafter, one(), max_new_tokens=24)
     rounds = drafter.compiled_rounds
-    made = rounds._target, rounds._drafts, fingerprint(target, drafter)
+    made = rounds._target, *rounds._drafts, fingerprint(target, drafter)
     with torch.no_grad():
         for weight in (*target.parameters(), *drafter.parameters()):
             weight.mul_(1.1)
     figures = check(target, drafter, one(), max_new_tokens=24)
     assert figures.captured_rounds == figures.rounds
-    assert made == (rounds._target, rounds._drafts, fingerprint(target, drafter))
+    assert made == (rounds._target, *rounds._drafts, fingerprint(target, drafter))
 
 
 def test_hooks_of_others_are_called(caplog):

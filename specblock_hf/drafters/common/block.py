@@ -196,10 +196,17 @@ class BlockDrafter(NetworkDrafter):
             # Rows end in different chunks; a row that ended before keeps what it had.
             here = (last - first).clamp(0, chunk.shape[1] - 1)
             picked = chunk[torch.arange(len(chunk), device=self.device), here].unsqueeze(1)
-            ended = (last >= first)[:, None, None, None]
-            hidden = picked if hidden is None else torch.where(ended, picked, hidden)
+            hidden = picked if hidden is None else torch.where((last >= first)[:, None, None, None], picked, hidden)
             first += chunk.shape[1]
         return hidden, pairs.positions.to(self.device).gather(1, last.unsqueeze(1))
+
+    def _path_to(self, starts: Starts, path: BlockPath | None, state: BlockState) -> BlockPath:
+        """What new starts see, given the path of the block before; `None` for the first."""
+        if path is not None:
+            return path.step(starts.parent_start, starts.slot)
+        # The committed columns end with the drafting pair's own K; a start sees those up to its slot.
+        own = state.committed_column - self.config.block_size
+        return BlockPath(own + 1 + starts.slot, self.config.block_size)
 
     def _later_block(
         self,
@@ -215,10 +222,10 @@ class BlockDrafter(NetworkDrafter):
         flat = starts.parent_start * size + starts.slot
         conditions = before.flatten(1, 2).gather(1, flat.unsqueeze(-1).expand(-1, -1, before.shape[-1]))
         embeds = state.table.embed(starts.tokens).to(self.device, self.dtype)
-        offset = first_width + sum(path.widths) * size
+        offset = first_width + path.columns
         state.cache.seek(offset, offset + count * size)
         state.calls += 1
         state.forward_rows += len(embeds) * count
-        mask = path.mask(first_width, size)
+        mask = path.mask(first_width)
         forward = state.network or self
         return forward(embeds, conditions, positions.expand(-1, count), mask, state.cache)

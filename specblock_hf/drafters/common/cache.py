@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -214,56 +215,54 @@ class BlockPath:
         visible (`torch.LongTensor` of shape `[B, R]`):
             First-block columns that a row sees: those of all earlier pairs, and at its own pair the slots before the
             cut.
-        rows (`list[torch.LongTensor]` of shape `[B, R]`): For every later block on the way, the row of it that is on
-            the path.
-        cuts (`list[torch.LongTensor]` of shape `[B, R]`): The slots of that row that are.
-        widths (`list[int]`): Rows of that block.
+        size (`int`): Slots K of a row.
+        later (`torch.BoolTensor` of shape `[B, R, columns]`, *optional*):
+            Which columns of the later blocks on the way a row sees; `None` for a block that follows the first one.
     """
 
     visible: torch.LongTensor
-    rows: list[torch.LongTensor] = field(default_factory=list)
-    cuts: list[torch.LongTensor] = field(default_factory=list)
-    widths: list[int] = field(default_factory=list)
+    size: int
+    later: torch.BoolTensor | None = None
 
-    def take(self, rows: torch.LongTensor) -> BlockPath:
-        """The paths of rows `[B, R']`, given as indices into the rows of these."""
-        return BlockPath(
-            self.visible.gather(1, rows),
-            [r.gather(1, rows) for r in self.rows],
-            [c.gather(1, rows) for c in self.cuts],
-            list(self.widths),
-        )
+    @property
+    def columns(self) -> int:
+        """Columns of the later blocks on the way."""
+        return 0 if self.later is None else self.later.shape[-1]
 
-    def step(self, rows: torch.LongTensor, slots: torch.LongTensor, width: int) -> BlockPath:
+    @cached_property
+    def own(self) -> torch.BoolTensor:
+        """Who sees whom within the block, `[R * K, R * K]`: the slots of its own row up to its own."""
+        rows = torch.arange(self.visible.shape[1] * self.size, device=self.visible.device) // self.size
+        return (rows[:, None] == rows).tril()
+
+    def step(self, rows: torch.LongTensor, slots: torch.LongTensor) -> BlockPath:
         """
         The paths of rows that start at slots of the block that these paths led to.
 
         Args:
             rows (`torch.LongTensor` of shape `[B, R']`): Row of that block which each new row continues.
             slots (`torch.LongTensor` of shape `[B, R']`): Slot of it where the new row starts.
-            width (`int`): Rows of that block.
         """
-        path = self.take(rows)
-        return BlockPath(path.visible, path.rows + [rows], path.cuts + [slots + 1], path.widths + [width])
+        seen = self.own[rows * self.size + slots]
+        if self.later is not None:
+            before = self.later.gather(1, rows.unsqueeze(-1).expand(-1, -1, self.columns))
+            seen = torch.cat([before, seen], dim=-1)
+        return BlockPath(self.visible.gather(1, rows), self.size, seen)
 
-    def mask(self, first_width: int, size: int) -> torch.BoolTensor:
+    def mask(self, first_width: int) -> torch.BoolTensor:
         """
         Who sees whom in a later block: its path, and the slots of its own row up to its own.
 
         Args:
             first_width (`int`): Columns of the first block, all pairs together.
-            size (`int`): Slots K of a row.
 
         Returns:
             `torch.BoolTensor` of shape `[B, 1, R * K, columns]`, the columns of one block after those of the block
                 before.
         """
-        device = self.visible.device
-        parts = [torch.arange(first_width, device=device) < self.visible.unsqueeze(-1)]
-        for rows, cuts, width in zip(self.rows, self.cuts, self.widths, strict=True):
-            columns = torch.arange(width * size, device=device)
-            parts.append((columns // size == rows.unsqueeze(-1)) & (columns % size < cuts.unsqueeze(-1)))
-        path = torch.cat(parts, dim=-1).repeat_interleave(size, dim=1)
-        own = torch.arange(self.visible.shape[1] * size, device=device)
-        own_row = (own[:, None] // size == own // size) & (own[:, None] >= own)
-        return torch.cat([path, own_row.expand(len(path), -1, -1)], dim=-1).unsqueeze(1)
+        path = torch.arange(first_width, device=self.visible.device) < self.visible.unsqueeze(-1)
+        if self.later is not None:
+            path = torch.cat([path, self.later], dim=-1)
+        if self.size > 1:
+            path = path.repeat_interleave(self.size, dim=1)
+        return torch.cat([path, self.own.expand(len(path), -1, -1)], dim=-1).unsqueeze(1)

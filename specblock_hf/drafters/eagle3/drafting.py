@@ -19,10 +19,9 @@ import torch
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import Losses, TargetBatch
-from ...trees.expansion import BlockOutputs, Branching, Starts, rank_guided
+from ...trees.expansion import BlockOutputs, Starts, every_child
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
-from ..common.cache import BlockPath
 from .loss import Eagle3Objective, eagle3_loss
 from .modeling import Eagle3Model
 
@@ -71,26 +70,18 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
             return tree
         beam = min(self.config.beam_width, self.config.draft_vocab_size)
         width = min(beam, max(limits.nodes))  # of a node with more children some could not stay
-        branching = Branching((width,), root_width=width)
         first_width, starts, path = state.cache.width, Starts.root(tree), None
         for level in range(min(limits.num_forwards, max(limits.depth))):
             if level:
-                if path is None:
-                    path = BlockPath(visible=state.committed_column + starts.slot)
-                else:
-                    path = path.step(starts.parent_start, starts.slot, hidden.shape[1])
+                path = self._path_to(starts, path, state)
                 hidden = self._later_block(state, hidden, starts, path, positions + level, first_width)
-            tree, candidates = rank_guided(tree, starts, self._block_outputs(hidden, width), branching, level)
+            outputs = BlockOutputs(*self.best_tokens(hidden, width))
+            tree, candidates = every_child(tree, starts, outputs, level)
             following = limits.next_starts(candidates, tree, level, level + 2, beam)
             if following is None:
                 break
             starts = following
         return limits.cut(tree)
-
-    def _block_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
-        """The best tokens of every row `[B, S, 1, d]`; there is one rank bucket."""
-        tokens, log_probs = self.best_tokens(hidden, width)
-        return BlockOutputs(tokens, log_probs, torch.zeros_like(tokens[..., 0]))
 
     def _loss(self, batch: TargetBatch, objective: Eagle3Objective, progress: float, generator: Any) -> Losses:
         """The training objective; see [`eagle3_loss`]."""

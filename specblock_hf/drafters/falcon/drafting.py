@@ -224,14 +224,14 @@ class FalconDrafter(BlockDrafter, FalconModel):
         starts = index.expand(batch, -1)
         if before.path is None:
             nothing = torch.zeros(batch, count, dtype=torch.long, device=self.device)
-            path = BlockPath(visible=nothing + state.committed_column)
+            path = BlockPath(nothing + state.committed_column, size)
         else:
-            path = before.path.step(starts, torch.full_like(starts, size - 1), before.features.shape[1])
+            path = before.path.step(starts, torch.full_like(starts, size - 1))
         first_width = state.longest
-        mask = path.mask(first_width, size)
+        mask = path.mask(first_width)
         own = torch.arange(count * size, device=self.device) // size
         mask[..., -count * size :] = own[:, None] == own
-        offset = first_width + sum(path.widths) * size
+        offset = first_width + path.columns
         state.cache.seek(offset, offset + count * size)
         steps = torch.arange(size, device=self.device).repeat(count) + 1 + number * size
         state.calls += 1

@@ -25,7 +25,6 @@ from ...trees.expansion import (
 from ...trees.sampling import distributions_of
 from ...trees.tree import DraftTree
 from ..common.block import BlockDrafter, BlockState
-from ..common.cache import BlockPath
 from .loss import SpecBlockObjective, specblock_loss
 from .modeling import SpecBlockModel
 from .release_loss import release_loss
@@ -109,7 +108,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             if following is None:
                 break
             starts = following
-            path = self._path_to(starts, path, state, hidden.shape[1])
+            path = self._path_to(starts, path, state)
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
         return limits.cut(tree.merge_duplicates())
 
@@ -125,7 +124,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         shape = growth.shape
         for forward in range(1, len(shape.starts)):
             starts = growth.starts(forward)
-            path = self._path_to(starts, path, state, hidden.shape[1])
+            path = self._path_to(starts, path, state)
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
             used = [shape.distributions[index] for index in shape.distributions_of(forward)]
             growth.grow(
@@ -136,14 +135,6 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     def _distributions(self, state: BlockState, hidden: torch.Tensor) -> torch.Tensor:
         """The request's log-probs `[B, R, D]` of slots with these states `[B, R, d]`."""
         return distributions_of(self.draft_logits(hidden)[1], state.warp)
-
-    def _path_to(self, starts: Starts, path: BlockPath | None, state: BlockState, rows: int) -> BlockPath:
-        """What new starts see, given the path of the block before, which had so many rows; `None` for the first."""
-        if path is not None:
-            return path.step(starts.parent_start, starts.slot, rows)
-        # The committed columns end with the drafting pair's own K; a start sees those up to its slot.
-        own = state.committed_column - self.config.block_size
-        return BlockPath(visible=own + starts.slot + 1)
 
     def _grow(
         self, tree: DraftTree, starts: Starts, hidden: torch.Tensor, forward: int, budget: int

@@ -221,13 +221,13 @@ def later_block(
     rows = starts.int().sort(dim=-1, descending=True, stable=True).indices[:, :width]
     pairs = before.pairs.gather(1, rows)
     if before.path is None:
-        path = BlockPath(visible=pairs * size + cut)
+        path = BlockPath(pairs * size + cut, size)
     else:
-        path = before.path.step(rows, torch.full_like(rows, cut - 1), before.pairs.shape[1])
+        path = before.path.step(rows, torch.full_like(rows, cut - 1))
     places = (pairs + shift + 1).clamp_max(last)
     conditions = conditions.gather(1, rows[..., None].expand(-1, -1, conditions.shape[-1]))
     embeds = batch.embeds.gather(1, places[..., None].expand(-1, -1, batch.embeds.shape[-1]))
-    mask = path.mask((batch.tokens.shape[1] - 1) * size, size)
+    mask = path.mask((batch.tokens.shape[1] - 1) * size)
     valid = starts.gather(1, rows)
     if earlier_keys:
         earlier = (pairs[:, :, None] > pairs[:, None]) & valid[:, None]
