@@ -29,6 +29,7 @@ TRAINED = {
     "dflash2": {"selector_rank": 0},
     "dspark": {"markov_rank": 0, "confidence_head": False, "confidence_head_with_markov": False},
     "scaled": {},
+    "block-window": {},
 }
 
 
