@@ -133,7 +133,7 @@ def run_eagle3(drafter: Eagle3Drafter, target: PreTrainedModel, text: Text) -> G
     pairs = pairs_of(target, text, count)
     drafter.config.beam_width = 1
     tokens, log_probs = drafted(drafter, target, pairs, STEPS)
-    table = drafter._own_table(TokenTable.of(target))
+    table = drafter.own_table(TokenTable.of(target))
     cache = BlockCache(drafter.config, 1, count + STEPS, drafter.dtype, drafter.device)
     cache.seek(0, count)
     conditions = drafter.project_features(torch.cat(pairs.features, dim=-1))

@@ -39,6 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "dspark-bare": {"predicts_from_anchor": True, "own_embedding": True, "confidence_head": True},
     "scaled": {"input_embedding_scale": 0.5, "output_multiplier": 2.0, "final_logit_softcapping": 5.0},
+    "block-window": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "window_from_anchor": True,
+    },
 }
 
 

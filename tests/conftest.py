@@ -21,6 +21,8 @@ from transformers.utils import generic
 from specblock_hf.drafting.drafter import TreeDrafter
 
 
+pytest_plugins = ["hub_for_tests"]
+
 VOCAB = 32
 SIZES = {
     "vocab_size": VOCAB,

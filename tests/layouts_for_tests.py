@@ -1,10 +1,11 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Small drafters as programs save them whose layouts are read and not written."""
+"""Golden folders of other layouts, and small drafters as programs save them whose layouts are read and not written."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ from safetensors.torch import save_file
 from specblock_hf import BlockDiffusionDrafter, Eagle3Config, Eagle3Drafter
 
 
+FIXTURES = Path(__file__).parent / "fixtures" / "conformance"
+SPECBLOCK_A, SPECBLOCK_B = FIXTURES / "specblock_a" / "checkpoint", FIXTURES / "specblock_b" / "checkpoint"
+SAFEAILAB = FIXTURES / "eagle3" / "checkpoint_safeailab"
+SPECULATORS = FIXTURES / "eagle3" / "checkpoint_speculators"
 SAID = torch.tensor([0, 1, 3, 4, 6, 8, 9, 11, 14, 15, 17, 20, 21, 25, 28, 31])
 """Target ids of a draft vocabulary."""
 DSPARK = {
@@ -28,6 +33,15 @@ OF_KIND = {"dflash": {}, "dflash2": DFLASH2, "dspark": DSPARK}
 CLASSES = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel", "dspark": "DSparkDraftModel"}
 """Of speculators; other projects call theirs so, too."""
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 4}
+
+
+def changed_copy(folder: Path, source: Path, drop: tuple[str, ...] = (), **changes) -> Path:
+    """Copy a checkpoint to `folder` with fields of its configuration dropped or changed."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in drop} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def eagle3_drafter(**fields) -> Eagle3Drafter:

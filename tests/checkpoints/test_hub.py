@@ -13,43 +13,15 @@ import torch
 from conftest import prompt_of, tiny_target
 from hub_client import Client, ClientError
 from hub_server import OWNER, READER, Fault, HubServer, Repo
+from test_card import RESULTS
 from test_loading import assert_same, small_drafter
 
-from specblock_hf import AutoDrafter, SpecBlockConfig, cli
-from specblock_hf.checkpoints.card import CardFacts, model_card
+from specblock_hf import AutoDrafter, cli
+from specblock_hf.checkpoints.card import CardFacts
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "conformance"
 KINDS = ("specblock", "eagle3")
-RESULTS = {
-    "hardware": "a test machine",
-    "dtype": "float32",
-    "versions": {"torch": "2.13.0"},
-    "rows": [{"suite": "chat", "prompts": 12, "temperature": 0, "tau": 2.345, "speedup": 0.876}],
-}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """The server and its client, which take a while to start."""
-    with HubServer() as server:
-        client = Client(server.url, tmp_path_factory.mktemp("home"))
-        yield server, client
-        client.close()
-
-
-@pytest.fixture
-def hub(running):
-    server, _ = running
-    server.repos.clear()
-    server.faults.clear()
-    server.log.clear()
-    return server
-
-
-@pytest.fixture
-def client(running):
-    return running[1]
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +31,6 @@ def folders(tmp_path_factory):
     for kind in KINDS:
         small_drafter(kind).save_pretrained(root / kind)
     return root
-
-
-@pytest.fixture
-def cache(tmp_path):
-    """Where to pull to, empty."""
-    return str(tmp_path / "cache")
 
 
 def store(hub: HubServer, name: str, folder: Path, prefix: str = "", **kwargs) -> Repo:
@@ -89,7 +55,7 @@ def assert_pulled(pulled: dict, drafter: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pushed_drafter_comes_back_and_drafts(hub, client, folders, kind, cache):
+def test_a_pushed_drafter_comes_back_and_drafts(hub, client, folders, kind, hub_cache):
     client(hub_client.push, folders / kind, f"org/{kind}-hub")
     files = hub.repos[f"org/{kind}-hub"].branches["main"].files
     assert files.keys() == {
@@ -103,16 +69,16 @@ def test_a_pushed_drafter_comes_back_and_drafts(hub, client, folders, kind, cach
     puts = [path for method, path, status, _ in hub.log if method == "PUT" and status == 200]
     assert len(puts) == 1  # only the weights are large
     drafter = AutoDrafter.from_pretrained(folders / kind)
-    pulled = client(hub_client.pull, f"org/{kind}-hub", cache_dir=cache)
+    pulled = client(hub_client.pull, f"org/{kind}-hub", cache_dir=hub_cache)
     assert_pulled(pulled, drafter)
-    blobs = [path for path in Path(cache).rglob("blobs/*") if path.is_file()]
+    blobs = [path for path in Path(hub_cache).rglob("blobs/*") if path.is_file()]
     assert sorted(path.read_bytes() for path in blobs if path.stat().st_size > 5000) == [files["model.safetensors"]]
     assert client(hub_client.generate, f"org/{kind}-hub") == plain_text()
 
 
-def test_the_class_itself_and_auto_model_load_by_id(hub, client, folders, cache):
+def test_the_class_itself_and_auto_model_load_by_id(hub, client, folders, hub_cache):
     store(hub, "org/own", folders / "specblock")
-    weights = client(hub_client.pull_own, "org/own", cache_dir=cache)
+    weights = client(hub_client.pull_own, "org/own", cache_dir=hub_cache)
     expected = AutoDrafter.from_pretrained(folders / "specblock").state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -126,23 +92,23 @@ def test_the_class_itself_and_auto_model_load_by_id(hub, client, folders, cache)
         ("eagle3/checkpoint_speculators", "Eagle3Drafter"),
     ],
 )
-def test_golden_folders_load_by_id(hub, client, folder, kind, cache):
+def test_golden_folders_load_by_id(hub, client, folder, kind, hub_cache):
     store(hub, "authors/golden", FIXTURES / folder)
-    pulled = client(hub_client.pull, "authors/golden", cache_dir=cache)
+    pulled = client(hub_client.pull, "authors/golden", cache_dir=hub_cache)
     assert_pulled(pulled, AutoDrafter.from_pretrained(FIXTURES / folder))
     assert pulled["class"] == kind
 
 
-def test_several_files_of_weights(hub, client, folders, cache):
+def test_several_files_of_weights(hub, client, folders, hub_cache):
     client(hub_client.push, folders / "specblock", "org/sharded", max_shard_size="20KB")
     files = hub.repos["org/sharded"].branches["main"].files
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     assert len(shards) > 1 and "model.safetensors.index.json" in files
     drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    assert_pulled(client(hub_client.pull, "org/sharded", cache_dir=cache), drafter)
+    assert_pulled(client(hub_client.pull, "org/sharded", cache_dir=hub_cache), drafter)
     del files[shards[1]]
     with pytest.raises(ClientError, match=rf"^OSError: org/sharded has no {shards[1]}"):
-        client(hub_client.pull, "org/sharded", cache_dir=cache + "2")
+        client(hub_client.pull, "org/sharded", cache_dir=hub_cache + "2")
 
 
 def test_saving_can_push(hub, client, folders, tmp_path):
@@ -155,53 +121,53 @@ def test_saving_can_push(hub, client, folders, tmp_path):
 # Where from.
 
 
-def test_revision_and_subfolder(hub, client, folders, cache):
+def test_revision_and_subfolder(hub, client, folders, hub_cache):
     repo = store(hub, "org/several", folders / "specblock")
     first = repo.branches["main"].sha
     client(hub_client.push, folders / "eagle3", "org/several", revision="other")
     store(hub, "org/several", folders / "eagle3", prefix="inner/deep/")
     specblock, eagle3 = (AutoDrafter.from_pretrained(folders / kind) for kind in KINDS)
-    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache), specblock)
-    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache, revision="other"), eagle3)
-    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache, revision=first), specblock)
-    assert_pulled(client(hub_client.pull, "org/several", cache_dir=cache, subfolder="inner/deep"), eagle3)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=hub_cache), specblock)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=hub_cache, revision="other"), eagle3)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=hub_cache, revision=first), specblock)
+    assert_pulled(client(hub_client.pull, "org/several", cache_dir=hub_cache, subfolder="inner/deep"), eagle3)
     with pytest.raises(ClientError, match=r"^OSError: org/several has no revision v9; name one of its"):
-        client(hub_client.pull, "org/several", cache_dir=cache, revision="v9")
+        client(hub_client.pull, "org/several", cache_dir=hub_cache, revision="v9")
     with pytest.raises(ClientError, match=r"^OSError: org/several has no config\.json, .* subfolder\.$"):
-        client(hub_client.pull, "org/several", cache_dir=cache, subfolder="nowhere")
+        client(hub_client.pull, "org/several", cache_dir=hub_cache, subfolder="nowhere")
 
 
-def test_nothing_is_downloaded_twice(hub, client, folders, cache):
+def test_nothing_is_downloaded_twice(hub, client, folders, hub_cache):
     store(hub, "org/once", folders / "specblock")
-    client(hub_client.pull, "org/once", cache_dir=cache)
+    client(hub_client.pull, "org/once", cache_dir=hub_cache)
     assert sum(method == "GET" and path.startswith("/large/") for method, path, *_ in hub.log) == 1
     hub.log.clear()
-    client(hub_client.pull, "org/once", cache_dir=cache)
+    client(hub_client.pull, "org/once", cache_dir=hub_cache)
     assert [path for method, path, *_ in hub.log if method == "GET" and "/api/" not in path] == []
     hub.log.clear()
-    client(hub_client.pull, "org/once", cache_dir=cache, local_files_only=True)
+    client(hub_client.pull, "org/once", cache_dir=hub_cache, local_files_only=True)
     assert hub.log == []
     with pytest.raises(
         ClientError, match=r"^OSError: org/once has no config\.json, or not in the cache if the Hub may"
     ):
-        client(hub_client.pull, "org/once", cache_dir=cache + "2", local_files_only=True)
+        client(hub_client.pull, "org/once", cache_dir=hub_cache + "2", local_files_only=True)
 
 
-def test_offline(hub, client, folders, cache, tmp_path):
+def test_offline(hub, client, folders, hub_cache, tmp_path):
     store(hub, "org/offline", folders / "eagle3")
     store(hub, "org/official", FIXTURES / "specblock_a" / "checkpoint")
     for name in ("org/offline", "org/official"):
-        client(hub_client.pull, name, cache_dir=cache)
+        client(hub_client.pull, name, cache_dir=hub_cache)
     hub.log.clear()
     offline = Client(hub.url, tmp_path / "home", HF_HUB_OFFLINE="1")
     try:
         eagle3 = AutoDrafter.from_pretrained(folders / "eagle3")
-        assert_pulled(offline(hub_client.pull, "org/offline", cache_dir=cache), eagle3)
-        assert offline(hub_client.pull, "org/official", cache_dir=cache)["class"] == "SpecBlockDrafter"
+        assert_pulled(offline(hub_client.pull, "org/offline", cache_dir=hub_cache), eagle3)
+        assert offline(hub_client.pull, "org/official", cache_dir=hub_cache)["class"] == "SpecBlockDrafter"
         with pytest.raises(
             ClientError, match=r"^OSError: org/else has no config\.json, or not in the cache if the Hub"
         ):
-            offline(hub_client.pull, "org/else", cache_dir=cache)
+            offline(hub_client.pull, "org/else", cache_dir=hub_cache)
     finally:
         offline.close()
     assert hub.log == []
@@ -210,38 +176,38 @@ def test_offline(hub, client, folders, cache, tmp_path):
 # Who may.
 
 
-def test_a_private_repository(hub, client, folders, cache):
+def test_a_private_repository(hub, client, folders, hub_cache):
     client(hub_client.push, folders / "specblock", "org/secret", private=True)
     assert hub.repos["org/secret"].private
     with pytest.raises(ClientError, match=r"^OSError: org/secret is neither a folder nor a Hub repository .* token="):
-        client(hub_client.pull, "org/secret", cache_dir=cache)
+        client(hub_client.pull, "org/secret", cache_dir=hub_cache)
     drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    assert_pulled(client(hub_client.pull, "org/secret", cache_dir=cache, token=READER), drafter)
+    assert_pulled(client(hub_client.pull, "org/secret", cache_dir=hub_cache, token=READER), drafter)
 
 
-def test_a_gated_repository(hub, client, folders, cache):
+def test_a_gated_repository(hub, client, folders, hub_cache):
     store(hub, "org/gated", folders / "specblock", gated=True)
     for token in (None, READER):
         with pytest.raises(
             ClientError, match=r"^OSError: org/gated is gated; accept its terms on the Hub, and pass tok"
         ):
-            client(hub_client.pull, "org/gated", cache_dir=cache, token=token)
+            client(hub_client.pull, "org/gated", cache_dir=hub_cache, token=token)
     drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    assert_pulled(client(hub_client.pull, "org/gated", cache_dir=cache, token=OWNER), drafter)
+    assert_pulled(client(hub_client.pull, "org/gated", cache_dir=hub_cache, token=OWNER), drafter)
 
 
-def test_names_that_do_not_exist(hub, client, cache):
+def test_names_that_do_not_exist(hub, client, hub_cache):
     with pytest.raises(
         ClientError, match=r"^OSError: org/nobody is neither a folder nor a Hub repository that can be"
     ):
-        client(hub_client.pull, "org/nobody", cache_dir=cache)
+        client(hub_client.pull, "org/nobody", cache_dir=hub_cache)
     with pytest.raises(
         ClientError, match=r"^OSError: not//a name is neither a folder nor a Hub repository that can be"
     ):
-        client(hub_client.pull, "not//a name", cache_dir=cache)
+        client(hub_client.pull, "not//a name", cache_dir=hub_cache)
 
 
-def test_a_folder_that_is_not_there_without_a_connection(tmp_path, cache):
+def test_a_folder_that_is_not_there_without_a_connection(tmp_path, hub_cache):
     nowhere = Client("http://127.0.0.1:9", tmp_path / "home")
     try:
         with pytest.raises(
@@ -249,7 +215,7 @@ def test_a_folder_that_is_not_there_without_a_connection(tmp_path, cache):
             match=r"^OSError: There is no folder model_cards/mine here, and the Hub cannot be asked for a repository "
             r"of that name \(.*\); check the path or the connection\.$",
         ):
-            nowhere(hub_client.pull, "model_cards/mine", cache_dir=cache)
+            nowhere(hub_client.pull, "model_cards/mine", cache_dir=hub_cache)
         assert nowhere(hub_client.naps) == []
     finally:
         nowhere.close()
@@ -264,46 +230,46 @@ def test_pushing_needs_a_token(hub, client, folders):
 # What goes wrong.
 
 
-def test_the_hub_is_busy_for_a_while(hub, client, folders, cache):
+def test_the_hub_is_busy_for_a_while(hub, client, folders, hub_cache):
     store(hub, "org/busy", folders / "specblock")
     hub.faults += [Fault("GET /large/", 2, status=429), Fault("HEAD .*config.json", 1, status=429)]
     drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    assert_pulled(client(hub_client.pull, "org/busy", cache_dir=cache), drafter)
+    assert_pulled(client(hub_client.pull, "org/busy", cache_dir=hub_cache), drafter)
     assert [status for method, path, status, _ in hub.log if "/large/" in path and method == "GET"] == [429, 429, 200]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("pattern", ["HEAD .*config.json", "HEAD .*model.safetensors", "GET /large/"])
-def test_the_hub_stays_broken(hub, client, folders, cache, status, pattern):
+def test_the_hub_stays_broken(hub, client, folders, hub_cache, status, pattern):
     store(hub, "org/broken", folders / "specblock")
     hub.faults.append(Fault(pattern, 1000, status=status))
     with pytest.raises(ClientError, match=rf"^OSError: (?s:.)*org/broken(?s:.)*{status}(?s:.)*again"):
-        client(hub_client.pull, "org/broken", cache_dir=cache)
+        client(hub_client.pull, "org/broken", cache_dir=hub_cache)
     hub.faults.clear()
     drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    assert_pulled(client(hub_client.pull, "org/broken", cache_dir=cache), drafter)
+    assert_pulled(client(hub_client.pull, "org/broken", cache_dir=hub_cache), drafter)
 
 
-def test_a_cut_connection_is_resumed(hub, client, folders, cache):
+def test_a_cut_connection_is_resumed(hub, client, folders, hub_cache):
     store(hub, "org/cut", folders / "specblock")
     size = (folders / "specblock" / "model.safetensors").stat().st_size
     hub.faults.append(Fault("GET /large/", 1, cut=size // 2))
     drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    assert_pulled(client(hub_client.pull, "org/cut", cache_dir=cache), drafter)
+    assert_pulled(client(hub_client.pull, "org/cut", cache_dir=hub_cache), drafter)
     first, second = [entry[2:] for entry in hub.log if entry[0] == "GET" and entry[1].startswith("/large/")]
     assert first == (200, None)
     # What arrived is not asked for again.
     assert second[0] == 206 and 0 < int(second[1].removeprefix("bytes=").removesuffix("-")) <= size // 2
 
 
-def test_a_connection_that_is_always_cut(hub, client, folders, cache):
+def test_a_connection_that_is_always_cut(hub, client, folders, hub_cache):
     store(hub, "org/cut", folders / "specblock")
     hub.faults.append(Fault("GET /large/", 1000, cut=0))
     with pytest.raises(ClientError, match=r"^OSError: .*org/cut.* try again"):
-        client(hub_client.pull, "org/cut", cache_dir=cache)
+        client(hub_client.pull, "org/cut", cache_dir=hub_cache)
     hub.faults.clear()
     drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    assert_pulled(client(hub_client.pull, "org/cut", cache_dir=cache), drafter)
+    assert_pulled(client(hub_client.pull, "org/cut", cache_dir=hub_cache), drafter)
 
 
 def flipped(body: bytes) -> bytes:
@@ -312,36 +278,36 @@ def flipped(body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("loader", ["pull", "pull_own"])
-def test_damaged_weights_are_refused_and_forgotten(hub, client, folders, cache, loader):
+def test_damaged_weights_are_refused_and_forgotten(hub, client, folders, hub_cache, loader):
     store(hub, "org/damaged", folders / "specblock")
     hub.faults.append(Fault("GET /large/", 1, change=flipped))
     pull = getattr(hub_client, loader)
     with pytest.raises(
         ClientError, match=r"^OSError: model\.safetensors of org/damaged arrived damaged: its hash is not"
     ):
-        client(pull, "org/damaged", cache_dir=cache)
-    assert not list(Path(cache).rglob("*.safetensors"))
-    pulled = client(pull, "org/damaged", cache_dir=cache)
+        client(pull, "org/damaged", cache_dir=hub_cache)
+    assert not list(Path(hub_cache).rglob("*.safetensors"))
+    pulled = client(pull, "org/damaged", cache_dir=hub_cache)
     expected = AutoDrafter.from_pretrained(folders / "specblock").state_dict()
     weights = pulled["weights"] if loader == "pull" else pulled
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_a_damaged_configuration_is_refused(hub, client, folders, cache):
+def test_a_damaged_configuration_is_refused(hub, client, folders, hub_cache):
     store(hub, "org/damaged", folders / "specblock")
     hub.faults.append(Fault("GET .*config.json", 1, change=lambda body: body.replace(b"24", b"23")))
     with pytest.raises(ClientError, match=r"^OSError: config\.json of org/damaged arrived damaged: "):
-        client(hub_client.pull, "org/damaged", cache_dir=cache)
-    client(hub_client.pull, "org/damaged", cache_dir=cache)
+        client(hub_client.pull, "org/damaged", cache_dir=hub_cache)
+    client(hub_client.pull, "org/damaged", cache_dir=hub_cache)
 
 
-def test_a_repository_without_weights(hub, client, folders, cache):
+def test_a_repository_without_weights(hub, client, folders, hub_cache):
     repo = store(hub, "org/empty", folders / "specblock")
     del repo.branches["main"].files["model.safetensors"]
     with pytest.raises(
         ClientError, match=r"^OSError: org/empty has neither model\.safetensors nor pytorch_model\.bin"
     ):
-        client(hub_client.pull, "org/empty", cache_dir=cache)
+        client(hub_client.pull, "org/empty", cache_dir=hub_cache)
 
 
 def test_an_incomplete_drafter_is_not_pushed(hub, client, folders, tmp_path):
@@ -378,70 +344,6 @@ def test_a_card_is_made_and_then_left_alone(hub, client, folders):
     assert "On a test machine in float32, with torch 2.13.0." in card and "Nothing was measured" not in card
 
 
-def test_a_card_says_what_it_is_told(folders):
-    drafter = AutoDrafter.from_pretrained(folders / "eagle3")
-    drafter.config.target_name_or_path = "org/target"
-    facts = CardFacts("apache-2.0", ("en", "de"), ("org/data",), {"learning_rate": 1e-4}, RESULTS)
-    card = drafter.model_card("org/name", facts)
-    data = card.data.to_dict()
-    assert data == {
-        "library_name": "specblock_hf",
-        "pipeline_tag": "text-generation",
-        "base_model": "org/target",
-        "base_model_relation": "adapter",
-        "tags": ["speculative-decoding", "eagle3", "drafter"],
-        "license": "apache-2.0",
-        "datasets": ["org/data"],
-        "language": ["en", "de"],
-    }
-    text = card.text
-    parameters = sum(weight.numel() for weight in drafter.parameters())
-    for part in (
-        "# name\n",
-        "`org/target`",
-        "papers/2503.01840",
-        f"| Parameters | {parameters:,} |",
-        "| Draft vocabulary | 24 of 32 tokens |",
-        "| Reads hidden states | 2, 2, 1 |",
-        "| learning_rate | 0.0001 |",
-        "Data: org/data.",
-        "@article{li2025eagle3,",
-    ):
-        assert part in text, part
-    assert "{{" not in text and "{%" not in text
-
-
-@pytest.mark.parametrize("name", ["specblock-llama-3.1-8b-instruct", "specblock-qwen3-8b"])
-def test_template_cards_say_that_they_are_templates(name):
-    folder = Path(__file__).parents[2] / "model_cards" / name
-    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json"}
-    card = (folder / "README.md").read_text()
-    assert card == str(model_card(SpecBlockConfig.from_pretrained(folder), f"ORG/{name}", CardFacts())) + "\n"
-    assert "**A template without weights.**" in card and "Nothing was measured with this drafter." in card
-    with pytest.raises(OSError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
-        AutoDrafter.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    "lacking", ["hardware", "dtype", "versions", "rows", "suite", "tau", "speedup", "prompts", "temperature"]
-)
-def test_a_number_without_its_conditions_is_refused(lacking):
-    results = {**RESULTS, "rows": [dict(RESULTS["rows"][0])]}
-    (results["rows"][0] if lacking in results["rows"][0] else results).pop(lacking)
-    with pytest.raises(
-        ValueError, match=rf"^The results lack {lacking}, and a card shows no number without its condition"
-    ):
-        CardFacts(results=results)
-
-
-def test_provenance(folders):
-    found = json.loads((folders / "specblock" / "provenance.json").read_text())
-    assert found.keys() == {"versions", "commit", "command"}
-    assert torch.__version__.startswith(found["versions"]["torch"])
-    assert found["versions"].keys() == {"specblock_hf", "transformers", "torch", "huggingface_hub", "safetensors"}
-    assert found["command"] is None  # whatever started this is no subcommand of ours, and nobody else's business
-
-
 # The commands and the way in without a hook.
 
 
@@ -466,25 +368,6 @@ def test_pushing_without_a_connection(folders, tmp_path):
             nowhere(hub_client.push, folders / "specblock", "org/later")
     finally:
         nowhere.close()
-
-
-@pytest.mark.parametrize("target", ["/home/somebody/models/mine", "./mine", "C:\\models\\mine", "."])
-def test_a_card_shows_no_folder_of_a_machine(folders, target):
-    drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    drafter.config.target_name_or_path = target
-    card = drafter.model_card("org/name")
-    assert card.data.base_model is None and "| Target | local, not on the Hub |" in card.text
-    assert target == "." or target not in card.text
-
-
-def test_a_card_shows_what_training_left(folders):
-    drafter = AutoDrafter.from_pretrained(folders / "specblock")
-    drafter.config.acceptance = [[8, 1, 0, 2.047, 2.5], [16, 2, 4, 2.5, 3.0], [60, 2, 0, 3, 3.25]]
-    text = drafter.model_card("org/name", CardFacts(data="12 answers", command="specblock train --epochs 3")).text
-    assert "\n12 answers.\n" in text and "\n```bash\nspecblock train --epochs 3\n```\n" in text
-    rows = "| 8 | 1 | - | 2.05 | 2.50 |\n| 16 | 2 | 4 | 2.50 | 3.00 |\n| 60 | 2 | all | 3.00 | 3.25 |\n"
-    assert f"| Nodes | Forwards | Starts | tau | tau with look-ups |\n|---|---|---|---|---|\n{rows}" in text
-    assert "The training data is not recorded" not in text and "Nothing was measured" not in text
 
 
 def test_the_push_command(hub, client, folders, tmp_path):

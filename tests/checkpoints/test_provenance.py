@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from test_loading import small_drafter
 
 from specblock_hf import cli
 from specblock_hf.checkpoints import provenance
@@ -73,3 +75,12 @@ def test_the_shipped_drafter_names_no_path():
     assert commands and not any("/" in command or "\\" in command for command in commands)
     trained = [command for command in commands if command.startswith("specblock train")]
     assert trained == [recorded_command(command.split()) for command in trained]
+
+
+def test_what_a_saved_folder_says_of_its_origin(tmp_path):
+    small_drafter().save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "provenance.json").read_text())
+    assert found.keys() == {"versions", "commit", "command"}
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert found["versions"].keys() == {"specblock_hf", "transformers", "torch", "huggingface_hub", "safetensors"}
+    assert found["command"] is None  # whatever started this is no subcommand of ours, and nobody else's business

@@ -29,6 +29,7 @@ TRAINED = {
     "dflash2": {"selector_rank": 0},
     "dspark": {"markov_rank": 0, "confidence_head": False, "confidence_head_with_markov": False},
     "scaled": {},
+    "block-window": {},
 }
 
 
@@ -83,13 +84,13 @@ def drafted(drafter: BlockDiffusionDrafter, batch: TargetBatch, row: int, anchor
 def test_blocks_of_a_batch_equal_what_is_drafted(variant, attention):
     drafter, batch = trained_drafter(variant), random_batch()
     drafter.set_attn_implementation(attention)
-    blocks = _run_blocks(drafter, batch, ALL, torch.Generator().manual_seed(0))
+    anchors, valid, hidden = _run_blocks(drafter, batch, ALL, torch.Generator().manual_seed(0))
     for row in range(len(LENGTHS)):
-        found = blocks.anchors[row][blocks.valid[row]].tolist()
+        found = anchors[row][valid[row]].tolist()
         assert sorted(found) == list(anchors_of(row))
         for number, anchor in enumerate(found):
             expected = drafted(drafter, batch, row, anchor).hidden[0]
-            assert torch.allclose(blocks.hidden[row, number], expected, atol=2e-5), (row, anchor)
+            assert torch.allclose(hidden[row, number], expected, atol=2e-5), (row, anchor)
 
 
 def slots_of(batch: TargetBatch, drafter: BlockDiffusionDrafter):
@@ -140,9 +141,9 @@ def test_the_loss_slot_by_slot(variant, objective, soft, decay):
 def test_guesses_that_are_right_count_as_long_as_all_before_them_are(monkeypatch):
     drafter, batch = trained_drafter("dflash"), random_batch()
     objective = BlockDiffusionObjective(num_anchors=ALL)
-    blocks = _run_blocks(drafter, batch, ALL, None)
+    anchors, _, _ = _run_blocks(drafter, batch, ALL, None)
     wanted = []  # right in the first, second and fourth slot
-    for row, anchor, slot in sorted(slots_of(batch, drafter), key=lambda s: _order(blocks, s)):
+    for row, anchor, slot in sorted(slots_of(batch, drafter), key=lambda s: _order(anchors, s)):
         token = int(batch.tokens[row, anchor + slot])
         wanted.append(token if slot != 3 else (token + 1) % VOCAB)
     logits = torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB).float()
@@ -153,9 +154,9 @@ def test_guesses_that_are_right_count_as_long_as_all_before_them_are(monkeypatch
     assert out["counted"].tolist() == [[*reached, 0]] and out["agreed"].tolist() == [[*reached[:2], 0, 0]]
 
 
-def _order(blocks, slot: tuple[int, int, int]) -> tuple[int, int, int]:
+def _order(anchors: torch.LongTensor, slot: tuple[int, int, int]) -> tuple[int, int, int]:
     row, anchor, number = slot
-    return row, blocks.anchors[row].tolist().index(anchor), number
+    return row, anchors[row].tolist().index(anchor), number
 
 
 @pytest.mark.parametrize("variant", TRAINED)

@@ -12,7 +12,7 @@ import hub_client
 import pytest
 from block_drafters_for_tests import block_drafter
 from conftest import prompt_of, tiny_target
-from hub_client import Client, ClientError
+from hub_client import ClientError
 from hub_server import Fault, HubServer, Repo
 from layouts_for_tests import DSPARK, deepspec_folder, speculators_folder
 from models_for_tests import save_models, tiny_tokenizer
@@ -37,34 +37,6 @@ LAYOUTS = {
 READ_ONLY = {"deepspec": deepspec_folder, "speculators-dflash": speculators_folder}
 """Layouts that are written by a test alone."""
 BASE = "org/base"
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    with HubServer() as server:
-        client = Client(server.url, tmp_path_factory.mktemp("home"))
-        yield server, client
-        client.close()
-
-
-@pytest.fixture
-def hub(running):
-    server, _ = running
-    server.repos.clear()
-    server.faults.clear()
-    server.moved.clear()
-    server.log.clear()
-    return server
-
-
-@pytest.fixture
-def client(running):
-    return running[1]
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return str(tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +78,14 @@ def weights_asked_for(hub: HubServer) -> list[str]:
     ]
 
 
-def test_every_layout_is_found_and_judged_without_weights(hub, client, folders, cache):
+def test_every_layout_is_found_and_judged_without_weights(hub, client, folders, hub_cache):
     assert {layout.name for _, layout in published_layouts().values() if layout.is_writable} <= LAYOUTS.keys()
     add_target(hub, BASE)
     for count, layout in enumerate([*LAYOUTS, *READ_ONLY]):
         tags = {"tags": ["speculative-decoding"], "license": "mit"}
         add_drafter(hub, f"lab/{layout}", folders / layout, downloads=count, **tags)
     add_drafter(hub, "lab/quiet", folders / "specblock")  # neither a tag nor a name that says so
-    found = client(hub_client.search, BASE, cache_dir=cache)
+    found = client(hub_client.search, BASE, cache_dir=hub_cache)
     assert found["notes"] == () and found["rows"].keys() == {f"lab/{layout}" for layout in (*LAYOUTS, *READ_ONLY)}
     for layout, make in LAYOUTS.items():
         trained_for, kind, read, misfit, listed = found["rows"][f"lab/{layout}"]
@@ -126,20 +98,20 @@ def test_every_layout_is_found_and_judged_without_weights(hub, client, folders, 
     assert weights_asked_for(hub) == []
 
 
-def test_a_fine_tuned_and_a_quantised_copy_take_their_bases_drafter(hub, client, folders, cache):
+def test_a_fine_tuned_and_a_quantised_copy_take_their_bases_drafter(hub, client, folders, hub_cache):
     add_target(hub, BASE)
     add_target(hub, "me/tuned", BASE)
     add_target(
         hub, "me/tuned-gptq", "me/tuned", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}
     )
     add_drafter(hub, "lab/base-eagle3", folders / "sglang", downloads=9)
-    assert client(hub_client.search, "me/tuned-gptq", cache_dir=cache)["best"] == "lab/base-eagle3"
+    assert client(hub_client.search, "me/tuned-gptq", cache_dir=hub_cache)["best"] == "lab/base-eagle3"
     # One of its own goes first, however little it is used.
     add_drafter(hub, "me/tuned-specblock", folders / OURS, base="me/tuned")
-    found = client(hub_client.search, "me/tuned-gptq", cache_dir=cache)
+    found = client(hub_client.search, "me/tuned-gptq", cache_dir=hub_cache)
     assert list(found["rows"]) == ["me/tuned-specblock", "lab/base-eagle3"]
     assert [row[0] for row in found["rows"].values()] == ["me/tuned", BASE]
-    name, text = client(hub_client.find_and_generate, "me/tuned-gptq", cache_dir=cache)
+    name, text = client(hub_client.find_and_generate, "me/tuned-gptq", cache_dir=hub_cache)
     assert name == "me/tuned-specblock"
     assert text == tiny_target("llama").generate(prompt_of(6), max_new_tokens=16, do_sample=False)[0].tolist()
 
@@ -152,27 +124,27 @@ def test_a_fine_tuned_and_a_quantised_copy_take_their_bases_drafter(hub, client,
         ({"num_hidden_layers": 6}, r"its number of layers is 4, that of this LlamaForCausalLM 6"),
     ],
 )
-def test_a_resized_copy_is_refused_with_the_reason_and_a_way_out(hub, client, folders, cache, fields, why):
+def test_a_resized_copy_is_refused_with_the_reason_and_a_way_out(hub, client, folders, hub_cache, fields, why):
     add_target(hub, BASE)
     add_target(hub, "me/resized", BASE, **fields)
     add_drafter(hub, "lab/base-specblock", folders / OURS)
     with pytest.raises(ClientError, match=rf"^ValueError: No drafter was found that fits me/resized: .*{why}.*Lookup"):
-        client(hub_client.find_and_generate, "me/resized", cache_dir=cache)
+        client(hub_client.find_and_generate, "me/resized", cache_dir=hub_cache)
     assert weights_asked_for(hub) == []
 
 
-def test_an_unknown_target_and_one_that_is_no_model(hub, client, cache, tmp_path):
+def test_an_unknown_target_and_one_that_is_no_model(hub, client, hub_cache, tmp_path):
     add_target(hub, "me/unknown")
-    best = client(hub_client.search, "me/unknown", cache_dir=cache)["best"]
+    best = client(hub_client.search, "me/unknown", cache_dir=hub_cache)["best"]
     assert best == (
         "No drafter was found that fits me/unknown: none is known; train one with `specblock train`, or pass "
         "assistant_model=LookupDrafter(target.config), which needs no training."
     )
     tiny_target("llama").config.save_pretrained(tmp_path / "folder")
-    best = client(hub_client.search, str(tmp_path / "folder"), cache_dir=cache)["best"]
+    best = client(hub_client.search, str(tmp_path / "folder"), cache_dir=hub_cache)["best"]
     assert re.search(r"none is known; .*folder is a folder that names no model of the Hub; search by the name", best)
     with pytest.raises(ClientError, match=r"^OSError: .*me/nowhere"):
-        client(hub_client.search, "me/nowhere", cache_dir=cache)
+        client(hub_client.search, "me/nowhere", cache_dir=hub_cache)
 
 
 def test_a_folder_of_the_cache_tells_its_name_and_the_hub_a_new_one(hub, client, folders, tmp_path):
@@ -189,7 +161,7 @@ def test_a_folder_of_the_cache_tells_its_name_and_the_hub_a_new_one(hub, client,
     assert client(hub_client.search, "old/name", cache_dir=str(tmp_path / "cache"))["best"] == "lab/new-eagle3"
 
 
-def test_what_is_no_drafter_or_may_not_be_read_says_why(hub, client, folders, cache):
+def test_what_is_no_drafter_or_may_not_be_read_says_why(hub, client, folders, hub_cache):
     add_target(hub, BASE)
     add_target(hub, "me/eagle3-tuned", BASE)  # a model that is called like a drafter
     add_drafter(hub, "lab/gated-dflash", folders / "dflash").gated = True
@@ -199,7 +171,7 @@ def test_what_is_no_drafter_or_may_not_be_read_says_why(hub, client, folders, ca
     config = json.loads(trap.branches["main"].files["config.json"])
     code = {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "architectures": ["DFlash9DraftModel"]}
     trap.add("main", {"config.json": json.dumps(config | code).encode(), "dflash.py": b"raise RuntimeError('run')"})
-    rows = client(hub_client.search, BASE, cache_dir=cache)["rows"]
+    rows = client(hub_client.search, BASE, cache_dir=hub_cache)["rows"]
     for name, why in {
         "me/eagle3-tuned": "is not a drafter in a known layout",
         "lab/gated-dflash": "lab/gated-dflash is gated; accept its terms",
@@ -215,22 +187,22 @@ def test_what_is_no_drafter_or_may_not_be_read_says_why(hub, client, folders, ca
     [{"status": 429}, {"status": 500}, {"cut": 40}, {"change": lambda body: b"<html>"}],
     ids=["429", "500", "cut", "html"],
 )
-def test_a_hub_that_fails_leaves_the_cache_and_the_list(hub, client, folders, cache, fault):
+def test_a_hub_that_fails_leaves_the_cache_and_the_list(hub, client, folders, hub_cache, fault):
     add_target(hub, BASE)
     add_drafter(hub, "lab/base-specblock", folders / OURS)
     hub.faults.append(Fault("GET /api/models", 1000, **fault))
-    found = client(hub_client.search, BASE, cache_dir=cache)
+    found = client(hub_client.search, BASE, cache_dir=hub_cache)
     assert found["rows"] == {} and "none is known; the Hub could not be asked (" in found["best"]
     hub.faults.clear()
-    assert client(hub_client.search, BASE, cache_dir=cache)["best"] == "lab/base-specblock"
+    assert client(hub_client.search, BASE, cache_dir=hub_cache)["best"] == "lab/base-specblock"
     hub.faults.append(Fault("GET /api/models", 1000, **fault))
-    again = client(hub_client.search, BASE, cache_dir=cache)
+    again = client(hub_client.search, BASE, cache_dir=hub_cache)
     # Its own configuration says nothing of a target.
     assert list(again["rows"]) == ["lab/base-specblock"]
     assert again["rows"]["lab/base-specblock"][3].startswith("its sizes fit, but nothing says that it is for this")
 
 
-def test_offline_the_cache_is_searched(hub, client, folders, cache, tmp_path):
+def test_offline_the_cache_is_searched(hub, client, folders, hub_cache, tmp_path):
     drafter = small_drafter()
     drafter.config.target_name_or_path = BASE
     drafter.save_pretrained(tmp_path / "named")
@@ -238,22 +210,23 @@ def test_offline_the_cache_is_searched(hub, client, folders, cache, tmp_path):
     add_drafter(hub, "lab/named-specblock", tmp_path / "named", base=None)
     add_drafter(hub, "lab/mute-eagle3", folders / "sglang", base=None)
     for name in ("lab/named-specblock", "lab/mute-eagle3"):
-        client(hub_client.pull, name, cache_dir=cache)
-    client(hub_client.search, BASE, cache_dir=cache)
+        client(hub_client.pull, name, cache_dir=hub_cache)
+    client(hub_client.search, BASE, cache_dir=hub_cache)
     hub.log.clear()
-    found = client(hub_client.search, BASE, cache_dir=cache, local_files_only=True)
+    found = client(hub_client.search, BASE, cache_dir=hub_cache, local_files_only=True)
     assert list(found["rows"]) == ["lab/named-specblock", "lab/mute-eagle3"] and found["best"] == "lab/named-specblock"
     assert (
-        client(hub_client.find_and_generate, BASE, cache_dir=cache, local_files_only=True)[0] == "lab/named-specblock"
+        client(hub_client.find_and_generate, BASE, cache_dir=hub_cache, local_files_only=True)[0]
+        == "lab/named-specblock"
     )
     assert hub.log == []
 
 
-def test_the_list_knows_what_the_hub_does_not_say(hub, client, folders, cache):
+def test_the_list_knows_what_the_hub_does_not_say(hub, client, folders, hub_cache):
     target = "meta-llama/Llama-3.1-8B-Instruct"
     add_target(hub, target)
     add_drafter(hub, "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", folders / "safeailab", base=None)
-    found = client(hub_client.search, target, cache_dir=cache)
+    found = client(hub_client.search, target, cache_dir=hub_cache)
     assert found["best"] == "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"
     others = [drafter.id for drafter in known_drafters() if drafter.target == target]
     assert set(found["rows"]) == set(others) and all(
@@ -262,7 +235,7 @@ def test_the_list_knows_what_the_hub_does_not_say(hub, client, folders, cache):
 
 
 @pytest.mark.parametrize("target", ["Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct"])
-def test_small_drafters_under_real_names_are_what_the_list_says(hub, client, folders, cache, target):
+def test_small_drafters_under_real_names_are_what_the_list_says(hub, client, folders, hub_cache, target):
     add_target(hub, target)
     served = [one for one in known_drafters() if one.target == target and one.layout in {*LAYOUTS, *READ_ONLY}]
     for drafter in served:
@@ -270,7 +243,7 @@ def test_small_drafters_under_real_names_are_what_the_list_says(hub, client, fol
     unread = {"speculators_model_type": "peagle", "architectures": ["PEagleSpeculator"]}
     hub.repos["RedHatAI/Qwen3-8B-speculator.peagle"] = Repo()
     hub.repos["RedHatAI/Qwen3-8B-speculator.peagle"].add("main", {"config.json": json.dumps(unread).encode()})
-    found = client(hub_client.search, target, cache_dir=cache)
+    found = client(hub_client.search, target, cache_dir=hub_cache)
     for drafter in served:
         assert found["rows"][drafter.id] == (target, drafter.kind, drafter.layout, None, None)
     assert found["best"] == served[0].id  # of several that fit, the list's first
