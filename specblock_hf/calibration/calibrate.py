@@ -251,7 +251,7 @@ class _Probe:
                 bar.update()
             started = self._now()
 
-        settings = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "max_time": None}
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "max_time": None}
         settings["cache_implementation"] = self.cache_implementation
         with closing(self._rounds(count)) as rounds:
             self.target.generate(
