@@ -13,6 +13,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from ..compat import CACHE
 from .cache import check_cache
+from .recurrent import is_recurrent
 from .support import starting_over
 
 
@@ -128,6 +129,25 @@ class TargetInputs:
         if positions is None:
             return torch.full((len(self.ids), 1), self.cached + self.new - 1, device=device)
         return positions[..., -1:].to(device)
+
+    def chunk_size(self, asked: int | None, padded: bool) -> int:
+        """
+        Prompt tokens of one forward.
+
+        Args:
+            asked (`int`, *optional*): By the call. Pictures are read at once, whatever it says.
+            padded (`bool`): Some prompts of the batch are shorter than others.
+
+        Raises:
+            ValueError: In one sentence: what, why and what to do.
+        """
+        if asked == 1 and padded and self.has_pictures and is_recurrent(self._target):
+            raise ValueError(
+                f"prefill_chunk_size=1 has {type(self._target).__name__} read padding alone, which its recurrent "
+                "layers take for a token, and a prompt with pictures is read at once beside a drafter; leave "
+                "prefill_chunk_size out."
+            )
+        return self.new if self.has_pictures or asked is None else asked
 
     def of_prompt(self, start: int, end: int) -> dict[str, Any]:
         """For new prompt tokens `start` to `end`."""

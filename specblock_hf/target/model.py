@@ -26,6 +26,7 @@ from .prompt import PromptPairs
 from .recurrent import Lag, cut, kept_columns
 from .support import check_length, rope_limits
 from .token_outputs import TokenOutputs
+from .twin import stepwise
 
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class TargetModel:
         self._returns_cache = returns_cache
         self._inputs = inputs = TargetInputs(target, input_ids, model_kwargs, mask_length, returns_cache)
         self.cache, mask, width = inputs.cache, inputs.mask, inputs.cached + inputs.new
-        self._chunk_size = inputs.new if inputs.has_pictures or chunk_size is None else chunk_size
         visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
+        self._chunk_size = inputs.chunk_size(chunk_size, padded=visible is not None)
         self._committed = TargetCache(self.cache, input_ids.shape[0], width, visible)
         self._next_position = inputs.last_positions(self.device) + 1
         self._limits = rope_limits(target)
@@ -101,6 +102,7 @@ class TargetModel:
             windows = [None] * len(windows)
         self._outputs = TokenOutputs(wanted, len(self._rows), windows)
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
+        self._reader, self._stepwise = target, stepwise(target)  # after the taps, which both have
 
     @property
     def device(self) -> torch.device:
@@ -185,6 +187,7 @@ class TargetModel:
             committed.read_prompt(inputs.cached + end)
             if end == inputs.new:
                 committed.begin_rounds()
+                self._reader = self._stepwise
                 if committed.states.lag:
                     self._lag = Lag(len(self._rows), self._budget)
                 self.base = self.base - 1
@@ -264,7 +267,7 @@ class TargetModel:
         **more: Any,
     ) -> Scored:
         self._scored = ids.shape[1]
-        self._committed.states.hold()
+        self._committed.states.hold(self._scored)
         return self._forward(
             nodes,
             input_ids=ids,
@@ -379,7 +382,7 @@ class TargetModel:
     def _forward(self, nodes: torch.LongTensor | None = None, **inputs: Any) -> Scored:
         self.calls += 1
         with self._taps.armed():
-            outputs = self.target(**inputs, return_dict=True)
+            outputs = self._reader(**inputs, return_dict=True)
         logits, features = outputs.logits, self._taps.take()
         self._outputs.observe(outputs)
         if nodes is not None:
