@@ -130,7 +130,8 @@ class Conversation:
         else:
             self._go_on(self._after_abort(plain.sequences, listener, before), turn)
             self.alike = self.ours is None or self.ours.get_seq_length() == self.theirs.get_seq_length()
-            if not self.alike and self.case.target.depends_on_the_past:
+            kind = self.case.target
+            if not self.alike and (kind.depends_on_the_past or kind.depends_on_the_cache):
                 return Verdict("other past")
         return Verdict("same")
 

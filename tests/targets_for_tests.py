@@ -218,6 +218,11 @@ class TargetKind:
         return self.family in HYBRIDS | BOUNDED or self.family == "qwen3.5"
 
     @property
+    def depends_on_the_cache(self) -> bool:
+        """Its states are others after a text that was read at once than after the same text token by token."""
+        return self.family in BOUNDED
+
+    @property
     def depends_on_the_past(self) -> bool:
         """Its RoPE remembers the longest text that it has seen, whoever wrote it."""
         return self.rope in ("dynamic", "longrope")

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
-from .slot_cache import SlotCache
+from .slot_cache import cache_of
 
 
 REFILL_SHARE = 0.125  # of the slots must be free before prompts are read into them: reading many at once is cheaper
@@ -91,13 +91,21 @@ def groups_of(
     return groups
 
 
+def without_refills(groups: Iterable[tuple[int, list[Prompt]]]) -> Iterator[tuple[int, list[Prompt]]]:
+    """The same prompts in groups that fill their slots once, and that one forward reads: for recurrent layers."""
+    for slots, prompts in groups:
+        for first in range(0, len(prompts), slots):
+            yield from ((len(part), part) for part in _parts(prompts[first : first + slots]))
+
+
 class Answering:
     """
     Answers a group of prompts from the target's bare distribution: no processor of its generation configuration takes
     part.
 
     Args:
-        target ([`~transformers.PreTrainedModel`]): A decoder-only model of full and sliding attention.
+        target ([`~transformers.PreTrainedModel`]): A decoder-only model; one with recurrent layers answers what
+            [`without_refills`] gives.
         slots (`int`): Prompts that are answered at once.
         longest (`int`): Tokens of the longest prompt.
         max_new_tokens (`int`): Longest answer.
@@ -125,7 +133,7 @@ class Answering:
         self.stop_ids = stop_ids
         self.seed = seed
         self.written = written
-        self.cache = SlotCache(target, slots, longest + max_new_tokens)
+        self.cache = cache_of(target, slots, longest + max_new_tokens)
         self.prompts: list[Prompt | None] = [None] * slots
         self.answers: list[list[int]] = [[] for _ in range(slots)]
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
@@ -159,7 +167,7 @@ class Answering:
         """Read prompts into free slots and choose their answers' first tokens."""
         device = self.target.device
         inputs, mask = (tensor.to(device) for tensor in _left_padded([p.input_ids for p in prompts]))
-        cache = DynamicCache()
+        cache = self.cache.to_read()
         logits = self.target(
             input_ids=inputs,
             attention_mask=mask,
