@@ -139,6 +139,7 @@ class Round:
         draft (`float`): Seconds of drafting.
         rest (`float`): Seconds of everything else.
         usual (`bool`): The drafter took in what one round teaches, and not what had waited for it.
+        columns (`int`, *optional*): What the target read of each row, if it read more than the nodes.
     """
 
     choice: Choice
@@ -150,3 +151,4 @@ class Round:
     draft: float
     rest: float
     usual: bool = True
+    columns: int | None = None

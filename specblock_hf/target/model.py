@@ -126,6 +126,16 @@ class TargetModel:
         return self._masks.chains_only
 
     @property
+    def rereads(self) -> bool:
+        """Whether the target reads committed tokens again, because its states do not go back."""
+        return self._lag is not None
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a row that the last round read: its tree, and what was read again."""
+        return self._scored
+
+    @property
     def fixed(self) -> bool:
         """Whether trees are padded to a few sizes."""
         return False
@@ -362,8 +372,8 @@ class TargetModel:
 
     def finish(self) -> None:
         """Leave the cache as plain decoding would, for whoever goes on with it."""
-        if self._returns_cache and self._lag is not None:
-            self._catch_up(self._lag)
+        if self._returns_cache:
+            self.catch_up()
         behind = self._committed.behind()
         if self._returns_cache and behind:
             # Plain decoding has read the last token of a row if another row has a longer text.
@@ -372,9 +382,9 @@ class TargetModel:
             self._committed.align_left()
         self._committed.secure(self._committed.width)
 
-    def _catch_up(self, lag: Lag) -> None:
-        """Move the recurrent states to the last committed tokens."""
-        for ids, behind in lag.catch_up():
+    def catch_up(self) -> None:
+        """Move the recurrent states, if there are any, to the last committed tokens."""
+        for ids, behind in self._lag.catch_up() if self._lag is not None else ():
             self._read_chains(on_device(ids, self.device), on_device(behind, self.device).unsqueeze(1))
             self._committed.commit(kept_columns([bool(tokens) for tokens in behind], self._scored), self._scored)
 

@@ -316,14 +316,14 @@ class Lag:
 
     def catch_up(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """
-        At the end, what is left to read again, in forwards that each read as many tokens of every row: those, which
-        are anything for a row that is not behind, and how far each row is behind.
+        What is left to read again, in forwards that each read as many tokens of every row: those, which are anything
+        for a row that is not behind, and how far each row is behind.
         """
         while any(behind := [len(row.tokens) for row in self._rows]):
             width = min(length for length in behind if length)
             yield [row.tokens[:width] or [0] * width for row in self._rows], behind
             for row in self._rows:
-                row.tokens = row.tokens[width:]
+                row.tokens, row.again = row.tokens[width:], 0
 
 
 @dataclass
