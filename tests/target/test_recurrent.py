@@ -135,6 +135,19 @@ def test_pictures_and_padding_that_plain_decoding_reads_alone():
     assert not torch.equal(run((5, 2), 1), run((5, 2), 2))
 
 
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
+def test_pictures_whose_tokens_see_each_other_are_not_cut():
+    target, batch = multimodal_target("gemma3 with images"), prompts_with_images("gemma3 with images", (9,))
+
+    def run(chunk: int, assistant=None):
+        options = GREEDY | {"prefill_chunk_size": chunk, "max_new_tokens": 8}
+        return target.generate(**batch, **options, assistant_model=assistant)
+
+    assert torch.equal(run(13, LookupDrafter(target.config)), run(13))
+    with pytest.raises(ValueError, match=r"^prefill_chunk_size=2 cuts a prompt in which .*; leave prefill_chunk"):
+        run(2, LookupDrafter(target.config))
+
+
 def network(kind: str, target):
     torch.manual_seed(1)
     if kind == "specblock":
