@@ -268,8 +268,8 @@ class _Probe:
             scorer.commit(walk)
             self._rereads = scorer.rereads
             if scorer.chains_only:
-                forwards = sorted({plan.num_forwards for plan, _ in self.drafter.acceptance()})
-                self._chains = tuple((n, self.drafter.deepest(DraftingPlan(DEEPEST, n))) for n in forwards)
+                counts = sorted({plan.num_forwards for plan, _ in self.drafter.acceptance()})
+                self._chains = tuple((count, self.drafter.deepest(DraftingPlan(DEEPEST, count))) for count in counts)
             state = self.drafter.begin(scorer.table, self.batch_size, self.context + 2 * count + 1)
             eager = EagerDrafts(self.drafter, state)
             drafts = {starts: own.drafts.begin(keeps=True) if own.drafts else eager for starts, own in lent.items()}
