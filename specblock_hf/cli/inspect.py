@@ -10,11 +10,10 @@ import torch
 from transformers import AutoConfig
 
 from ..checkpoints.files import DrafterFiles
-from ..checkpoints.loading import StrictPreTrainedModel
+from ..checkpoints.loading import StrictPreTrainedModel, auto_class
 from ..drafters.auto import AutoDrafter
 from ..drafters.common.configuration import UNRECORDED_LAYER
 from ..drafters.layouts import OURS, layout_of
-from ..target.support import auto_class
 from . import inspect_trace as trace
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ..checkpoints.loading import auto_class
 from ..data.examples import render_prompt
 from ..devices import best_device, timed
 from ..drafters.auto import AutoDrafter
@@ -18,7 +19,6 @@ from ..drafters.lookup import LookupDrafter
 from ..drafting.drafter import TreeDrafter
 from ..drafting.plan import DraftingPlan
 from ..drafting.statistics import GenerationStatistics
-from ..target.support import auto_class
 from .default_target import DEFAULT_TARGET, find_default_drafter, load_default_target
 
 

@@ -165,9 +165,10 @@ def answer_groups(
         seed (`int`, *optional*, defaults to 0): Of sampled answers.
         written (`Callable`, *optional*): Told how many tokens each forward has added.
     """
-    for slots, prompts in without_refills(groups) if is_recurrent(target) else groups:
+    refills = not is_recurrent(target)
+    for slots, prompts in groups if refills else without_refills(groups):
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        yield from Answering(target, slots, longest, max_new_tokens, stop_ids, seed, written)(prompts)
+        yield from Answering(target, slots, longest, max_new_tokens, stop_ids, seed, written, refills)(prompts)
 
 
 def load_settings(name: str, config: PreTrainedConfig) -> GenerationConfig:

@@ -19,8 +19,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import DrafterFiles
 from ..checkpoints.index import HubIndex, Listed
+from ..checkpoints.loading import auto_class
 from ..data.template import PromptStyle
-from ..target.support import auto_class
 from .common.registry import drafter_kind, published_layouts
 from .known import KnownDrafter, known_drafter, known_drafters
 from .layouts import OURS, layout_of

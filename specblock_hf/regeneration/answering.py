@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
-from .slot_cache import cache_of
+from .slot_cache import BatchCache, SlotCache
 
 
 REFILL_SHARE = 0.125  # of the slots must be free before prompts are read into them: reading many at once is cheaper
@@ -104,14 +104,15 @@ class Answering:
     part.
 
     Args:
-        target ([`~transformers.PreTrainedModel`]): A decoder-only model; one with recurrent layers answers what
-            [`without_refills`] gives.
+        target ([`~transformers.PreTrainedModel`]): A decoder-only model.
         slots (`int`): Prompts that are answered at once.
         longest (`int`): Tokens of the longest prompt.
         max_new_tokens (`int`): Longest answer.
         stop_ids (`set[int]`): Tokens that end an answer; they are part of it.
         seed (`int`, *optional*, defaults to 0): Of sampled answers, together with what identifies the prompt.
         written (`Callable`, *optional*): Told how many tokens each forward has added.
+        refills (`bool`, *optional*, defaults to `True`):
+            Slots may be taken again; of a target with recurrent layers they cannot, see [`without_refills`].
 
     Raises:
         ValueError: The target has layers of another kind.
@@ -126,6 +127,7 @@ class Answering:
         stop_ids: set[int],
         seed: int = 0,
         written: Callable[[int], None] = lambda tokens: None,
+        refills: bool = True,
     ):
         device = target.device
         self.target = target
@@ -133,7 +135,7 @@ class Answering:
         self.stop_ids = stop_ids
         self.seed = seed
         self.written = written
-        self.cache = cache_of(target, slots, longest + max_new_tokens)
+        self.cache = SlotCache(target, slots, longest + max_new_tokens) if refills else BatchCache(target)
         self.prompts: list[Prompt | None] = [None] * slots
         self.answers: list[list[int]] = [[] for _ in range(slots)]
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)

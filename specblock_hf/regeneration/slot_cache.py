@@ -11,7 +11,6 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 
 from ..compat import layer_types
-from ..target.recurrent import is_recurrent
 
 
 SPARE_COLUMNS = 64  # steps between two shifts of everything to the left
@@ -173,8 +172,3 @@ class BatchCache:
         """Go on with these slots alone."""
         self.visible = self.visible[at]
         self.cache.reorder_cache(at)
-
-
-def cache_of(target: PreTrainedModel, slots: int, longest: int) -> SlotCache | BatchCache:
-    """What the target's prompts are answered in; the arguments are those of [`SlotCache`]."""
-    return BatchCache(target) if is_recurrent(target) else SlotCache(target, slots, longest)

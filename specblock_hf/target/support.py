@@ -15,15 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import is_peft_available, logging
 
 from ..compat import CACHE, layer_types
@@ -33,14 +25,6 @@ from .recurrent import RECURRENT_LAYERS, check_recurrent, is_recurrent
 
 
 logger = logging.get_logger(__name__)
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """transformers' class that makes the target of a configuration: its text model alone, if there is one for that."""
-    kind = type(config)
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 def check_target(target: PreTrainedModel) -> None:
