@@ -5,6 +5,7 @@ Compare random calls of `generate()` with plain decoding, on tiny targets in fp3
 
     python benchmarks/fuzz_generate.py --calls 10000 --workers 2
     python benchmarks/fuzz_generate.py --only 1234
+    python benchmarks/fuzz_generate.py --targets recurrent multimodal --calls 2000
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from calls_for_tests import judge  # noqa: E402
 from cases_for_tests import Case  # noqa: E402
-from draws_for_tests import draw_case  # noqa: E402
+from draws_for_tests import KINDS, draw_case  # noqa: E402
 from verdicts_for_tests import FAULTS  # noqa: E402
 
 
@@ -76,12 +77,12 @@ class Record:
     def num_faults(self) -> int:
         return sum(self.outcomes[outcome] for outcome in FAULTS)
 
-    def add(self, seed: int, outcome: str, detail: str, seconds: float, kept: int) -> None:
+    def add(self, seed: int, draws: list[str], outcome: str, detail: str, seconds: float, kept: int) -> None:
         self.calls += 1
         self.seconds = round(self.seconds + seconds, 3)
         self.drafted_tokens_kept += kept
         self.outcomes[outcome] += 1
-        self.draws.update(draw_case(seed).draws())
+        self.draws.update(draws)
         if outcome == "refused":
             self.refusals[detail] += 1
         elif outcome == "plain raises":
@@ -116,18 +117,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--only", type=int, metavar="SEED", help="print what this seed draws and run it alone")
+    parser.add_argument(
+        "--targets", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of targets to draw (default: all)"
+    )
     parser.add_argument("--attached", action="store_true", help="attach the drafters instead of naming them")
     parser.add_argument("--resume", action="store_true", help="go on where the run that wrote --output was cut short")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "fuzz_generate.json")
     arguments = parser.parse_args()
     prepare()
     if arguments.only is not None:
-        case = drawn(arguments.only, arguments.attached)
+        case = drawn(arguments.only, arguments.targets, arguments.attached)
         pprint(case, width=119)
         pprint(judge(case), width=119)
         return
     settings = {
         "seed": arguments.seed,
+        "targets": arguments.targets,
         "attached": arguments.attached,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
@@ -150,7 +155,7 @@ def run(record: Record, arguments: argparse.Namespace) -> None:
         context.Pool(arguments.workers, initializer=prepare) as pool,
         tqdm(total=arguments.calls, initial=record.calls, unit="call", smoothing=0.05) as progress,
     ):
-        judged = partial(judge_seed, attached=arguments.attached)
+        judged = partial(judge_seed, targets=arguments.targets, attached=arguments.attached)
         for result in pool.imap(judged, seeds, chunksize=CHUNK):
             record.add(*result)
             progress.update()
@@ -169,14 +174,15 @@ def prepare() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def drawn(seed: int, attached: bool) -> Case:
-    case = draw_case(seed)
+def drawn(seed: int, targets: list[str], attached: bool) -> Case:
+    case = draw_case(seed, targets)
     return replace(case, entry="attached") if attached else case
 
 
-def judge_seed(seed: int, attached: bool) -> tuple[int, str, str, float, int]:
-    verdict = judge(drawn(seed, attached))
-    return seed, verdict.outcome, verdict.detail, verdict.seconds, verdict.kept
+def judge_seed(seed: int, targets: list[str], attached: bool) -> tuple[int, list[str], str, str, float, int]:
+    case = drawn(seed, targets, attached)
+    verdict = judge(case)
+    return seed, case.draws(), verdict.outcome, verdict.detail, verdict.seconds, verdict.kept
 
 
 if __name__ == "__main__":

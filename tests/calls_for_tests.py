@@ -130,7 +130,8 @@ class Conversation:
         else:
             self._go_on(self._after_abort(plain.sequences, listener, before), turn)
             self.alike = self.ours is None or self.ours.get_seq_length() == self.theirs.get_seq_length()
-            if not self.alike and self.case.target.depends_on_the_past:
+            kind = self.case.target
+            if not self.alike and (kind.depends_on_the_past or kind.depends_on_the_cache):
                 return Verdict("other past")
         return Verdict("same")
 
@@ -235,10 +236,15 @@ class Conversation:
 
     def _is_reproducible(self, rows: int) -> bool:
         """Whether the tokens of a call follow from its seed."""
-        options, plan = self.case.options, self.case.plan
+        options = self.case.options
         if not options["do_sample"] or options.get("top_k") == 1:
             return True
-        return rows == 1 and (plan is None or DraftingPlan(**plan.fields).rule == "walk")
+        return rows == 1 and self._draws_as_plain
+
+    @property
+    def _draws_as_plain(self) -> bool:
+        """Whether each token takes one draw."""
+        return self.case.plan is None or DraftingPlan(**self.case.plan.fields).rule == "walk"
 
     def _judge_error(self, error: BaseException, plain_error: BaseException | None, watch: Watch) -> Verdict:
         if is_refusal(error):
@@ -309,9 +315,8 @@ class Conversation:
                 )  # of the tokens that were not cached yet, which the other call had more of
                 if not all_close(text.whole[name][first:], plain.whole[name][first:]):
                     raise Fault("mismatch", f"other {name}")
-        if (len(ours) == 1 or not self.case.options["do_sample"]) and not torch.equal(
-            torch.get_rng_state(), random_state
-        ):
+        follows = (len(ours) == 1 and self._draws_as_plain) or not self.case.options["do_sample"]
+        if follows and not torch.equal(torch.get_rng_state(), random_state):
             raise Fault("mismatch", "other draws from the global random generator")
 
     @property

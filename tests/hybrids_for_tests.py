@@ -102,6 +102,13 @@ HYBRIDS |= {
     ),
 }
 
+# Time steps that are bounded wherever several tokens are read and not where one is.
+BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "nemotron_h, bounded": ("NemotronHConfig", HYBRIDS["nemotron_h"][1] | {"time_step_min": 0.5}),
+    "zamba2, bounded": ("Zamba2Config", HYBRIDS["zamba2"][1] | {"time_step_min": 0.5}),
+    "falcon_h1, bounded": ("FalconH1Config", HYBRIDS["falcon_h1"][1] | {"time_step_limit": (0.8, 1.5)}),
+}
+
 # 5.17 fails to decode a padded batch of Falcon-H1 without a drafter.
 BATCHED = [family for family in HYBRIDS if RELEASE > (5, 17) or family != "falcon_h1"]
 
@@ -130,7 +137,7 @@ UNTAKEN: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @cache
 def hybrid_target(family: str) -> PreTrainedModel:
-    name, fields = HYBRIDS[family]
+    name, fields = (HYBRIDS | BOUNDED)[family]
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(getattr(transformers, name)(**SIZES | fields)).eval()
 

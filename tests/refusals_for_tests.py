@@ -78,6 +78,15 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
     "the recurrent states of a batch lie at different tokens": lambda case: (
         _static(case) and _rows(case) > 1 and case.target.is_recurrent
     ),
+    "has the tokens of a picture see each other": lambda case: (
+        case.source == "image" and case.target.family == "gemma3 with images" and "prefill_chunk_size" in case.options
+    ),
+    "read padding alone, which its recurrent layers take for a token": lambda case: (
+        case.source == "image"
+        and case.target.is_recurrent
+        and case.options.get("prefill_chunk_size") == 1
+        and len(set(case.lengths)) > 1
+    ),
     "is in training mode and leaves out values at random": _drops_out,
     "do not describe one draft vocabulary": lambda case: case.drafter.detail.startswith("d2t"),
     "holds values that are infinite, absurdly large or not numbers": lambda case: (

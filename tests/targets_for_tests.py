@@ -15,7 +15,7 @@ import peft
 import torch
 import transformers
 from conftest import SIZES
-from hybrids_for_tests import HYBRIDS, UNTAKEN
+from hybrids_for_tests import BOUNDED, HYBRIDS, UNTAKEN
 from multimodal_for_tests import MULTIMODAL
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -149,7 +149,9 @@ FAMILIES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     ),
 }
 
-FAMILIES |= {family: (name, lambda layers, fields=fields: fields) for family, (name, fields) in HYBRIDS.items()}
+FAMILIES |= {
+    family: (name, lambda layers, fields=fields: fields) for family, (name, fields) in (HYBRIDS | BOUNDED).items()
+}
 FAMILIES["jamba"] = (UNTAKEN["jamba"][0], lambda layers: UNTAKEN["jamba"][1])
 
 _LORA = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
@@ -213,7 +215,12 @@ class TargetKind:
 
     @property
     def is_recurrent(self) -> bool:
-        return self.family in HYBRIDS or self.family == "qwen3.5"
+        return self.family in HYBRIDS | BOUNDED or self.family == "qwen3.5"
+
+    @property
+    def depends_on_the_cache(self) -> bool:
+        """Its states are others after a text that was read at once than after the same text token by token."""
+        return self.family in BOUNDED
 
     @property
     def depends_on_the_past(self) -> bool:

@@ -190,6 +190,8 @@ class _Probe:
             for starts, plans in sorted(alike.items())
         }
         self._seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self._chains: tuple[tuple[int, int], ...] = ()
+        self._rereads = False
 
     def measure(self, repeats: int, progress: bool = False) -> None:
         """Measure until the figures agree, and warn if they never do."""
@@ -222,6 +224,8 @@ class _Probe:
             plain=self._quiet("plain", 0),
             setting=f"{self.device.type}, {self.target.dtype}, batch {self.batch_size}, context {self.context}",
             batch_size=self.batch_size,
+            chains=self._chains,
+            rereads=self._rereads,
         )
 
     def spread(self) -> float:
@@ -273,13 +277,18 @@ class _Probe:
         lent = self._lent(self.context + 2 * count + 1)
         measured = tuple(self.measured.items())
         scorers = next(iter(lent.values())).target_model
-        with scorers(self.target, self.drafter, self.ids, kwargs, self.context, None, False) as scorer:
+        inputs = (self.ids, kwargs, self.context, None, False, DEEPEST)
+        with scorers(self.target, self.drafter, *inputs) as scorer:
             _, pairs = next(scorer.prefill())
             walk = sample_and_walk(
                 DraftTree.root(self.ids[:, -1]), self._all(True), lambda row, node: 0, lambda row, token: False
             )
             pairs = scorer.close_prompt(pairs, walk)
             scorer.commit(walk)
+            self._rereads = scorer.rereads
+            if scorer.chains_only:
+                counts = sorted({plan.num_forwards for plan, _ in self.drafter.acceptance()})
+                self._chains = tuple((count, self.drafter.deepest(DraftingPlan(DEEPEST, count))) for count in counts)
             state = self.drafter.begin(scorer.table, self.batch_size, self.context + 2 * count + 1)
             eager = EagerDrafts(self.drafter, state)
             drafts = {starts: own.drafts.begin(keeps=True) if own.drafts else eager for starts, own in lent.items()}
@@ -287,7 +296,8 @@ class _Probe:
                 (starts, (forwards, budget)), nodes = measured[number % len(measured)], NODES[number % len(NODES)]
                 limits = Limits(self._all(budget), self._all(DEEPEST), forwards, starts or None)
                 self._timed("draft", starts, drafts[starts].propose, pairs, limits)
-                tree = self._tree(nodes).first(scorer.room() or nodes)
+                scorer.catch_up()  # so that as many tokens are read as are counted
+                tree = self._tree(nodes, scorer.chains_only).first(scorer.room() or nodes)
                 scored = self._timed("verify", nodes, scorer.score, tree)
                 turn = number // len(NODES)
                 pairs = self._timed("host", 0, self._finish_round, scorer, tree, scored, turn)
@@ -332,12 +342,13 @@ class _Probe:
         synchronize(self.device)
         return time.perf_counter()
 
-    def _tree(self, nodes: int) -> DraftTree:
-        """Stars of the given size: their cost is that of any trees with as many nodes."""
-        parents = torch.zeros(self.batch_size, nodes, dtype=torch.long, device=self.device)
-        parents[:, 0] = -1
+    def _tree(self, nodes: int, chains: bool) -> DraftTree:
+        """Stars of the given size, whose cost is that of any trees with as many nodes, or chains."""
+        places = torch.arange(nodes, device=self.device).expand(self.batch_size, -1)
+        parents = places - 1 if chains else places.clamp_max(1) - 1
         origin = torch.zeros(*parents.shape, 2, dtype=torch.long, device=self.device)
-        return DraftTree(parents + 2, parents, torch.zeros(parents.shape, device=self.device), origin, height=1)
+        tokens, log_probs = places.clamp_max(1) + 1, torch.zeros(parents.shape, device=self.device)
+        return DraftTree(tokens, parents, log_probs, origin, height=nodes - 1 if chains else 1)
 
 
 def _rising(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

@@ -38,6 +38,11 @@ class CostCurves:
         plain (`float`): Seconds of one step of plain `generate()`, which adds a token to each text.
         setting (`str`): Device, dtype, batch size and context length of the measurement.
         batch_size (`int`, *optional*, defaults to 1): Texts in the batch.
+        chains (`tuple[tuple[int, int], ...]`, *optional*, defaults to `()`):
+            (forwards of the drafter; most tokens of a path that so many draft), where only a tree's likeliest path is
+            verified.
+        rereads (`bool`, *optional*, defaults to `False`):
+            The target has recurrent states and reads again what was committed behind them; see [`Lag`].
     """
 
     verify: tuple[tuple[int, float], ...]
@@ -47,11 +52,35 @@ class CostCurves:
     plain: float
     setting: str
     batch_size: int = 1
+    chains: tuple[tuple[int, int], ...] = ()
+    rereads: bool = False
+
+    def verified(self, plan: DraftingPlan) -> int:
+        """Most drafted tokens of a row that the target scores in a round."""
+        return min(plan.tree_budget, dict(self.chains).get(plan.num_forwards, plan.tree_budget))
 
     def round_seconds(self, plan: DraftingPlan) -> float:
-        """Expected seconds of a round that drafts by `plan`: every forward has a cost of its own beside its rows."""
+        """
+        Expected seconds of a round that drafts by `plan` and reads nothing again: every forward has a cost of its own
+        beside its rows.
+        """
         draft = self._draft_seconds(plan.num_forwards, plan.max_starts)
-        return interpolate(self.verify, plan.tree_budget + 1) + draft + self.host
+        return interpolate(self.verify, self.verified(plan) + 1) + draft + self.host
+
+    def expected(self, plan: DraftingPlan, tau: float) -> tuple[float, float]:
+        """Tokens and seconds of a round on average, over those between two that are kept as a whole."""
+        nodes = self.verified(plan)
+        if not self.rereads or not nodes:
+            return tau, self.round_seconds(plan)
+        draft = self._draft_seconds(plan.num_forwards, plan.max_starts)
+        whole = share_of_whole_chains(nodes, tau)
+        *rounds, (share, last) = rereading(nodes, tau, whole, plan.tree_budget)
+        tokens, total = share, sum(weight for weight, _ in rounds) + share
+        seconds = share * (self.host + interpolate(self.verify, last))
+        for weight, columns in rounds:
+            tokens += weight * tau
+            seconds += weight * (draft + self.host + interpolate(self.verify, columns))
+        return tokens / total, seconds / total
 
     def speedup(self, plan: DraftingPlan, tau: float) -> float:
         """
@@ -62,7 +91,8 @@ class CostCurves:
             plan ([`DraftingPlan`]): The plan.
             tau (`float`): Tokens that a round by it emits, on average over texts.
         """
-        return slowest_tau(tau, self.batch_size) * self.plain / self.round_seconds(plan)
+        tokens, seconds = self.expected(plan, slowest_tau(tau, self.batch_size))
+        return tokens * self.plain / seconds
 
     def for_controller(self, ways: Iterable[Way]) -> tuple[list[tuple[int, float]], list[tuple[Way, float]]]:
         """Seconds of everything but drafting by nodes, a plain step's for one node; and of drafting these ways."""
@@ -86,7 +116,8 @@ class CostCurves:
             (_, first), *others = values["draft"]
             values = values | {"draft": first, "later": [(starts, s - first) for starts, s in others]}
         pairs = {name: tuple((int(n), float(s)) for n, s in values[name]) for name in ("verify", "later")}
-        return cls(**(values | pairs))
+        chains = {"chains": tuple((int(forwards), int(tokens)) for forwards, tokens in values.get("chains", ()))}
+        return cls(**(values | pairs | chains))
 
 
 def interpolate(curve: Sequence[tuple[int, float]], at: float) -> float:
@@ -97,6 +128,46 @@ def interpolate(curve: Sequence[tuple[int, float]], at: float) -> float:
     right = min(bisect_left(places, at), len(curve) - 1)
     (x0, y0), (x1, y1) = curve[right - 1], curve[right]
     return y0 + (at - x0) * (y1 - y0) / (x1 - x0)
+
+
+def share_of_whole_chains(nodes: int, tau: float) -> float:
+    """
+    How often a chain is accepted to its end, if each of its tokens is as likely as the others to be right.
+
+    Args:
+        nodes (`int`): Drafted tokens.
+        tau (`float`): Tokens that a round emits on average, the target's own one included.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        fewer = sum(middle**depth for depth in range(1, nodes + 1)) < tau - 1
+        low, high = (middle, high) if fewer else (low, middle)
+    return high**nodes
+
+
+def rereading(nodes: int, tau: float, whole: float, budget: int) -> list[tuple[float, float]]:
+    """
+    The rounds from one after which recurrent states lie at the last committed token to the next such round, as
+    [`Lag`] has them.
+
+    Args:
+        nodes (`int`): Drafted tokens of a chain.
+        tau (`float`): Tokens that a round emits on average.
+        whole (`float`): How often a chain is accepted to its end, after which nothing is to be read again.
+        budget (`int`): Tokens read again from which a round does without drafts.
+
+    Returns:
+        `list[tuple[float, float]]`: How likely it is to come to each round, and how many tokens that reads; the last
+        one is the one without drafts.
+    """
+    others = (tau - whole * (nodes + 1)) / (1 - whole) if whole < 1 else 0.0  # of a chain that is not
+    share, behind, again, rounds = 1.0, 0.0, 0.0, []
+    while again + behind <= budget and share > 1e-6:
+        rounds.append((share, behind + nodes + 1))
+        share *= 1 - whole
+        again, behind = again + behind, behind + others
+    return [*rounds, (share, behind + 1)]
 
 
 def slowest_tau(tau: float, batch_size: int) -> float:

@@ -13,7 +13,13 @@ from copy import copy
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
 from .configuration_checks import refusing_misfits
 from .files import LOCATION_OPTIONS, DrafterFiles
@@ -163,3 +169,11 @@ class StrictPreTrainedModel(HubModel):
         with torch.no_grad():
             for weight in unfilled:
                 weight.fill_(torch.nan)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' class that makes the target of a configuration: its text model alone, if there is one for that."""
+    kind = type(config)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM

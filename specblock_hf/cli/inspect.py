@@ -7,10 +7,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..checkpoints.files import DrafterFiles
-from ..checkpoints.loading import StrictPreTrainedModel
+from ..checkpoints.loading import StrictPreTrainedModel, auto_class
 from ..drafters.auto import AutoDrafter
 from ..drafters.common.configuration import UNRECORDED_LAYER
 from ..drafters.layouts import OURS, layout_of
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if args.target is None:
         return 0
     with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.target))
+        config = AutoConfig.from_pretrained(args.target)
+        target = auto_class(config).from_config(config)
     try:
         drafter.check_target(target)
     except ValueError as error:

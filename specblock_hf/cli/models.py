@@ -8,8 +8,9 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ..checkpoints.loading import auto_class
 from ..data.examples import render_prompt
 from ..devices import best_device, timed
 from ..drafters.auto import AutoDrafter
@@ -71,10 +72,14 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 def load_target(
     name: str | None, dtype: torch.dtype, device_map: str | dict | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A target and its tokenizer by folder or Hub id; the default target if there is no name."""
+    """
+    A target and its tokenizer by folder or Hub id; the default target if there is no name. Of a multimodal one the
+    text model alone, where transformers has a class for that.
+    """
     if name is None:
         return load_default_target(dtype=dtype)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
+    kind = auto_class(AutoConfig.from_pretrained(name))
+    target = kind.from_pretrained(name, dtype=dtype, device_map=device_map)
     return target, AutoTokenizer.from_pretrained(name)
 
 

@@ -22,9 +22,10 @@ from transformers import (
 
 from ..data.suites import SUITES
 from ..regeneration.answer_file import AnswerFile
-from ..regeneration.answering import Answering, Prompt, groups_of
+from ..regeneration.answering import Answering, Prompt, groups_of, without_refills
 from ..regeneration.prompts import Shares, evaluation_digests, read_prompts
 from ..regeneration.server import ENGINES, Server, ServerAnswering
+from ..target.recurrent import is_recurrent
 from .default_target import DEFAULT_TARGET
 from .models import add_dtype, load_target
 
@@ -164,9 +165,10 @@ def answer_groups(
         seed (`int`, *optional*, defaults to 0): Of sampled answers.
         written (`Callable`, *optional*): Told how many tokens each forward has added.
     """
-    for slots, prompts in groups:
+    refills = not is_recurrent(target)
+    for slots, prompts in groups if refills else without_refills(groups):
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        yield from Answering(target, slots, longest, max_new_tokens, stop_ids, seed, written)(prompts)
+        yield from Answering(target, slots, longest, max_new_tokens, stop_ids, seed, written, refills)(prompts)
 
 
 def load_settings(name: str, config: PreTrainedConfig) -> GenerationConfig:

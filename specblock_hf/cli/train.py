@@ -34,6 +34,7 @@ from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
 from ..evaluation.held_out import held_out_rates
 from ..evaluation.simulate import expected_seconds, simulate_acceptance
+from ..target.masks import TreeMasks
 from ..training.arguments import DrafterTrainingArguments
 from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
 from ..training.cpu_attention import NAME as CPU_ATTENTION
@@ -110,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = [example for example in train if example.greedy or not args.greedy_only]
     views = _views(args, chosen, target, drafter.feature_layers, accelerator)
     measured = _measured(args, held_out, target, drafter) if main else None
-    evaluate = _evaluation(args, objective, measured) if measured else None
+    chains = TreeMasks(target).chains_only
+    evaluate = _evaluation(args, objective, measured, chains) if measured else None
     if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
     trainer = DrafterTrainer(
@@ -141,10 +143,11 @@ def finish(
     """Measure what the drafter's plans accept, which [`calibrate`] chooses by, and save it in the target's dtype."""
     drafter.set_attn_implementation("sdpa")
     if measured:
-        drafter.config.acceptance = []
+        drafter.config.acceptance, chains = [], TreeMasks(target).chains_only
         plans = drafter.plans_to_measure()
         for plan in tqdm(plans, desc="acceptance of every plan", unit="plan", disable=args.quiet):
-            taus = [simulate_acceptance(d, *measured, plan).tau for d in _alone_and_joined(drafter, target)]
+            both = _alone_and_joined(drafter, target)
+            taus = [simulate_acceptance(d, *measured, plan, chains=chains).tau for d in both]
             row = [plan.tree_budget, plan.num_forwards, plan.max_starts or 0, *(round(tau, 4) for tau in taus)]
             drafter.config.acceptance.append(row)
     final = Path(args.output_dir) / "final"
@@ -273,14 +276,16 @@ def _alone_and_joined(drafter: Any, target: PreTrainedModel) -> tuple[TreeDrafte
     return drafter, JoinedDrafter(drafter, LookupDrafter(target.config))
 
 
-def _evaluation(args: argparse.Namespace, objective: Any, measured: Measured) -> Callable[[nn.Module], dict[str, Any]]:
+def _evaluation(
+    args: argparse.Namespace, objective: Any, measured: Measured, chains: bool
+) -> Callable[[nn.Module], dict[str, Any]]:
     """What is measured on held-out answers while training: only the main process asks."""
 
     def evaluate(trained: nn.Module) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
         plans = _plans_of_evaluation(args, trained)
         for plan in tqdm(plans, desc="evaluation", unit="plan", leave=False, disable=args.quiet):
-            result = simulate_acceptance(trained, *measured, plan)
+            result = simulate_acceptance(trained, *measured, plan, chains=chains)
             numbers[f"tau_{plan.tree_budget}"] = round(result.tau, 4)
         numbers["depths"] = [round(rate, 4) for rate in result.rates()]
         return numbers | held_out_rates(trained, *measured, objective, args.batch_tokens)

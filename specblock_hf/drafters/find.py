@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.configuration_checks import refusing_misfits
 from ..checkpoints.files import DrafterFiles
 from ..checkpoints.index import HubIndex, Listed
+from ..checkpoints.loading import auto_class
 from ..data.template import PromptStyle
 from .common.registry import drafter_kind, published_layouts
 from .known import KnownDrafter, known_drafter, known_drafters
@@ -156,7 +157,7 @@ def _model_and_name(target: Any, **options: Any) -> tuple[PreTrainedModel, str]:
     if not isinstance(target, PreTrainedConfig):
         target = AutoConfig.from_pretrained(os.fspath(target), trust_remote_code=False, **options)
     with refusing_misfits(target.name_or_path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(target, trust_remote_code=False), target.name_or_path
+        return auto_class(target).from_config(target, trust_remote_code=False), target.name_or_path
 
 
 def _candidates(index: HubIndex, lineage: list[str]) -> list[Candidate]:

@@ -52,7 +52,9 @@ class Pilot:
         """What of a tree is worth verifying; the arguments are those of [`~DraftTree.keep_likely`]."""
         return tree.keep_likely(self.plan.min_probability, trim)
 
-    def record(self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock) -> None:
+    def record(
+        self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock, columns: int
+    ) -> None:
         """
         A round is over but for its last lap.
 
@@ -62,6 +64,7 @@ class Pilot:
             active (sequence of `bool`): The rows that had not stopped before.
             state ([`DraftState`]): Of the drafter.
             clock ([`Clock`]): With the laps of drafting and verifying.
+            columns (`int`): What the target read of each row.
         """
 
     def describe(self) -> str:
@@ -110,7 +113,9 @@ class AutoPilot(Pilot):
         waits = not choice.nodes and max(limits.depth) > 0
         return replace(limits, enough_found=choice.enough_found, waits=waits)
 
-    def record(self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock) -> None:
+    def record(
+        self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock, columns: int
+    ) -> None:
         nodes, parents = walk.nodes.tolist(), tree.parents.tolist()
         going = [row for row, is_active in enumerate(active) if is_active]
         whole = [row for row in going if not walk.stopped[row]] if self._choice.nodes else []
@@ -127,6 +132,8 @@ class AutoPilot(Pilot):
             draft=0.0,
             rest=0.0,
             usual=not (drafted and self._behind),
+            # What plain steps read again was left by rounds that were not plain.
+            columns=columns if self._choice.nodes and columns > tree.tokens.shape[1] else None,
         )
         self._behind = not drafted
         rows = [(parents[row], set(nodes[row]), log_probs[row]) for row in whole]

@@ -15,6 +15,7 @@ from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import Pairs, TokenTable
 from ..drafting.plan import DraftingPlan, round_limits
 from ..generation.rounds.drafts import draft
+from ..target.masks import likeliest_chain
 from ..training.target_views import TargetView
 from ..trees.verification import Select, sample_and_walk
 
@@ -61,6 +62,7 @@ def simulate_acceptance(
     views: Sequence[TargetView],
     plan: DraftingPlan,
     max_new_tokens: int = SIMULATED_TOKENS,
+    chains: bool = False,
 ) -> SimulatedAcceptance:
     """
     Draft along known texts as `generate()` would, every round with the drafter's real tree.
@@ -72,11 +74,12 @@ def simulate_acceptance(
         views (`Sequence[TargetView]`): The target's view of each.
         plan ([`DraftingPlan`]): How much a round drafts.
         max_new_tokens (`int`, *optional*, defaults to 96): Answer tokens that are walked.
+        chains (`bool`, *optional*, defaults to `False`): The target verifies the likeliest path of a tree alone.
     """
     result = SimulatedAcceptance()
     for example, view in zip(examples, views, strict=True):
         text = example.input_ids[: example.answer_start + max_new_tokens]
-        result.accepted += _walk_text(drafter, table, text, example.answer_start, view.features, plan)
+        result.accepted += _walk_text(drafter, table, text, example.answer_start, view.features, plan, chains)
     return result
 
 
@@ -104,7 +107,13 @@ def _replay(text: list[int]) -> Select:
 
 
 def _walk_text(
-    drafter: TreeDrafter, table: TokenTable, text: list[int], start: int, features: torch.Tensor, plan: DraftingPlan
+    drafter: TreeDrafter,
+    table: TokenTable,
+    text: list[int],
+    start: int,
+    features: torch.Tensor,
+    plan: DraftingPlan,
+    chains: bool,
 ) -> list[int]:
     ids = torch.tensor([text], device=table.device)
 
@@ -125,6 +134,7 @@ def _walk_text(
     while end + 2 < len(text):
         limits = round_limits(plan, [len(text) - end - 1])
         tree = draft(drafter, state, pairs_between(done, end), limits).keep_likely(plan.min_probability)
+        tree = likeliest_chain(tree) if chains else tree
         walk = sample_and_walk(tree, [True], _replay(text[end + 1 :]), lambda row, token: False)
         emitted = int(walk.lengths[0])
         done, end = end, end + emitted

@@ -98,7 +98,7 @@ def decode(
             walk = verify(read, active, choice.select, choice.stop)
         pairs = target.settle(tree, scored, walk)
         statistics.add_round(tree, walk, len(scored.rows))
-        pilot.record(read, walk, active, drafts.state, clock)
+        pilot.record(read, walk, active, drafts.state, clock, target.columns)
         tell(callbacks, "on_commit", call, tree, scored, walk, pairs)
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
         clock.lap("host")

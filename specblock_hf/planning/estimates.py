@@ -140,7 +140,7 @@ class Gains:
         seen (`float`): When it was drafted last.
         steady_hits (`float`): Accepted nodes, fading by `STEADY`.
         steady_prior (`float`): How many the prior would have had accepted.
-        fill (`float`): Verified nodes as a share of those that were allowed.
+        fill (`float`): Verified nodes, and tokens read again, as a share of the nodes that were allowed.
         rounds (`int`): All of them.
     """
 
@@ -166,6 +166,7 @@ class Gains:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
             asked (`int`): Nodes that were allowed.
             verified (`int`): How many of them there were that seemed worth it; others add nothing and cost nothing.
+                With those that were read again.
             prior (sequence of `float`): Expected tokens of each band.
             now (`float`): The time, in rounds.
             weight (`float`, *optional*, defaults to 1.0): Rounds that this one stands for.

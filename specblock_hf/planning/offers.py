@@ -137,6 +137,7 @@ class Round:
         draft (`float`): Seconds of drafting.
         rest (`float`): Seconds of everything else.
         usual (`bool`): The drafter took in what one round teaches, and not what had waited for it.
+        columns (`int`, *optional*): What the target read of each row, if it read more than the nodes.
     """
 
     choice: Choice
@@ -148,3 +149,4 @@ class Round:
     draft: float
     rest: float
     usual: bool = True
+    columns: int | None = None

@@ -160,7 +160,7 @@ class Record:
     def observe(self, offer: Offer, seen: Round) -> None:
         """Learn from a round."""
         self.now += 1
-        self.verify.add(seen.nodes, seen.rest, self.now)
+        self.verify.add(seen.nodes if seen.columns is None else seen.columns, seen.rest, self.now)
         took = min(seen.draft + seen.rest, LONGEST * self.verify.plain) if 1 in self.verify.sizes else 0.0
         self.seconds += took
         if seen.choice.learns and self.rate:
@@ -186,7 +186,8 @@ class Record:
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
-            expected = gains.add(ranks, seen.choice.nodes, len(row), prior, self.times[way.forwards > 0], weight)
+            read = len(row) if seen.columns is None else seen.columns - 1
+            expected = gains.add(ranks, seen.choice.nodes, read, prior, self.times[way.forwards > 0], weight)
             self.claims.add(row, self.now)
             if way.forwards:
                 fade = 0.5 ** (1 / 256)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..compat import CACHE
 from ..devices import without_cudnn_attention
-from .slot_cache import SlotCache
+from .slot_cache import BatchCache, SlotCache
 
 
 REFILL_SHARE = 0.125  # of the slots must be free before prompts are read into them: reading many at once is cheaper
@@ -91,19 +91,28 @@ def groups_of(
     return groups
 
 
+def without_refills(groups: Iterable[tuple[int, list[Prompt]]]) -> Iterator[tuple[int, list[Prompt]]]:
+    """The same prompts in groups that fill their slots once, and that one forward reads: for recurrent layers."""
+    for slots, prompts in groups:
+        for first in range(0, len(prompts), slots):
+            yield from ((len(part), part) for part in _parts(prompts[first : first + slots]))
+
+
 class Answering:
     """
     Answers a group of prompts from the target's bare distribution: no processor of its generation configuration takes
     part.
 
     Args:
-        target ([`~transformers.PreTrainedModel`]): A decoder-only model of full and sliding attention.
+        target ([`~transformers.PreTrainedModel`]): A decoder-only model.
         slots (`int`): Prompts that are answered at once.
         longest (`int`): Tokens of the longest prompt.
         max_new_tokens (`int`): Longest answer.
         stop_ids (`set[int]`): Tokens that end an answer; they are part of it.
         seed (`int`, *optional*, defaults to 0): Of sampled answers, together with what identifies the prompt.
         written (`Callable`, *optional*): Told how many tokens each forward has added.
+        refills (`bool`, *optional*, defaults to `True`):
+            Slots may be taken again; of a target with recurrent layers they cannot, see [`without_refills`].
 
     Raises:
         ValueError: The target has layers of another kind.
@@ -118,6 +127,7 @@ class Answering:
         stop_ids: set[int],
         seed: int = 0,
         written: Callable[[int], None] = lambda tokens: None,
+        refills: bool = True,
     ):
         device = target.device
         self.target = target
@@ -125,7 +135,7 @@ class Answering:
         self.stop_ids = stop_ids
         self.seed = seed
         self.written = written
-        self.cache = SlotCache(target, slots, longest + max_new_tokens)
+        self.cache = SlotCache(target, slots, longest + max_new_tokens) if refills else BatchCache(target)
         self.prompts: list[Prompt | None] = [None] * slots
         self.answers: list[list[int]] = [[] for _ in range(slots)]
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
@@ -159,7 +169,7 @@ class Answering:
         """Read prompts into free slots and choose their answers' first tokens."""
         device = self.target.device
         inputs, mask = (tensor.to(device) for tensor in _left_padded([p.input_ids for p in prompts]))
-        cache = DynamicCache()
+        cache = self.cache.to_read()
         logits = self.target(
             input_ids=inputs,
             attention_mask=mask,

@@ -1,6 +1,9 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A cache of slots: every row ends in the same column, and a new prompt is laid into one row beside the others."""
+"""
+A cache of slots: every row ends in the same column, and a new prompt is laid into one row beside the others. Recurrent
+layers have nothing that could be laid beside others, so their prompts stay together until the last one is answered.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,10 @@ class SlotCache:
         self.visible = torch.zeros(slots, self.capacity, dtype=torch.bool, device=target.device)
         self.end = 0
 
+    def to_read(self) -> DynamicCache:
+        """An empty cache for prompts that are to be placed."""
+        return DynamicCache()  # without the configuration sliding layers keep every column
+
     def place(self, at: torch.LongTensor, read: DynamicCache, mask: torch.BoolTensor) -> None:
         """
         Lay prompts into slots.
@@ -133,3 +140,35 @@ class SlotCache:
         self.visible[:, : there.start] = False
         self.visible[:, there.stop :] = False
         self.end += by
+
+
+class BatchCache:
+    """
+    The same for a target with recurrent layers: all slots are filled at once.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): Whose states they are.
+    """
+
+    def __init__(self, target: PreTrainedModel):
+        self.config = target.config
+        self.cache = self.to_read()
+        self.visible = torch.ones(0, 0, dtype=torch.bool)
+
+    def to_read(self) -> DynamicCache:
+        """An empty cache for prompts that are to be placed."""
+        return DynamicCache(config=self.config)
+
+    def place(self, at: torch.LongTensor, read: DynamicCache, mask: torch.BoolTensor) -> None:
+        """Go on from these prompts, one for every slot; the arguments are those of [`SlotCache`]."""
+        self.cache, self.visible = read, mask
+
+    def extend(self, busy: list[int]) -> torch.LongTensor:
+        """The mask of the next forward, over one column more."""
+        self.visible = torch.nn.functional.pad(self.visible, (0, 1), value=True)
+        return self.visible.long()
+
+    def keep(self, at: torch.LongTensor) -> None:
+        """Go on with these slots alone."""
+        self.visible = self.visible[at]
+        self.cache.reorder_cache(at)

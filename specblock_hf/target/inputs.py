@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+from transformers.masking_utils import create_masks_for_generate
 
 from ..compat import CACHE
 from .cache import check_cache
+from .recurrent import is_recurrent
 from .support import starting_over
 
 
@@ -76,6 +79,13 @@ def without_training_flags(target: PreTrainedModel) -> dict[str, bool]:
     return {name: False for name in _OF_TRAINING if getattr(config, name, False)}
 
 
+def _sees_whole_pictures(target: PreTrainedModel) -> bool:
+    """Whether masks depend on which tokens are a picture's, as Gemma's do: its tokens see those behind them."""
+    # Where a model has none of its own, generate() takes this one.
+    makes_masks = getattr(target, "create_masks_for_generate", create_masks_for_generate)
+    return not OF_TOKENS.isdisjoint(inspect.signature(makes_masks).parameters)
+
+
 class TargetInputs:
     """
     The inputs of a target during one call.
@@ -128,6 +138,32 @@ class TargetInputs:
         if positions is None:
             return torch.full((len(self.ids), 1), self.cached + self.new - 1, device=device)
         return positions[..., -1:].to(device)
+
+    def chunk_size(self, asked: int | None, padded: bool) -> int:
+        """
+        Prompt tokens of one forward.
+
+        Args:
+            asked (`int`, *optional*): By the call. Pictures are read at once, whatever it says.
+            padded (`bool`): Some prompts of the batch are shorter than others.
+
+        Raises:
+            ValueError: In one sentence: what, why and what to do.
+        """
+        if asked is None or self.has_pictures and asked >= self.new:
+            return self.new
+        name = type(self._target).__name__
+        if self.has_pictures and _sees_whole_pictures(self._target):
+            raise ValueError(
+                f"prefill_chunk_size={asked} cuts a prompt in which {name} has the tokens of a picture see each "
+                "other, and a prompt with pictures is read at once beside a drafter; leave prefill_chunk_size out."
+            )
+        if self.has_pictures and asked == 1 and padded and is_recurrent(self._target):
+            raise ValueError(
+                f"prefill_chunk_size=1 has {name} read padding alone, which its recurrent layers take for a token, "
+                "and a prompt with pictures is read at once beside a drafter; leave prefill_chunk_size out."
+            )
+        return self.new if self.has_pictures else asked
 
     def of_prompt(self, start: int, end: int) -> dict[str, Any]:
         """For new prompt tokens `start` to `end`."""

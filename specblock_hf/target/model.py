@@ -26,6 +26,7 @@ from .prompt import PromptPairs
 from .recurrent import Lag, cut, kept_columns
 from .support import check_length, rope_limits
 from .token_outputs import TokenOutputs
+from .twin import stepwise
 
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class TargetModel:
         self._returns_cache = returns_cache
         self._inputs = inputs = TargetInputs(target, input_ids, model_kwargs, mask_length, returns_cache)
         self.cache, mask, width = inputs.cache, inputs.mask, inputs.cached + inputs.new
-        self._chunk_size = inputs.new if inputs.has_pictures or chunk_size is None else chunk_size
         visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
+        self._chunk_size = inputs.chunk_size(chunk_size, padded=visible is not None)
         self._committed = TargetCache(self.cache, input_ids.shape[0], width, visible)
         self._next_position = inputs.last_positions(self.device) + 1
         self._limits = rope_limits(target)
@@ -101,6 +102,7 @@ class TargetModel:
             windows = [None] * len(windows)
         self._outputs = TokenOutputs(wanted, len(self._rows), windows)
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
+        self._reader, self._stepwise = target, stepwise(target)  # after the taps, which both have
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +124,16 @@ class TargetModel:
     def chains_only(self) -> bool:
         """Whether the target's attention takes no mask that could show it a draft tree."""
         return self._masks.chains_only
+
+    @property
+    def rereads(self) -> bool:
+        """Whether the target reads committed tokens again, because its states do not go back."""
+        return self._lag is not None
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a row that the last round read: its tree, and what was read again."""
+        return self._scored
 
     @property
     def fixed(self) -> bool:
@@ -185,6 +197,7 @@ class TargetModel:
             committed.read_prompt(inputs.cached + end)
             if end == inputs.new:
                 committed.begin_rounds()
+                self._reader = self._stepwise
                 if committed.states.lag:
                     self._lag = Lag(len(self._rows), self._budget)
                 self.base = self.base - 1
@@ -264,7 +277,7 @@ class TargetModel:
         **more: Any,
     ) -> Scored:
         self._scored = ids.shape[1]
-        self._committed.states.hold()
+        self._committed.states.hold(self._scored)
         return self._forward(
             nodes,
             input_ids=ids,
@@ -359,8 +372,8 @@ class TargetModel:
 
     def finish(self) -> None:
         """Leave the cache as plain decoding would, for whoever goes on with it."""
-        if self._returns_cache and self._lag is not None:
-            self._catch_up(self._lag)
+        if self._returns_cache:
+            self.catch_up()
         behind = self._committed.behind()
         if self._returns_cache and behind:
             # Plain decoding has read the last token of a row if another row has a longer text.
@@ -369,9 +382,9 @@ class TargetModel:
             self._committed.align_left()
         self._committed.secure(self._committed.width)
 
-    def _catch_up(self, lag: Lag) -> None:
-        """Move the recurrent states to the last committed tokens."""
-        for ids, behind in lag.catch_up():
+    def catch_up(self) -> None:
+        """Move the recurrent states, if there are any, to the last committed tokens."""
+        for ids, behind in self._lag.catch_up() if self._lag is not None else ():
             self._read_chains(on_device(ids, self.device), on_device(behind, self.device).unsqueeze(1))
             self._committed.commit(kept_columns([bool(tokens) for tokens in behind], self._scored), self._scored)
 
@@ -379,7 +392,7 @@ class TargetModel:
     def _forward(self, nodes: torch.LongTensor | None = None, **inputs: Any) -> Scored:
         self.calls += 1
         with self._taps.armed():
-            outputs = self.target(**inputs, return_dict=True)
+            outputs = self._reader(**inputs, return_dict=True)
         logits, features = outputs.logits, self._taps.take()
         self._outputs.observe(outputs)
         if nodes is not None:

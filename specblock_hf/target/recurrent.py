@@ -99,6 +99,7 @@ class RecurrentStates:
         # By layer and state: what a round must not touch, and a buffer that nothing is in.
         self._held: dict[tuple[int, int], torch.Tensor] = {}
         self._spare: dict[tuple[int, int], torch.Tensor] = {}
+        self._windows: dict[tuple[int, int], torch.Tensor | None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._layers)
@@ -113,8 +114,8 @@ class RecurrentStates:
         for layer in self._layers:
             layer.record_past = on
 
-    def hold(self) -> None:
-        """Before a forward whose tokens may not stay."""
+    def hold(self, read: int) -> None:
+        """Before a forward over so many tokens, which may not stay."""
         for number, layer in enumerate(self._layers):
             for index, state in layer.recurrent_states.items():
                 if state is not None:
@@ -122,6 +123,12 @@ class RecurrentStates:
                     spare = self._spare.pop(key, None)
                     layer.recurrent_states[index] = state.clone() if spare is None else spare.copy_(state)
                     self._held[key] = state
+            if read == 1:
+                # Kimi-Linear then writes to a window in place, recorded or not.
+                self._windows |= {(number, index): window for index, window in layer.conv_states.items()}
+                layer.conv_states.update(
+                    {index: None if window is None else window.clone() for index, window in layer.conv_states.items()}
+                )
 
     def commit(self, kept: Sequence[int], read: int) -> None:
         """
@@ -140,11 +147,14 @@ class RecurrentStates:
                 rows = on_device(moved, old.device).view(-1, *[1] * (old.ndim - 1))
                 old = torch.where(rows, new, old)
             states[index], self._spare[number, index] = old, new
-        self._held = {}
-        for layer in self._layers:
+        for number, layer in enumerate(self._layers):
             for index, window in layer.conv_states.items():
                 if window is not None:
+                    old = self._windows.get((number, index))
+                    if old is not None and old.shape == window.shape:
+                        window = torch.cat((old, window[..., -1:]), dim=-1)
                     layer.conv_states[index] = _last(window, layer.conv_kernel_size[index], kept, read)
+        self._held, self._windows = {}, {}
 
     def keep_rows(self, rows: torch.LongTensor) -> None:
         """Go on with these rows of the batch; between a forward and its `commit`, too."""
@@ -152,6 +162,7 @@ class RecurrentStates:
             for states in (layer.conv_states, layer.recurrent_states):
                 states.update({index: _of_rows(state, rows) for index, state in states.items()})
         self._held = {key: _of_rows(state, rows) for key, state in self._held.items()}
+        self._windows = {key: _of_rows(window, rows) for key, window in self._windows.items()}
         self._spare = {}
 
     def snapshot(self) -> list[LayerStates]:
@@ -159,7 +170,7 @@ class RecurrentStates:
         return [self._copied(layer) for layer in self._layers]
 
     def restore(self, snapshot: list[LayerStates]) -> None:
-        self._held = {}
+        self._held, self._windows = {}, {}
         for layer, states in zip(self._layers, snapshot, strict=True):
             vars(layer).update(vars(states))
 
@@ -305,14 +316,14 @@ class Lag:
 
     def catch_up(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """
-        At the end, what is left to read again, in forwards that each read as many tokens of every row: those, which
-        are anything for a row that is not behind, and how far each row is behind.
+        What is left to read again, in forwards that each read as many tokens of every row: those, which are anything
+        for a row that is not behind, and how far each row is behind.
         """
         while any(behind := [len(row.tokens) for row in self._rows]):
             width = min(length for length in behind if length)
             yield [row.tokens[:width] or [0] * width for row in self._rows], behind
             for row in self._rows:
-                row.tokens = row.tokens[width:]
+                row.tokens, row.again = row.tokens[width:], 0
 
 
 @dataclass

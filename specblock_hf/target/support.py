@@ -26,8 +26,6 @@ from .recurrent import RECURRENT_LAYERS, check_recurrent, is_recurrent
 
 logger = logging.get_logger(__name__)
 
-_NO_LIMIT = (0.0, float("inf"))  # of the time steps of Mamba layers
-
 
 def check_target(target: PreTrainedModel) -> None:
     """
@@ -132,12 +130,6 @@ def _warn(target: PreTrainedModel) -> None:
             f"attn_implementation={decoder.config._attn_implementation!r} takes no mask that could show it a draft "
             "tree, so only the likeliest path of every draft is verified and fewer tokens are accepted; "
             'target.set_attn_implementation("sdpa") before generate() has whole trees verified.'
-        )
-    limits = {vars(part).get("time_step_limit", _NO_LIMIT) for part in target.modules()} - {_NO_LIMIT}
-    if limits:
-        logger.warning_once(
-            f"the recurrent layers of {type(target).__name__} bound their time steps ({limits.pop()}) where they read "
-            "several tokens and not where they read one, so that the text may be another than plain decoding's."
         )
     settings = vars(target.config).get("quantization_config") or {}
     settings = settings if isinstance(settings, Mapping) else settings.to_dict()

@@ -1,6 +1,6 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A second model of the same weights, which may have hooks that nobody else sees."""
+"""A second model of the same weights, which may have hooks and settings that nobody else sees."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+_NO_LIMIT = (0.0, float("inf"))  # of the time steps of Mamba layers
 
 
 def twin_of(target: PreTrainedModel, layers: Sequence[int]) -> Callable[..., tuple[torch.Tensor, tuple]]:
@@ -41,7 +42,9 @@ def twin_of(target: PreTrainedModel, layers: Sequence[int]) -> Callable[..., tup
     Raises:
         `ValueError`: The forward of a part was replaced.
     """
-    twin, layers, flags = _copied(target), tuple(layers), without_training_flags(target)
+    decoder = target.get_decoder()
+    twin = _copied(target, {decoder, *decoder_layers(decoder)}, "which cannot be compiled")
+    layers, flags = tuple(layers), without_training_flags(target)
     states: dict[int, torch.Tensor] = {}
 
     for index in set(layers):
@@ -65,18 +68,41 @@ def _kept(states: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tensor
     return keep
 
 
-def _copied(target: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same modules, of which those that are tapped are copies with hooks of their own."""
-    decoder = target.get_decoder()
-    tapped = {decoder, *decoder_layers(decoder)}
+def stepwise(target: PreTrainedModel) -> PreTrainedModel:
+    """
+    A target that reads several tokens as it would read one after the other. transformers' Mamba layers bound time
+    steps (`time_step_limit`; Nemotron-H, Zamba2: `time_step_min`) where they read several tokens, such as a prompt,
+    and not where they go on by one.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The model; all weights and its present hooks are shared.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The target itself if it bounds nothing.
+
+    Raises:
+        `ValueError`: The forward of a part was replaced.
+    """
+    bounded = {part for part in target.modules() if vars(part).get("time_step_limit", _NO_LIMIT) != _NO_LIMIT}
+    if not bounded:
+        return target
+    twin = _copied(target, bounded, "whose time steps a draft cannot have as plain decoding has them")
+    for part in twin.modules():
+        if "time_step_limit" in vars(part):
+            part.time_step_limit = _NO_LIMIT
+    return twin
+
+
+def _copied(target: PreTrainedModel, parts: set[nn.Module], why: str) -> PreTrainedModel:
+    """A model of the same modules, of which these, and those that hold them, are copies with hooks of their own."""
 
     def copied(part: nn.Module) -> nn.Module:
-        if tapped.isdisjoint(part.modules()):
+        if parts.isdisjoint(part.modules()):
             return part
         if "forward" in vars(part):
             raise ValueError(
                 f"the forward of this {type(part).__name__} was replaced by another, as accelerate does to spread a "
-                "model over devices, which cannot be compiled; load the target onto one device."
+                f"model over devices, {why}; load the target onto one device."
             )
         twin = copy(part)
         twin._modules = {name: child if child is None else copied(child) for name, child in part._modules.items()}

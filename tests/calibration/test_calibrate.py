@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import accelerate
@@ -18,15 +19,28 @@ import torch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import OracleDrafter, Rounds
 from graphs_for_tests import PretendedGraphs
+from hybrids_for_tests import hybrid_target
 from training_for_tests import tiny_drafter
 from transformers import GenerationConfig
 
 from specblock_hf import DraftingPlan, SpecBlockConfig, SpecBlockDrafter, calibrate, compile_rounds, devices
 from specblock_hf.calibration import calibrate as calibration
 from specblock_hf.calibration.calibrate import ATTEMPTS, NOISY, _rising
-from specblock_hf.calibration.costs import NODES, CostCurves, choose_plan, interpolate, shortlist, slowest_tau
+from specblock_hf.calibration.costs import (
+    NODES,
+    CostCurves,
+    choose_plan,
+    interpolate,
+    rereading,
+    share_of_whole_chains,
+    shortlist,
+    slowest_tau,
+)
 from specblock_hf.generation import compilation
 from specblock_hf.generation.compilation import CompiledRounds
+from specblock_hf.target.model import TargetModel
+from specblock_hf.target.recurrent import Lag
+from specblock_hf.trees.verification import Walk
 
 
 CURVES = CostCurves(
@@ -190,6 +204,71 @@ def test_costs_are_those_of_the_plans_that_the_drafter_may_choose(priced, llama)
     assert asked == {(1, None, 8), (4, 4, 8), (8, 10, 60)} and len(told.limits) == 2 * len(NODES)
     # Eight forwards cost 160, which a model of rows alone would not see.
     assert found.curves.round_seconds(plans[-1]) == 161.0 + 20.0 + 7 * 20.0
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h", "lfm2"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_recurrent_target_is_measured_by_what_it_reads(monkeypatch, family, batch_size):
+    read, score = [], TargetModel.score
+
+    def scored(self, tree):
+        assert (tree.parents == torch.arange(tree.parents.shape[1]) - 1).all()  # a chain
+        result = score(self, tree)
+        read.append(self.columns)
+        return result
+
+    monkeypatch.setattr(TargetModel, "score", scored)
+    target = hybrid_target(family)
+    drafter = PricedDrafter([(DraftingPlan(8, 1), 2.0), (DraftingPlan(24, 2, 4), 3.0)])
+    drafter.machine = machine = Machine(monkeypatch, target)
+    try:
+        found = measured(target, drafter, repeats=1, batch_size=batch_size)
+    finally:
+        machine.handle.remove()
+    assert read == 2 * list(NODES)
+    assert found.curves.verify == tuple((nodes, 100.0 + nodes) for nodes in NODES)
+    assert (found.curves.plain, found.curves.host, found.curves.draft) == (101.0, 0.0, 20.0)
+    assert found.curves.chains == ((1, 64), (2, 64)) and found.curves.rereads == (family != "lfm2")
+    assert CostCurves.from_dict(json.loads(json.dumps(found.curves.to_dict()))) == found.curves
+
+
+def test_a_path_is_all_that_is_verified_of_a_chain():
+    curves = replace(CURVES, chains=((1, 4), (2, 8)))
+    assert [curves.verified(DraftingPlan(*plan)) for plan in ((60, 1), (3, 1), (60, 2), (60, 3))] == [4, 3, 8, 60]
+    assert curves.round_seconds(DraftingPlan(60, 2, 4)) == pytest.approx(18 + 2 + 5 + 1)
+
+
+@pytest.mark.parametrize(("drafted", "emitted", "budget"), [(6, 2, 8), (6, 4, 12), (3, 1, 60), (8, 3, 0)])
+def test_what_is_read_again_is_what_states_that_stay_make_it(drafted, emitted, budget):
+    """No chain is accepted to its end."""
+    lag, columns = Lag(1, budget), []
+    lag.commit(Walk.of_rows([([0], [1], False)]), [0], 1)
+    while not columns or lag.longest:
+        width, rests = lag.width(drafted + 1), lag.rests()
+        columns.append(width)
+        tokens = [1] * (1 if rests else emitted)
+        lag.commit(Walk.of_rows([(list(range(len(tokens))), tokens, False)]), [0], width)
+    assert rereading(drafted, emitted, 0.0, budget) == [(1.0, width) for width in columns]
+    # A node costs 0.1 of a plain step; nothing else costs anything.
+    curves = CostCurves(((1, 1.0), (101, 11.0)), 0.0, (), 0.0, 1.0, "", chains=((1, drafted),), rereads=True)
+    plan = DraftingPlan(budget, 1)
+    if budget >= drafted:
+        tokens, seconds = curves.expected(plan, 1.0 + 1e-9)  # with which hardly any chain is right to its end
+        cycle = rereading(drafted, 1.0, 0.0, budget)
+        assert tokens == pytest.approx(1, abs=1e-3)
+        assert seconds == pytest.approx(sum(0.9 + 0.1 * width for _, width in cycle) / len(cycle), rel=1e-3)
+
+
+def test_chains_that_are_kept_as_a_whole_are_not_read_again():
+    assert share_of_whole_chains(4, 5.0) == pytest.approx(1) and share_of_whole_chains(4, 1.0) == pytest.approx(0)
+    assert share_of_whole_chains(2, 1.75) == pytest.approx(0.25)  # 0.5 and 0.5 of it
+    assert rereading(4, 5.0, 1.0, 8) == [(1.0, 5.0), (0.0, 1.0)]
+    # Half of all chains of two are right, of the others a token is written each.
+    assert rereading(2, 2.0, 0.5, 2) == [(1.0, 3.0), (0.5, 4.0), (0.25, 3.0)]
+    # What pays where a tree is verified does not where its path is read again and again.
+    plan = DraftingPlan(8, 1)
+    again = replace(CURVES, rereads=True)
+    assert choose_plan(CURVES, [(plan, 2.3)])[0] == plan and choose_plan(again, [(plan, 2.3)])[0].tree_budget == 0
 
 
 def test_one_forward_is_all_that_a_drafter_of_one_forward_is_measured_with(priced, llama):

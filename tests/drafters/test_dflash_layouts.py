@@ -11,9 +11,12 @@ from pathlib import Path
 import hub_client
 import pytest
 import torch
+from batches_for_tests import padded_batch
 from block_drafters_for_tests import block_drafter, pull_and_generate
 from hub_client import Client
 from hub_server import HubServer, Repo
+from hybrids_for_tests import hybrid_target
+from multimodal_for_tests import MULTIMODAL, multimodal_target, prompts_with_images
 from safetensors.torch import load_file
 from test_loading import assert_same, rewrite, small_drafter
 from transformers import Qwen3Config
@@ -274,3 +277,20 @@ def test_checkpoints_load_by_their_id_and_draft(tmp_path):
                 assert name == "dspark" or max(found[2]) >= 5  # two of them were trained on this very text
         finally:
             client.close()
+
+
+@pytest.mark.parametrize(("variant", "layout"), [("dflash", "dflash"), ("dspark", "dspark")])
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3.5"])
+def test_a_published_drafter_of_a_hybrid_target(variant, layout, kind, tmp_path):
+    target = multimodal_target(kind) if kind in MULTIMODAL else hybrid_target(kind)
+    text = target.config.get_text_config()
+    sizes = {"vocab_size": text.vocab_size, "target_num_layers": text.num_hidden_layers, "feature_layers": [1, 2]}
+    write_checkpoint(block_drafter(variant, **sizes), tmp_path, layout)
+    drafter = AutoDrafter.from_pretrained(tmp_path, target=target).eval()
+    assert drafter.config.target_num_layers == text.num_hidden_layers
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 16}
+    for lengths in ((7,), (4, 6)):
+        batch = prompts_with_images(kind, lengths) if kind in MULTIMODAL else padded_batch(lengths)
+        plain = target.generate(**batch, **options)
+        assert torch.equal(target.generate(**batch, **options, assistant_model=drafter), plain)
+        assert drafter.last_statistics.drafter_calls > 0

@@ -12,6 +12,7 @@ import torch
 from batches_for_tests import RowWiseDrafter, padded_batch
 from conftest import prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
+from hybrids_for_tests import chain_oracles, hybrid_target
 from training_for_tests import tiny_drafter
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
@@ -75,6 +76,30 @@ SCRIPTS = {
     "look-ups only": (Choice(6, LOOKUPS, enough_found=0.0), Choice(6, Way(1), enough_found=0.3), PLAIN),
     "cut": (Choice(12, Way(1), 0.01), Choice(12, Way(2, 4), 0.05)),
 }
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "lfm2"])
+def test_the_controller_hears_what_a_recurrent_target_reads_again(family):
+    target, batch, read = hybrid_target(family), padded_batch((7,)), []
+    plain = target.generate(**batch, **SETTINGS, do_sample=False)
+    plan = itertools.cycle((2, 5, 0, 8)).__next__
+    drafter = chain_oracles(plain, batch["attention_mask"], [lambda number: plan()])
+    drafter.controller, drafter.drafting_plan = Scripted(SMALL, SMALL, SMALL, PLAIN), "auto"
+    handle = target.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        assert torch.equal(target.generate(**batch, **SETTINGS, do_sample=False, assistant_model=drafter), plain)
+    finally:
+        handle.remove()
+    rounds = read[1:]
+    heard = [seen.nodes if seen.columns is None else seen.columns for seen in drafter.controller.heard]
+    plain_steps = [number for number, seen in enumerate(drafter.controller.heard) if not seen.choice.nodes]
+    assert len(rounds) - len(heard) in (0, 1) and plain_steps
+    for number, (columns, told) in enumerate(zip(rounds, heard, strict=False)):
+        assert told == (1 if number in plain_steps else columns)
+    again = [seen for seen in drafter.controller.heard if seen.columns is not None]
+    assert bool(again) == (family != "lfm2") and all(seen.columns > seen.nodes for seen in again)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

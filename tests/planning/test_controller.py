@@ -16,7 +16,7 @@ from plan_service_for_tests import SETTING, Nature, SimulatedService
 from specblock_hf.calibration.costs import CostCurves
 from specblock_hf.planning.controller import PlanController
 from specblock_hf.planning.offers import LOOKUPS, Choice, Offer, Round, Way
-from specblock_hf.planning.record import FIRST_SHARE, SHARE
+from specblock_hf.planning.record import FIRST_SHARE, SHARE, Record
 
 
 # SmolLM2-135M-Instruct and the shipped drafter on two cores, rounded; in float32 a second node costs half a step.
@@ -236,6 +236,17 @@ def test_a_drafter_that_had_to_catch_up_is_looked_at_again_at_once():
     assert controller.next(SETTING, OFFER) == lesson
     controller.observe(SETTING, OFFER, replace(seen, usual=True))
     assert controller.next(SETTING, OFFER) != lesson
+
+
+def test_tokens_that_are_read_again_cost_what_nodes_do():
+    record, usual, row = Record(), Record(), [(-1.0, False)] * 4
+    seen = Round(Choice(4, Way(1)), [row], 5, 1.0, True, 0.0, 0.1, 0.03)
+    usual.observe(OFFER, seen)
+    record.observe(OFFER, replace(seen, columns=11))
+    assert list(usual.verify.sizes) == [5] and list(record.verify.sizes) == [13]  # of a band
+    (plain,), (again,) = usual.gains.values(), record.gains.values()
+    assert (plain.fill, again.fill) == (1.0, 2.5) and plain.hits == again.hits
+    assert record.grown == usual.grown  # no larger tree was tried
 
 
 def test_settings_are_kept_apart():

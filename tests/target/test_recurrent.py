@@ -11,14 +11,14 @@ import torch
 import transformers
 from batches_for_tests import garbage, padded_batch
 from conftest import SIZES, prompt_of, tiny_target
-from hybrids_for_tests import BATCHED, CORE, HYBRIDS, UNTAKEN, chain_oracles, hybrid_target, states_of
+from hybrids_for_tests import BATCHED, BOUNDED, CORE, HYBRIDS, UNTAKEN, chain_oracles, hybrid_target, states_of
 from interruptions_for_tests import Broken, Ended, Listener, Watch, interrupted
+from multimodal_for_tests import multimodal_target, prompts_with_images
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
-from transformers.utils import logging
 
 from specblock_hf import DraftingPlan, Eagle3Config, Eagle3Drafter, LookupDrafter, SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.compat import CACHE
-from specblock_hf.target import recurrent
+from specblock_hf.compat import CACHE, RELEASE
+from specblock_hf.target import model, recurrent
 from specblock_hf.target.recurrent import Lag
 from specblock_hf.trees.verification import Walk
 
@@ -119,6 +119,35 @@ def test_a_prompt_in_chunks(chunk):
         assert torch.equal(target.generate(**batch, **options, assistant_model=drafter), plain)
 
 
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
+def test_pictures_and_padding_that_plain_decoding_reads_alone():
+    target = multimodal_target("qwen3.5")
+
+    def run(lengths: tuple[int, ...], chunk: int, assistant=None):
+        batch, options = prompts_with_images("qwen3.5", lengths), GREEDY | {"prefill_chunk_size": chunk}
+        return target.generate(**batch, **options, assistant_model=assistant)
+
+    for lengths, chunk in (((5,), 1), ((5, 5), 1), ((5, 2), 2)):
+        assert torch.equal(run(lengths, chunk, LookupDrafter(target.config)), run(lengths, chunk))
+    with pytest.raises(ValueError, match=r"^prefill_chunk_size=1 has \w+ read padding alone, .*; leave"):
+        run((5, 2), 1, LookupDrafter(target.config))
+    # That is what is wrong with it.
+    assert not torch.equal(run((5, 2), 1), run((5, 2), 2))
+
+
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
+def test_pictures_whose_tokens_see_each_other_are_not_cut():
+    target, batch = multimodal_target("gemma3 with images"), prompts_with_images("gemma3 with images", (9,))
+
+    def run(chunk: int, assistant=None):
+        options = GREEDY | {"prefill_chunk_size": chunk, "max_new_tokens": 8}
+        return target.generate(**batch, **options, assistant_model=assistant)
+
+    assert torch.equal(run(13, LookupDrafter(target.config)), run(13))
+    with pytest.raises(ValueError, match=r"^prefill_chunk_size=2 cuts a prompt in which .*; leave prefill_chunk"):
+        run(2, LookupDrafter(target.config))
+
+
 def network(kind: str, target):
     torch.manual_seed(1)
     if kind == "specblock":
@@ -175,6 +204,14 @@ def test_an_end_inside_a_chain(family, stop):
         assert plain.shape[1] < 7 + 24
 
 
+def read_anew(target, ids: torch.LongTensor) -> DynamicCache:
+    """A cache with a text that was read at once."""
+    cache = DynamicCache(config=target.config)
+    with torch.no_grad():
+        target(input_ids=ids, position_ids=torch.arange(ids.shape[1]).unsqueeze(0), use_cache=True, **{CACHE: cache})
+    return cache
+
+
 def chat(target, prepare, lengths=(6,), turns=3, cache=None, **options) -> tuple[list[torch.Tensor], list]:
     """The texts of some turns with one cache, and its states after each; `prepare` makes each turn's drafter."""
     cache = DynamicCache(config=target.config) if cache is None else cache
@@ -223,7 +260,7 @@ def test_a_chat_with_a_batch(family):
     assert all(map(torch.equal, ours, plain))
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "lfm2", "kimi_linear"])
 @pytest.mark.parametrize("by", ["streamer", "target", "drafter", "callback"])
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_a_cache_goes_on_after_an_exception(family, by, at):
@@ -239,16 +276,26 @@ def test_a_cache_goes_on_after_an_exception(family, by, at):
     held = int(cache.get_seq_length())
     assert held <= 6 + len(listener.tokens or [])
     # All that was cached is the text's beginning.
-    again = DynamicCache(config=target.config)
     if held:
-        with torch.no_grad():
-            inputs = {"input_ids": plain[:, :held], "position_ids": torch.arange(held).unsqueeze(0), CACHE: again}
-            target(**inputs, use_cache=True)
-        assert close(states_of(cache), states_of(again))
+        assert close(states_of(cache), states_of(read_anew(target, plain[:, :held])))
     ids = plain[:, : max(held + 1, 6)]
     more = {CACHE: cache, "max_new_tokens": 30 - ids.shape[1], "attention_mask": torch.ones_like(ids)}
     rest = target.generate(ids, **GREEDY | more)
     assert torch.equal(rest, plain)
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_round_of_one_token_is_broken_off(family, at):
+    target, batch = hybrid_target(family), padded_batch((6,))
+    plain = target.generate(**batch, **GREEDY)
+    cache, ended = DynamicCache(config=target.config), Ended(Broken, at)
+    drafter = oracle(plain, batch["attention_mask"], lambda number: 0, length=0)
+    drafter.add_callback(Watch("on_verify", ended))
+    with pytest.raises(Broken):
+        target.generate(**batch, **GREEDY | {CACHE: cache}, assistant_model=drafter)
+    assert cache.get_seq_length() == 6 + at
+    assert close(states_of(cache), states_of(read_anew(target, plain[:, : 6 + at])))
 
 
 @pytest.mark.parametrize("family", CORE)
@@ -283,22 +330,20 @@ def test_padded_batches_whose_rows_end_at_different_tokens(family, handed_back):
             assert statistics.target_calls == statistics.rounds + 1
 
 
-@pytest.mark.parametrize("family", [family for family in SOME if lags(family)])
-def test_a_batch_is_handed_back_at_the_last_token_of_each_row(family):
+@pytest.mark.parametrize("family", [family for family in [*SOME, "kimi_linear"] if lags(family)])
+@pytest.mark.parametrize(("right", "length"), [((1, 3), 9), ((0, 0), 0)])
+def test_a_batch_is_handed_back_at_the_last_token_of_each_row(family, right, length):
     target, batch = hybrid_target(family), padded_batch((7, 5), seed=2)
     text = target.generate(**batch, **GREEDY)
     end = next(token for token in text[0, 10:].tolist() if token not in text[1, 7:].tolist())
     options = GREEDY | {"eos_token_id": end, "return_dict_in_generate": True}
-    plans = [lambda number: 1, lambda number: 3]
-    ours = target.generate(**batch, **options, assistant_model=chain_oracles(text, batch["attention_mask"], plans))
+    plans = [lambda number, count=count: count for count in right]
+    drafter = chain_oracles(text, batch["attention_mask"], plans, length=length)
+    ours = target.generate(**batch, **options, assistant_model=drafter)
     for row, start in enumerate((0, 2)):
         # The row that ends first has its last token read, as it has in plain decoding.
         length = text[row, 7:].tolist().index(end) + 8 if row == 0 else text.shape[1] - 1
-        alone = DynamicCache(config=target.config)
-        with torch.no_grad():
-            ids = text[row : row + 1, start:length]
-            inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).unsqueeze(0), CACHE: alone}
-            target(**inputs, use_cache=True)
+        alone = read_anew(target, text[row : row + 1, start:length])
         held = [state[row : row + 1] for state in states_of(ours[CACHE], keys=False)]
         assert close(held, states_of(alone, keys=False))
 
@@ -350,15 +395,39 @@ def test_transformers_own_assistants_are_refused_as_before():
         target.generate(prompt_of(5), **GREEDY, assistant_model=tiny_target("llama"))
 
 
-def test_time_steps_that_one_token_does_not_have_bounded(caplog):
-    target = deepcopy(hybrid_target("falcon_h1"))
-    logging.get_logger().propagate = True
-    target.generate(prompt_of(3), **GREEDY, assistant_model=garbage(1))
-    assert "time steps" not in caplog.text
-    for layer in target.model.layers:
-        layer.mamba.time_step_limit = (0.01, float("inf"))
-    target.generate(prompt_of(3), **GREEDY, assistant_model=garbage(1))
-    assert "bound their time steps" in caplog.text
+@pytest.mark.parametrize("family", BOUNDED)
+@pytest.mark.parametrize("right", [0, 2, 8])
+def test_time_steps_that_one_token_does_not_have_bounded(family, right):
+    target, kind = hybrid_target(family), family.split(",")[0]
+    for lengths in ((1,), (7,), (7, 3, 12)) if kind in BATCHED else ((1,), (7,)):
+        batch = padded_batch(lengths)
+        plain = target.generate(**batch, **GREEDY)
+        # The prompt is read with bounds.
+        assert torch.equal(target.generate(**batch, **GREEDY, assistant_model=garbage(len(lengths))), plain)
+        drafter = oracle(plain, batch["attention_mask"], lambda number: right, feature_layers=(0, 2))
+        assert torch.equal(target.generate(**batch, **GREEDY, assistant_model=drafter), plain)
+        assert drafter.last_statistics.accepted[0] == right
+    ours, own = chat(target, lambda turn, batch: garbage(1))
+    plain, states = chat(target, lambda turn, batch: None)
+    assert all(map(torch.equal, ours, plain)) and all(map(close, own, states))
+
+
+@pytest.mark.parametrize("family", BOUNDED)
+def test_what_bounds_time_steps_says_something_of_the_text(monkeypatch, family):
+    monkeypatch.setattr(model, "stepwise", lambda target: target)
+    target, batch = hybrid_target(family), padded_batch((7,))
+    plain = target.generate(**batch, **GREEDY)
+    drafter = oracle(plain, batch["attention_mask"], lambda number: 8)
+    assert not torch.equal(target.generate(**batch, **GREEDY, assistant_model=drafter), plain)
+
+
+def test_time_steps_of_a_forward_that_was_replaced():
+    target = deepcopy(hybrid_target("falcon_h1, bounded"))
+    forward = target.forward
+    target.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ValueError, match="was replaced by another, .* whose time steps a draft cannot have .*; load"):
+        target.generate(prompt_of(5), **GREEDY, assistant_model=garbage(1))
+    assert not target.model._forward_hooks
 
 
 def walk_of(*tokens: list[int], stopped=()) -> Walk:
