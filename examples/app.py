@@ -15,4 +15,4 @@ drafter = AutoDrafter.from_pretrained(find_default_drafter(), target=target, dty
 demo = build_app(target, tokenizer, JoinedDrafter(drafter, LookupDrafter(target.config)))
 
 if __name__ == "__main__":
-    demo.launch()
+    demo.launch(show_error=True)
