@@ -81,7 +81,7 @@ lint: setup
 # Read from the sources, so the package itself is not installed there.
 $(DOCS)/.installed: setup.cfg
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install mkdocs-material 'mkdocstrings[python]'
+	$(DOCS)/bin/python -m pip install mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 docs: $(DOCS)/.installed

@@ -20,6 +20,7 @@ COMMANDS = {
     "regenerate": ("specblock_hf.cli.regenerate", "write a target's answers to prompts, to train a drafter on"),
     "train": ("specblock_hf.cli.train", "train a drafter on the target's own answers"),
     "generate": ("specblock_hf.cli.generate", "stream the answer to one prompt"),
+    "play": ("specblock_hf.cli.play", "answer prompts on a page in the browser, without and with a drafter"),
     "bench": ("specblock_hf.cli.bench", "time drafters and transformers' own helpers side by side"),
     "inspect": ("specblock_hf.cli.inspect", "say what a drafter is and whether it fits a target"),
     "convert": ("specblock_hf.cli.convert", "write a drafter in another layout"),

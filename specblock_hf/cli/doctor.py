@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.calibrate import calibrate
 from ..data.template import PromptStyle
@@ -28,7 +29,7 @@ output = target.generate(**inputs, assistant_model=drafter)"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
-    add_model_arguments(parser, positional=True)
+    add_model_arguments(parser, positional=("target", "drafter"))
     parser.add_argument(
         "--static-cache", action="store_true", help='as calls with cache_implementation="static" are, on both sides'
     )
@@ -42,10 +43,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0 if the drafter is worth using here, 1 if not.
     """
-    found = find_drafters(args.target).best() if args.target and not args.drafter else None
-    if found is not None:
-        args.drafter = found.name
-        print(f"found: {found.name} ({found.kind}, layout {found.layout}, for {found.trained_for})")
+    found = find_for(args)
     target, tokenizer, drafter = load_models(args)
     if args.static_cache:
         target.generation_config.cache_implementation = "static"
@@ -54,23 +52,51 @@ def run(args: argparse.Namespace) -> int:
     print(f"compatible: yes ({describe_reading(target, drafter)})")
     if advice := _style(found, drafter).advice(tokenizer):
         print(advice)
+    try:
+        speedup, drafts = measure(args, target, tokenizer, drafter)
+    except KeyboardInterrupt:
+        print("interrupted before there was a verdict; what is said above holds", file=sys.stderr)
+        raise
+    if found is not None:
+        print(PASTE.format(name=found.name))
+    return int(speedup <= 1 or not drafts)
+
+
+def measure(
+    args: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, drafter: TreeDrafter
+) -> tuple[float, bool]:
+    """
+    Time answers without and with the drafter, and say each figure as soon as it is known.
+
+    Returns:
+        `tuple[float, bool]`: Tokens per second with the drafter over those without, and whether rounds may draft.
+    """
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
     if not args.plan:
-        print(describe_calibration(calibrate(target, drafter, progress=not args.quiet)))
+        print(describe_calibration(calibrate(target, drafter, progress=not args.quiet)), flush=True)
     prompt_ids = encode(tokenizer, prompt, target.device)
     settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
     plain = ask(target, tokenizer, prompt_ids, **settings)
+    step = plain.seconds / plain.new_tokens
+    print(f"one plain step: {1000 * step:.1f} ms", flush=True)
     drafted = ask(target, tokenizer, prompt_ids, drafter, **settings)
-    step, figures = plain.seconds / plain.new_tokens, drafted.statistics
-    speedup = drafted.tokens_per_second / plain.tokens_per_second
+    figures, speedup = drafted.statistics, drafted.tokens_per_second / plain.tokens_per_second
     plan = drafter.drafting_plan
     drafts = not isinstance(plan, DraftingPlan) or plan.tree_budget > 0
     print(f"plan in effect: {figures.plan}")
     print("\n".join(diagnose(step, figures, speedup, drafts)))
-    if found is not None:
-        print(PASTE.format(name=found.name))
-    return int(speedup <= 1 or not drafts)
+    return speedup, drafts
+
+
+def find_for(args: argparse.Namespace) -> Candidate | None:
+    """The drafter that there is for the target that the command line names alone, as if it named that, too."""
+    if not args.target or args.drafter:
+        return None
+    found = find_drafters(args.target).best()
+    args.drafter = found.name
+    print(f"found: {found.name} ({found.kind}, layout {found.layout}, for {found.trained_for})")
+    return found
 
 
 def _style(found: Candidate | None, drafter: TreeDrafter) -> PromptStyle:
@@ -102,9 +128,8 @@ def diagnose(step: float, figures: GenerationStatistics, speedup: float, drafts:
     Returns:
         `list[str]`: The lines to print.
     """
-    plain = f"one plain step: {1000 * step:.1f} ms"
     if not drafts:
-        return [plain, "use it here? no, generate() is as fast without it"]
+        return ["use it here? no, generate() is as fast without it"]
     if not figures.rounds:
         return ["no round was timed because the answer ended at once; give a larger --max-new-tokens"]
     parts = [
@@ -116,7 +141,6 @@ def diagnose(step: float, figures: GenerationStatistics, speedup: float, drafts:
         f"yes, about {speedup:.2f}x" if speedup > 1 else f"no, {speedup:.2f}x is not faster than plain generate()"
     )
     return [
-        plain,
         f"one round: {draft + verify + host:.1f} ms (draft {draft:.1f}, verify {verify:.1f}, host {host:.1f}; "
         f"{figures.nodes_verified / figures.rounds:.0f} nodes)",
         f"a round yields {figures.tau:.2f} tokens and costs as much as {even:.2f} plain steps",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -25,21 +26,22 @@ from .default_target import DEFAULT_TARGET, find_default_drafter, load_default_t
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, positional: Collection[str] = ()) -> None:
     """
     Add the options that [`load_models`] reads.
 
     Args:
         parser (`argparse.ArgumentParser`): Of a subcommand.
-        positional (`bool`, *optional*, defaults to `False`): Name target and drafter without dashes.
+        positional (collection of `str`, *optional*, defaults to `()`):
+            Which of `target` and `drafter` are named without dashes.
     """
-    prefix, count = ("", "?") if positional else ("--", None)
-    parser.add_argument(
-        f"{prefix}target", help=f"folder or Hub id (default: {DEFAULT_TARGET}, from a wheel)", nargs=count
-    )
-    parser.add_argument(
-        f"{prefix}drafter", help="folder or Hub id (default: the one for the default target)", nargs=count
-    )
+    defaults = {"target": f"{DEFAULT_TARGET}, from a wheel", "drafter": "the one for the default target"}
+    for name, default in defaults.items():
+        words = f"folder or Hub id (default: {default})"
+        if name in positional:
+            parser.add_argument(name, nargs="?", help=words)
+        else:
+            parser.add_argument(f"--{name}", help=words)
     parser.add_argument(
         "--lookup",
         action=argparse.BooleanOptionalAction,
@@ -148,11 +150,11 @@ def ask(
         prompt_ids (`torch.LongTensor` of shape `[1, T]`): From [`encode`].
         drafter ([`TreeDrafter`], *optional*): Without one it is plain `generate()`.
         stream (`bool`, *optional*, defaults to `True`): Print the text.
-        **generate_kwargs: For `generate()`.
+        **generate_kwargs: For `generate()`, another streamer among them.
     """
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     settings = {"attention_mask": torch.ones_like(prompt_ids), "assistant_model": drafter, "streamer": streamer}
-    ids, seconds = timed(target.device, lambda: target.generate(prompt_ids, **settings, **generate_kwargs))
+    ids, seconds = timed(target.device, lambda: target.generate(prompt_ids, **(settings | generate_kwargs)))
     statistics = GenerationStatistics()
     if drafter is not None and drafter.last_statistics is not None:
         statistics = drafter.last_statistics

@@ -295,16 +295,17 @@ def _evaluation(
 
 def _expected(
     args: argparse.Namespace, drafter: PreTrainedModel, target: PreTrainedModel, measured: Measured
-) -> tuple[float, float]:
-    """Seconds that an evaluation will take, and measuring every plan at the end."""
+) -> tuple[float, float, float]:
+    """Seconds of an evaluation, and of measuring every plan at the end, if nothing is accepted; and the tau so far."""
     attention = drafter.config._attn_implementation
     drafter.eval()
-    evaluation = sum(expected_seconds(drafter, *measured, plan) for plan in _plans_of_evaluation(args, drafter))
+    tried = [expected_seconds(drafter, *measured, plan) for plan in _plans_of_evaluation(args, drafter)]
     drafter.set_attn_implementation("sdpa")
-    finish = sum(
+    last = [
         expected_seconds(either, *measured, plan)
         for plan in drafter.plans_to_measure()
         for either in _alone_and_joined(drafter, target)
-    )
+    ]
     drafter.set_attn_implementation(attention)
-    return evaluation, finish
+    taus = [tau for _, tau in tried]
+    return sum(seconds for seconds, _ in tried), sum(seconds for seconds, _ in last), sum(taus) / len(taus)

@@ -22,9 +22,6 @@ from ..trees.verification import Select, sample_and_walk
 
 SIMULATED_TOKENS = 96
 
-EXPECTED_TAU = 2.0
-"""Of a drafter that has learned something, to tell how many rounds a text will take."""
-
 TRIED_TOKENS = 16
 
 
@@ -89,16 +86,16 @@ def expected_seconds(
     examples: Sequence[Example],
     views: Sequence[TargetView],
     plan: DraftingPlan,
-) -> float:
+) -> tuple[float, float]:
     """
-    Seconds that [`simulate_acceptance`] will take over all examples once the drafter has learned something, from a few
-    rounds over one of them.
+    Seconds that [`simulate_acceptance`] would take over all examples if nothing was accepted, and the tau that it has
+    so far, both from a few rounds over one of them.
     """
     started = time.perf_counter()
     tried = simulate_acceptance(drafter, table, examples[:1], views[:1], plan, TRIED_TOKENS)
     a_round = (time.perf_counter() - started) / max(1, len(tried.accepted))
     tokens = sum(min(SIMULATED_TOKENS, len(example.input_ids) - example.answer_start) for example in examples)
-    return a_round * tokens / EXPECTED_TAU
+    return a_round * tokens, tried.tau if tried.accepted else 1.0
 
 
 def _replay(text: list[int]) -> Select:

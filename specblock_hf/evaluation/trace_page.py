@@ -25,8 +25,14 @@ TEMPLATE = Path(__file__).parents[1] / "templates" / "trace.html"
 PLACE_OF_DATA = '"DATA"'
 
 
-class _RoundKeeper(DraftingCallback):
-    """Keeps every round of the one call that it listens to, ready for JSON."""
+class RoundKeeper(DraftingCallback):
+    """
+    Keeps every round of the one call that it listens to, and shows them as a page.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
+        device (`torch.device`): Where the target runs.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device):
         self.tokenizer = tokenizer
@@ -75,6 +81,20 @@ class _RoundKeeper(DraftingCallback):
             for node, place in places.items()
         ]
 
+    def page(self, title: str, prompt_ids: torch.LongTensor, shown: int = 1) -> str:
+        """
+        The rounds as a page that needs no other file.
+
+        Args:
+            title (`str`): Of the page.
+            prompt_ids (`torch.LongTensor` of shape `[1, T]`): What the call was given.
+            shown (`int`, *optional*, defaults to 1): The round that it begins at, if its address names none.
+        """
+        prompt = self.tokenizer.decode(prompt_ids[0], skip_special_tokens=True)
+        data = {"title": title, "prompt": prompt, "first": self.first, "rounds": self.rounds, "shown": shown}
+        # Text may hold the end of a script.
+        return TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, json.dumps(data).replace("<", "\\u003c"), 1)
+
 
 def trace_page(
     target: PreTrainedModel,
@@ -98,14 +118,11 @@ def trace_page(
     Returns:
         `str`: The page's HTML. Its times are those of this call, with the keeping of rounds between them.
     """
-    keeper = _RoundKeeper(tokenizer, target.device)
+    keeper = RoundKeeper(tokenizer, target.device)
     drafter.add_callback(keeper)
     try:
         defaults = {"attention_mask": torch.ones_like(prompt_ids)}
         target.generate(prompt_ids, assistant_model=drafter, **(defaults | generate_kwargs))
     finally:
         drafter.remove_callback(keeper)
-    prompt = tokenizer.decode(prompt_ids[0], skip_special_tokens=True)
-    data = {"title": title, "prompt": prompt, "first": keeper.first, "rounds": keeper.rounds}
-    # Text may hold the end of a script.
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, json.dumps(data).replace("<", "\\u003c"), 1)
+    return keeper.page(title, prompt_ids)

@@ -7,6 +7,7 @@ run will take with all that is measured on the way.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -43,9 +44,10 @@ class Rehearsal:
         steps (`int`): Of the run.
         shares (`dict[str, float]`): Share of that step by phase.
         tokens (`int`): Answer tokens of that step, all processes together.
-        evaluations (`int`, *optional*, defaults to 0): Of the run.
-        evaluation (`float`, *optional*, defaults to 0.0): Seconds of one.
-        finish (`float`, *optional*, defaults to 0.0): Seconds of measuring every plan at the end.
+        eval_steps (`int`, *optional*, defaults to 1): Steps between evaluations.
+        evaluation (`float`, *optional*, defaults to 0.0): Seconds of one in which nothing is accepted; 0 for none.
+        finish (`float`, *optional*, defaults to 0.0): The same of measuring every plan at the end.
+        tau (`float`, *optional*, defaults to 1.0): What the drafter accepts already.
     """
 
     target: int
@@ -55,22 +57,43 @@ class Rehearsal:
     steps: int
     shares: dict[str, float]
     tokens: int
-    evaluations: int = 0
+    eval_steps: int = 1
     evaluation: float = 0.0
     finish: float = 0.0
+    tau: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """After every `eval_steps`, and after the last step."""
+        return math.ceil(self.steps / self.eval_steps) if self.evaluation else 0
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Of all evaluations: the more a drafter accepts, the fewer rounds there are to simulate."""
+        places = (min(number * self.eval_steps, self.steps) for number in range(1, self.evaluations + 1))
+        return sum(self.evaluation / self.tau_after(step) for step in places)
+
+    @property
+    def finish_seconds(self) -> float:
+        """Of what follows the last step."""
+        return self.finish / self.tau_after(self.steps)
 
     @property
     def run_seconds(self) -> float:
         """Of the whole run."""
-        return self.steps * self.seconds + self.evaluations * self.evaluation + self.finish
+        return self.steps * self.seconds + self.evaluation_seconds + self.finish_seconds
+
+    def tau_after(self, step: int) -> float:
+        """What the drafter is expected to accept then."""
+        return max(self.tau, expected_tau(step * self.tokens))
 
     def __str__(self) -> str:
         bound = max(self.shares, key=self.shares.get)
         measured = "nothing is held out to measure with"
         if self.evaluations:
             measured = (
-                f"{self.evaluations} evaluation(s) of {duration(self.evaluation)}, every plan's acceptance in "
-                f"{duration(self.finish)}"
+                f"{self.evaluations} evaluation(s) of {duration(self.evaluation_seconds / self.evaluations)}, every "
+                f"plan's acceptance in {duration(self.finish_seconds)}"
             )
         parts = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
         return (
@@ -82,6 +105,14 @@ class Rehearsal:
         )
 
 
+def expected_tau(tokens: float) -> float:
+    """
+    Roughly what trees accept after so many answer tokens of training: 1.15 after 2,500, 1.5 after 30 thousand, 2.1
+    after 540 thousand and 2.3 after 1.6 million, as with SmolLM2-135M-Instruct (`docs/training.md`).
+    """
+    return 1 + 0.19 * math.log1p(tokens / 2000)
+
+
 def duration(seconds: float) -> str:
     """In the unit that suits it."""
     if seconds < 120:
@@ -90,7 +121,11 @@ def duration(seconds: float) -> str:
 
 
 def rehearse(
-    trainer: DrafterTrainer, target: PreTrainedModel, evaluation: float = 0.0, finish: float = 0.0
+    trainer: DrafterTrainer,
+    target: PreTrainedModel,
+    evaluation: float = 0.0,
+    finish: float = 0.0,
+    tau: float = 1.0,
 ) -> Rehearsal:
     """
     Take the step with the most tokens and a usual one with everything joined, and leave no trace: weights, optimiser,
@@ -99,8 +134,10 @@ def rehearse(
     Args:
         trainer ([`DrafterTrainer`]): About to train.
         target ([`~transformers.PreTrainedModel`]): For its size.
-        evaluation (`float`, *optional*, defaults to 0.0): Seconds that `trainer.evaluate` is expected to take.
-        finish (`float`, *optional*, defaults to 0.0): Seconds of what follows the last step.
+        evaluation (`float`, *optional*, defaults to 0.0):
+            Seconds that `trainer.evaluate` would take if nothing was accepted.
+        finish (`float`, *optional*, defaults to 0.0): The same of what follows the last step.
+        tau (`float`, *optional*, defaults to 1.0): What the drafter accepts already.
     """
     _seconds_of(trainer, trainer.sized_step(0))  # which warms up, too
     peak, usual = _peak(trainer.accelerator.device), trainer.sized_step(0.5)
@@ -116,9 +153,10 @@ def rehearse(
         steps=steps,
         shares=shares,
         tokens=trainer.answer_tokens(usual),
-        evaluations=-(-steps // trainer.args.eval_steps) if evaluation else 0,
+        eval_steps=trainer.args.eval_steps,
         evaluation=evaluation,
         finish=finish,
+        tau=tau,
     )
 
 

@@ -308,9 +308,24 @@ def test_doctor_says_what_its_calibration_says(nodes, options, models_on_disk, c
     output = capsys.readouterr().out
     assert ("calibrated: no tree pays here" in output) == (nodes == 0)
     if nodes == 0:
-        assert status == 1 and output.endswith(" ms\nuse it here? no, generate() is as fast without it\n")
+        assert re.search(r"\none plain step: \d+\.\d ms\nplan in effect: .+\nuse it here\? no, .+\n\Z", output)
+        assert status == 1 and output.endswith("\nuse it here? no, generate() is as fast without it\n")
     else:
         assert "calibrated: 6 drafted nodes" in output and "one round: " in output
+
+
+def test_what_an_interrupted_doctor_has_measured_stays(models_on_disk, capsys, monkeypatch):
+    def asked(target, tokenizer, prompt_ids, drafter=None, **settings):
+        if drafter is not None and settings["max_new_tokens"] == 12:
+            raise KeyboardInterrupt
+        return terminal.ask(target, tokenizer, prompt_ids, drafter, **settings)
+
+    monkeypatch.setattr(doctor, "ask", asked)
+    assert cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12", "--plan", "6", "1", "4"]) == 130
+    said, error = capsys.readouterr()
+    assert re.search(r"^one plain step: \d+\.\d ms\n\Z", said, re.MULTILINE)
+    assert "compatible: yes" in said and "use it here?" not in said
+    assert error.endswith("interrupted before there was a verdict; what is said above holds\n")
 
 
 def test_doctor_refuses_a_drafter_for_another_target(models_on_disk, tmp_path, capsys):
@@ -325,15 +340,11 @@ def test_diagnosis():
     figures = GenerationStatistics(rounds=4, accepted=[1, 2, 0, 3], cut=[False] * 4, nodes_verified=40)
     figures.draft_seconds, figures.verify_seconds, figures.host_seconds = 0.04, 0.12, 0.04
     assert diagnose(0.025, figures, 1.234) == [
-        "one plain step: 25.0 ms",
         "one round: 50.0 ms (draft 10.0, verify 30.0, host 10.0; 10 nodes)",
         "a round yields 2.50 tokens and costs as much as 2.00 plain steps",
         "use it here? yes, about 1.23x",
     ]
-    assert diagnose(0.025, figures, 1.08, drafts=False) == [
-        "one plain step: 25.0 ms",
-        "use it here? no, generate() is as fast without it",
-    ]
+    assert diagnose(0.025, figures, 1.08, drafts=False) == ["use it here? no, generate() is as fast without it"]
     assert diagnose(0.025, figures, 0.8)[-1] == "use it here? no, 0.80x is not faster than plain generate()"
     assert "give a larger --max-new-tokens" in diagnose(0.025, GenerationStatistics(), 1.0)[0]
 

@@ -84,6 +84,7 @@ def test_a_browser_shows_the_round_that_the_address_names(folders, tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"{page.as_uri()}#2"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert re.search(r"round 2 of \d+: 6 drafted, \d kept, \d emitted", dom)
+    assert re.search(r'id="costs">.*draft \d+\.\d ms.*verify \d+\.\d ms.*rest \d+\.\d ms', dom)
     assert len(re.findall(r'<g class="node">', dom)) == 7 and len(re.findall(r"<path ", dom)) == 6
 
 

@@ -119,9 +119,8 @@ def test_what_a_simulation_will_take_is_told_by_its_first_rounds(monkeypatch):
         return SimulatedAcceptance(rounds)
 
     monkeypatch.setattr(simulate, "simulate_acceptance", first_rounds)
-    assert (
-        simulate.expected_seconds(
-            None, None, [example_of([1] * 8, 2)] * 4 + [example_of([1] * 200, 2)], [None] * 5, DraftingPlan(8, 1)
-        )
-        == 0.5 * (4 * 6 + 96) / 2
-    )
+    examples = [example_of([1] * 8, 2)] * 4 + [example_of([1] * 200, 2)]
+    seconds, tau = simulate.expected_seconds(None, None, examples, [None] * 5, DraftingPlan(8, 1))
+    assert seconds == 0.5 * (4 * 6 + 96) and tau == 2
+    rounds.clear()
+    assert simulate.expected_seconds(None, None, examples, [None] * 5, DraftingPlan(8, 1))[1] == 1

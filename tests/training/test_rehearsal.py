@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from conftest import tiny_target
 from safetensors.torch import load_file
 from test_trainer import tiny_trainer
 from training_for_tests import tiny_drafter
 
-from specblock_hf.training.estimate import Rehearsal, rehearse
+from specblock_hf.training.estimate import Rehearsal, expected_tau, rehearse
 
 
 def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path):
@@ -41,17 +44,28 @@ def test_the_largest_step_has_the_most_places(tmp_path):
 def test_measurements_are_part_of_the_estimate(tmp_path):
     trainer = tiny_trainer(tmp_path, epochs=3, eval_steps=5)
     assert trainer.total_steps == 12
-    rehearsal = rehearse(trainer, tiny_target("llama"), evaluation=10.0, finish=40.0)
+    rehearsal = rehearse(trainer, tiny_target("llama"), evaluation=10.0, finish=40.0, tau=2.0)
     assert rehearsal.evaluations == 3  # after 5, 10 and the last
-    assert rehearsal.run_seconds == 12 * rehearsal.seconds + 70
+    assert rehearsal.run_seconds == 12 * rehearsal.seconds + 3 * 5 + 20
     trainer.args.max_seconds = 100 * rehearsal.seconds
     limited = rehearse(trainer, tiny_target("llama"))
     assert limited.evaluations == 0 and limited.run_seconds == limited.steps * limited.seconds
 
 
+def test_measuring_takes_less_time_the_more_is_accepted():
+    rehearsal = Rehearsal(1, 1, 1, 1.0, 25, {}, 1000, eval_steps=10, evaluation=60.0, finish=300.0)
+    taus = [expected_tau(tokens) for tokens in (10_000, 20_000, 25_000)]  # after steps 10, 20 and 25
+    assert 1.3 < taus[0] < taus[1] < taus[2] < 1.55 and expected_tau(0) == 1 and 2.2 < expected_tau(1_600_000) < 2.4
+    assert rehearsal.evaluation_seconds == pytest.approx(sum(60 / tau for tau in taus))
+    assert rehearsal.finish_seconds == pytest.approx(300 / taus[-1])
+    assert rehearsal.run_seconds == pytest.approx(25 + rehearsal.evaluation_seconds + rehearsal.finish_seconds)
+    trained = replace(rehearsal, tau=3.0)  # which accepts more than what it is about to learn
+    assert trained.run_seconds == 25 + 3 * 20 + 100
+
+
 def test_what_it_says():
     shares = {"target": 0.25, "forward": 0.25, "backward": 0.5}
-    said = str(Rehearsal(270_000_000, 440_000_000, 2_000_000_000, 1.8, 4000, shares, 1500, 10, 90.0, 600.0))
+    said = str(Rehearsal(270_000_000, 440_000_000, 2_000_000_000, 1.8, 4000, shares, 1500, 400, 270.0, 1800.0, 3.0))
     assert said.splitlines() == [
         "memory: target 0.27 GB, drafter with gradients and moments 0.44 GB, peak of the largest step 2.00 GB",
         "a step: 1.80 s for 1500 answer tokens (target 25%, forward 25%, backward 50%), bound by the drafter's "
