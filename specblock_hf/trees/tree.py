@@ -19,15 +19,7 @@ from torch import nn
 
 from ..devices import on_device
 from .distributions import DraftDistributions
-
-
-# An odd multiplier with well-mixed bits (2^64 divided by the golden ratio, as a signed number).
-_PATH_FACTOR = -7046029254386353131
-
-
-def _signed(number: int) -> int:
-    """A whole number as 64 bits hold it."""
-    return (number + 2**63) % 2**64 - 2**63
+from .paths import PATH_FACTOR, path_counts, path_sums
 
 
 FOUND = -2
@@ -105,12 +97,14 @@ class DraftTree:
 
     def depths(self) -> torch.LongTensor:
         """Distance of every node from the root, `[B, N]`; 0 for padding."""
-        return self._path_counts((self.parents >= 0).long())
+        return path_counts(self.parents, self.max_depth, (self.parents >= 0).long())
 
     def cumulative_log_probs(self) -> torch.Tensor:
         """Sum of the log-probs from the root to every node, `[B, N]`; -inf for padding, never above the parent's."""
         # Rounding lifts log-probs above 0 and a broken drafter gives NaN; neither may put a node before its parent.
-        return self._path_sums(self.log_probs.clamp_max(0).nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+        return path_sums(
+            self.parents, self.max_depth, self.log_probs.clamp_max(0).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        )
 
     def ancestors(self) -> torch.BoolTensor:
         """Which nodes lie on each node's path, `[B, N, N]`: row sees column and itself. Padding sees only itself."""
@@ -135,7 +129,8 @@ class DraftTree:
                 merge. `False` keeps every child's cumulative log-prob instead, as the authors' release does.
         """
         # Copies are found by a hash of their path. Should two different paths ever collide, one draft is lost.
-        paths = self._path_counts((self.tokens + 1).masked_fill(self.parents < 0, 0), factor=_PATH_FACTOR)
+        steps = (self.tokens + 1).masked_fill(self.parents < 0, 0)
+        paths = path_counts(self.parents, self.max_depth, steps, factor=PATH_FACTOR)
         ordered, order = paths.sort(dim=1, stable=True)
         # Padding hashes like the root, whose copy it thereby becomes.
         kept_copy = order.gather(1, torch.searchsorted(ordered, paths))
@@ -356,28 +351,6 @@ class DraftTree:
     def _positions(self) -> torch.LongTensor:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
-    def _path_sums(self, values: torch.Tensor) -> torch.Tensor:
-        """
-        Sum `values` `[B, N]` (0 at the root) from every node up to the root. A node's sum is its parent's plus one
-        rounded addition, so sums of values <= 0 never grow towards the leaves.
-        """
-        parent = self.parents.clamp_min(0)
-        sums = values
-        for _ in range(self.max_depth - 1):
-            sums = values + sums.gather(1, parent)
-        return sums
-
-    def _path_counts(self, values: torch.LongTensor, factor: int = 1) -> torch.LongTensor:
-        """
-        The same of whole numbers, the parent's sum times `factor`, modulo 2^64. They are not rounded, whatever they
-        are added to first, so that a sum over twice as many nodes is made of two.
-        """
-        above, sums = self.parents.clamp_min(0), values
-        for _ in range((self.max_depth - 1).bit_length()):
-            sums = torch.add(sums, sums.gather(1, above), alpha=factor)
-            above, factor = above.gather(1, above), _signed(factor * factor)
-        return sums
-
     def _take(self, order: torch.LongTensor) -> DraftTree:
         """The nodes at `order` `[B, M]`, which holds the parent of every node that it holds."""
         new = torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -422,7 +395,7 @@ class DraftTree:
         """Nodes `[B, N]` of a tree sorted by likelihood that are padding, a later child or below one."""
         same = self.parents.unsqueeze(2) == self.parents.unsqueeze(1)
         turns = same.tril(-1).any(2) | (self.parents < -1)
-        return self._path_counts(turns.long()) > 0
+        return path_counts(self.parents, self.max_depth, turns.long()) > 0
 
     def _per_row(self, limit: int | Sequence[int], name: str) -> list[int]:
         rows = self.tokens.shape[0]
