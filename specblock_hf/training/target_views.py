@@ -22,6 +22,7 @@ from ..data.examples import Example
 from ..devices import without_cudnn_attention
 from ..drafting.target_batch import rows_at_once
 from ..target.features import FeatureTaps
+from ..target.head import logits_of_states
 
 
 @dataclass
@@ -67,7 +68,7 @@ def view_target(
     lengths = torch.tensor([len(e.input_ids) for e in examples])
     predicting = ((places >= starts[:, None] - 1) & (places < lengths[:, None] - 1)).flatten().nonzero().squeeze(1)
     last = out.last_hidden_state.flatten(0, 1)
-    top_ids, top_probs = _likeliest(target.get_output_embeddings(), last[predicting.to(last.device)], top_k)
+    top_ids, top_probs = _likeliest(target, last[predicting.to(last.device)], top_k)
     # A target that is spread over devices has its states where its layers are.
     states = torch.stack([state.to(top_ids.device) for state in hidden], dim=2)
     answers = [len(e.input_ids) - e.answer_start for e in examples]
@@ -75,11 +76,11 @@ def view_target(
     return [TargetView(features[: len(text)], *likeliest) for features, text, *likeliest in parts]
 
 
-def _likeliest(head: nn.Module, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _likeliest(target: PreTrainedModel, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and probabilities `[n, k]` of the likeliest tokens after states `[n, d]`."""
-    ids, probs = [], []
-    for part in states.split(rows_at_once(head.weight.shape[0], states.device)):
-        logits = head(part).float()
+    ids, probs, logits_of = [], [], logits_of_states(target)
+    for part in states.split(rows_at_once(target.get_output_embeddings().weight.shape[0], states.device)):
+        logits = logits_of(part).float()
         best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         ids.append(best.indices.to(torch.int32))
         probs.append((best.values - logits.logsumexp(-1, keepdim=True)).exp())
