@@ -92,9 +92,9 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     factor.plot([row["step"] for row in rows["adapted"]], [row["gain"] for row in rows["adapted"]], color="C2")
     factor.axhline(1, color="grey", linewidth=1)
     tau.set(xlabel="step of the policy", ylabel="tau of its rollouts, one plan throughout")
-    factor.set(xlabel="step of the policy", ylabel="tokens a round, adapted over first drafter, same rollouts")
+    factor.set(xlabel="step of the policy", ylabel="tokens a round: adapted over first")
     reward.set(xlabel="step of the policy", ylabel="mean reward of 8 rollouts")
-    reward.legend()
+    figure.legend(*reward.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
