@@ -96,8 +96,8 @@ class DraftTree:
         return self.tokens.shape[1] - 1 if self.height is None else self.height
 
     def depths(self) -> torch.LongTensor:
-        """Distance of every node from the root, `[B, N]`; 0 for padding."""
-        return path_counts(self.parents, self.max_depth, (self.parents >= 0).long())
+        """Distance of every node from the root, `[B, N]`; 0 for padding, never above `max_depth`."""
+        return path_counts(self.parents, self.max_depth, (self.parents >= 0).long()).clamp_max(self.max_depth)
 
     def cumulative_log_probs(self) -> torch.Tensor:
         """Sum of the log-probs from the root to every node, `[B, N]`; -inf for padding, never above the parent's."""

@@ -46,7 +46,8 @@ def test_a_picture(kind, attention):
         assert torch.equal(target.generate(**batch, **BASE, assistant_model=drafter), plain)
 
 
-@pytest.mark.parametrize("kind", MULTIMODAL)
+# What Gemma's pictures say depends on where a prompt is cut: refused, see test_recurrent.py.
+@pytest.mark.parametrize("kind", [kind for kind in MULTIMODAL if not kind.startswith("gemma")])
 def test_a_prompt_with_a_picture_is_read_in_one_piece(kind):
     # Plain decoding forgets the pictures of chunks in old releases and hands each its part in new ones.
     target, batch = multimodal_target(kind), prompts_with_images(kind, (7,))
