@@ -44,7 +44,7 @@ NOTES = [
     "  (`tests/target/test_cache.py`).",
     "- A prompt with pictures is read in one forward, whatever `prefill_chunk_size` says. Where that changes plain",
     "  decoding's text it is refused: with Gemma, in which the tokens of a picture see each other, and with",
-    "  recurrent layers and padding where `prefill_chunk_size=1` (`tests/target/test_recurrent.py`).",
+    "  recurrent layers and padding where `prefill_chunk_size=1` (`tests/target/test_inputs.py`).",
     "- Recurrent layers (those above, and of Zamba2, OLMo-hybrid, Kimi-Linear, the mixtures of Qwen3.5 and",
     "  LFM2) keep a state that never goes back: what was committed behind it is read again together with the",
     "  next draft, in the same forward, until all that a forward reads is kept. Where reading again has cost as",

@@ -13,8 +13,8 @@ from options_for_tests import BASE, refusal, same_text
 from targets_for_tests import MOE_FAMILIES, OFFLOADED, TargetKind, make_target
 from transformers import DynamicCache
 
-from specblock_hf import SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.compat import CACHE
+from specblock_hf import LookupDrafter, SpecBlockConfig, SpecBlockDrafter
+from specblock_hf.compat import CACHE, RELEASE
 from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.target.prompt import PromptPairs
 
@@ -46,7 +46,7 @@ def test_a_picture(kind, attention):
         assert torch.equal(target.generate(**batch, **BASE, assistant_model=drafter), plain)
 
 
-# What Gemma's pictures say depends on where a prompt is cut: refused, see test_recurrent.py.
+# What Gemma's pictures say depends on where a prompt is cut: refused, see below.
 @pytest.mark.parametrize("kind", [kind for kind in MULTIMODAL if not kind.startswith("gemma")])
 def test_a_prompt_with_a_picture_is_read_in_one_piece(kind):
     # Plain decoding forgets the pictures of chunks in old releases and hands each its part in new ones.
@@ -55,6 +55,38 @@ def test_a_prompt_with_a_picture_is_read_in_one_piece(kind):
     drafter = garbage(1, vocab_size=MULTIMODAL_VOCAB)
     assert torch.equal(target.generate(**batch, **BASE, prefill_chunk_size=3, assistant_model=drafter), plain)
     assert len(drafter.drafters[0].states[0].pairs[0].tokens[0]) == batch["input_ids"].shape[1]
+
+
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
+def test_pictures_and_padding_that_plain_decoding_reads_alone():
+    target = multimodal_target("qwen3.5")
+
+    def run(lengths: tuple[int, ...], chunk: int, assistant=None):
+        batch, options = (
+            prompts_with_images("qwen3.5", lengths),
+            BASE | {"eos_token_id": None, "prefill_chunk_size": chunk},
+        )
+        return target.generate(**batch, **options, assistant_model=assistant)
+
+    for lengths, chunk in (((5,), 1), ((5, 5), 1), ((5, 2), 2)):
+        assert torch.equal(run(lengths, chunk, LookupDrafter(target.config)), run(lengths, chunk))
+    with pytest.raises(ValueError, match=r"^prefill_chunk_size=1 has \w+ read padding alone, .*; leave"):
+        run((5, 2), 1, LookupDrafter(target.config))
+    # That is what is wrong with it.
+    assert not torch.equal(run((5, 2), 1), run((5, 2), 2))
+
+
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
+def test_pictures_whose_tokens_see_each_other_are_not_cut():
+    target, batch = multimodal_target("gemma3 with images"), prompts_with_images("gemma3 with images", (9,))
+
+    def run(chunk: int, assistant=None):
+        options = BASE | {"eos_token_id": None, "prefill_chunk_size": chunk, "max_new_tokens": 8}
+        return target.generate(**batch, **options, assistant_model=assistant)
+
+    assert torch.equal(run(13, LookupDrafter(target.config)), run(13))
+    with pytest.raises(ValueError, match=r"^prefill_chunk_size=2 cuts a prompt in which .*; leave prefill_chunk"):
+        run(2, LookupDrafter(target.config))
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)

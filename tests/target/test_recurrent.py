@@ -13,11 +13,10 @@ from batches_for_tests import garbage, padded_batch
 from conftest import SIZES, prompt_of, tiny_target
 from hybrids_for_tests import BATCHED, BOUNDED, CORE, HYBRIDS, UNTAKEN, chain_oracles, hybrid_target, states_of
 from interruptions_for_tests import Broken, Ended, Listener, Watch, interrupted
-from multimodal_for_tests import multimodal_target, prompts_with_images
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
 
 from specblock_hf import DraftingPlan, Eagle3Config, Eagle3Drafter, LookupDrafter, SpecBlockConfig, SpecBlockDrafter
-from specblock_hf.compat import CACHE, RELEASE
+from specblock_hf.compat import CACHE
 from specblock_hf.target import model, recurrent
 from specblock_hf.target.recurrent import Lag
 from specblock_hf.trees.verification import Walk
@@ -117,35 +116,6 @@ def test_a_prompt_in_chunks(chunk):
         plain = target.generate(**batch, **options)
         drafter = oracle(plain, batch["attention_mask"], lambda number: number % 4)
         assert torch.equal(target.generate(**batch, **options, assistant_model=drafter), plain)
-
-
-@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
-def test_pictures_and_padding_that_plain_decoding_reads_alone():
-    target = multimodal_target("qwen3.5")
-
-    def run(lengths: tuple[int, ...], chunk: int, assistant=None):
-        batch, options = prompts_with_images("qwen3.5", lengths), GREEDY | {"prefill_chunk_size": chunk}
-        return target.generate(**batch, **options, assistant_model=assistant)
-
-    for lengths, chunk in (((5,), 1), ((5, 5), 1), ((5, 2), 2)):
-        assert torch.equal(run(lengths, chunk, LookupDrafter(target.config)), run(lengths, chunk))
-    with pytest.raises(ValueError, match=r"^prefill_chunk_size=1 has \w+ read padding alone, .*; leave"):
-        run((5, 2), 1, LookupDrafter(target.config))
-    # That is what is wrong with it.
-    assert not torch.equal(run((5, 2), 1), run((5, 2), 2))
-
-
-@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
-def test_pictures_whose_tokens_see_each_other_are_not_cut():
-    target, batch = multimodal_target("gemma3 with images"), prompts_with_images("gemma3 with images", (9,))
-
-    def run(chunk: int, assistant=None):
-        options = GREEDY | {"prefill_chunk_size": chunk, "max_new_tokens": 8}
-        return target.generate(**batch, **options, assistant_model=assistant)
-
-    assert torch.equal(run(13, LookupDrafter(target.config)), run(13))
-    with pytest.raises(ValueError, match=r"^prefill_chunk_size=2 cuts a prompt in which .*; leave prefill_chunk"):
-        run(2, LookupDrafter(target.config))
 
 
 def network(kind: str, target):

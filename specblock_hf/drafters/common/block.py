@@ -134,9 +134,8 @@ class FixedBlockState(BlockState):
 class BlockDrafter(NetworkDrafter):
     """
     A drafter whose network keeps keys and values of K slots (`config.block_size`; 1 for EAGLE-3) for every committed
-    pair. The network's
-    `forward(embeds, conditions, positions, mask, cache)` turns rows into states `[B, R, K, d]`, and
-    `project_features` makes the conditions of committed pairs. The conditions of later rows are states that the
+    pair. The network's `forward(embeds, conditions, positions, mask, cache)` turns rows into states `[B, R, K, d]`,
+    and `project_features` makes the conditions of committed pairs. The conditions of later rows are states that the
     forward returned.
     """
 

@@ -76,8 +76,8 @@ def keys_and_values(
 class BlockCache:
     """
     Keys and values of one `generate()` call: first the committed columns of every row of the batch, then scratch
-    columns of the
-    forwards that draft, which the next committed forward overwrites. Written in place; it grows by doubling.
+    columns of the forwards that draft, which the next committed forward overwrites. Written in place; it grows by
+    doubling.
 
     Args:
         config ([`~transformers.LlamaConfig`]): For the number of layers and the geometry of the heads.
