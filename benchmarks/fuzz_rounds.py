@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Compare random calls in fixed shapes, replayed as pretended CUDA graphs, with eager rounds and with plain decoding: the
-same tokens, trees, walks and pairs. On a tiny target in fp32. Nodes of a tree may stand in another order, because the
-columns that are hidden from a forward decide how it rounds, and so the order of nodes that are as likely as each
-other. Goes on where an earlier run into the same file ended.
+same tokens, trees, walks and pairs. Some calls draft in some rounds only, and the drafter is told later what it has
+missed. On a tiny target in fp32. Nodes of a tree may stand in another order, because the columns that are hidden from
+a forward decide how it rounds, and so the order of nodes that are as likely as each other. Goes on where an earlier
+run into the same file ended.
 
     python benchmarks/fuzz_rounds.py --calls 1000
 """
@@ -12,6 +13,7 @@ other. Goes on where an earlier run into the same file ended.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -33,7 +35,10 @@ from graphs_for_tests import PretendedGraphs  # noqa: E402
 from test_fixed_rounds import DRAFTERS, GREEDY, Rounds  # noqa: E402
 
 from specblock_hf import DraftingPlan, compile_rounds  # noqa: E402
+from specblock_hf.drafting import state  # noqa: E402
 from specblock_hf.generation import compilation  # noqa: E402
+from specblock_hf.planning.controller import PlanController  # noqa: E402
+from specblock_hf.planning.offers import Choice, Way  # noqa: E402
 
 
 OPTIONS: dict[str, Any] = {
@@ -66,6 +71,25 @@ class Paths(Rounds):
         self.seen[-1] = self.seen[-1][1:]
 
 
+class Pausing(PlanController):
+    """Drafts by a plan in some rounds and nothing in the others, the same ones in every call."""
+
+    def __init__(self, plan: DraftingPlan, pauses: list[bool]):
+        super().__init__()
+        self._drafts = Choice(plan.tree_budget, Way(plan.num_forwards, plan.max_starts))
+        self._pauses = pauses
+        self.begin()
+
+    def begin(self) -> None:
+        self._rounds = itertools.cycle(self._pauses)
+
+    def next(self, setting: Any, offer: Any) -> Choice:
+        return Choice(0) if next(self._rounds) else self._drafts
+
+    def observe(self, setting: Any, offer: Any, seen: Any) -> None:
+        """It knows."""
+
+
 def same(rounds: list, others: list) -> bool:
     """Whether all paths and walks are the same, log-probs up to rounding."""
     if len(rounds) != len(others):
@@ -91,13 +115,16 @@ def case() -> dict[str, Any]:
     if random.random() < 0.25:
         options |= {"do_sample": True, "temperature": random.uniform(0.5, 1.5)}
     plan = DraftingPlan(random.randint(1, 24), random.randint(1, 3), random.randint(1, 8))
-    if random.random() < 0.2:
+    pauses = [random.random() < 0.6 for _ in range(random.randint(2, 9))] if random.random() < 0.3 else None
+    if random.random() < 0.2 and pauses is None:
         plan = DraftingPlan(plan.tree_budget, plan.num_forwards, plan.max_starts, 1e-3, 1e-2)
     return {
         "drafter": random.choice(sorted(DRAFTERS)),
         "target": random.choice(["llama", "llama", "qwen3"]),
         "attention": random.choice(["sdpa", "sdpa", "eager"]),
         "plan": plan,
+        "pauses": pauses,
+        "most_waiting": random.choice([4, 1024]),
         "lengths": lengths,
         "seed": random.randint(0, 999),
         "options": GREEDY | options,
@@ -116,6 +143,9 @@ def compare(case: dict[str, Any], made: dict) -> Counter[str]:
         made[case["drafter"]] = DRAFTERS[case["drafter"]]()
     drafter = made[case["drafter"]]
     drafter.drafting_plan, drafter.compiled_rounds = case["plan"], None
+    if case["pauses"]:
+        drafter.drafting_plan, drafter.default_plan = "auto", lambda device: case["plan"]
+        drafter.controller, state.MOST_WAITING = Pausing(case["plan"], case["pauses"]), case["most_waiting"]
     batch = padded_batch(case["lengths"], case["seed"])
     longest = max(case["lengths"]) + case["options"]["max_new_tokens"]
 
@@ -123,6 +153,8 @@ def compare(case: dict[str, Any], made: dict) -> Counter[str]:
         rounds = Paths()
         drafter.add_callback(rounds)
         torch.manual_seed(case["seed"])
+        if case["pauses"]:
+            drafter.controller.begin()
         text = target.generate(**batch, **case["options"], assistant_model=helper)
         drafter.remove_callback(rounds)
         return text.tolist(), rounds.seen
@@ -171,6 +203,7 @@ def main() -> None:
         call = case()
         counts.update(["calls", call["drafter"], call["target"], call["attention"], f"{len(call['lengths'])} rows"])
         counts.update(name for name, value in call["options"].items() if value)
+        counts["pauses"] += call["pauses"] is not None
         try:
             counts += compare(call, made)
         except Exception as error:  # whatever it is, it is one of this call, and the others go on

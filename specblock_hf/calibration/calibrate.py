@@ -127,13 +127,15 @@ def calibrate(
         tried = tuple(zip(plans, speedups, strict=True))
         plan, speedup = _fastest(tried)
     if apply:
-        _fill(target, drafter, curves, batch_size, probe.lent)
+        _fill(target, drafter, curves, batch_size, probe.fixed)
         if drafter.drafting_plan != "auto":
             drafter.drafting_plan = plan
     return Calibration(curves, plan, speedup, probe.spread(), tried)
 
 
-def _fill(target: PreTrainedModel, drafter: TreeDrafter, curves: CostCurves, batch_size: int, lent: bool) -> None:
+def _fill(
+    target: PreTrainedModel, drafter: TreeDrafter, curves: CostCurves, batch_size: int, fixed: tuple[bool, bool]
+) -> None:
     """
     Tell the drafter's controller what calls will cost; sampled and greedy ones cost the same, those with rounds of
     fixed shapes are another setting.
@@ -141,7 +143,7 @@ def _fill(target: PreTrainedModel, drafter: TreeDrafter, curves: CostCurves, bat
     device = TokenTable.of(target).device
     offer = offer_of(drafter, device)
     for sampled in (False, True):
-        setting = setting_of(target, device, batch_size, sampled, compiled=lent)
+        setting = setting_of(target, device, batch_size, sampled, *fixed)
         drafter.controller.fill(setting, offer, *curves.for_controller(offer.ways))
 
 
@@ -172,7 +174,7 @@ class _Probe:
     ):
         self.target, self.drafter, self.context, self.batch_size = target, drafter, context, batch_size
         self.cache_implementation = cache_implementation
-        self.lent = False  # rounds of fixed shapes
+        self.fixed = (False, False)  # verification and drafts of fixed shapes
         generator = torch.Generator().manual_seed(0)  # the global generator belongs to the user's sampling
         vocab_size = target.config.get_text_config().vocab_size
         self.device = TokenTable.of(target).device
@@ -314,7 +316,8 @@ class _Probe:
             hindrance = "it was lent already" if lent else None
             request = Request(self.target, self.drafter, plan, self.batch_size, length, cache, hindrance=hindrance)
             lent[starts] = lend_afresh(request)
-        self.lent = any(lent.values())
+        # The target is lent to the first of them.
+        self.fixed = any(own.target for own in lent.values()), any(own.drafts for own in lent.values())
         return lent
 
     def _all(self, value: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import platform
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,18 +53,26 @@ class Pilot:
         return tree.keep_likely(self.plan.min_probability, trim)
 
     def record(
-        self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock, columns: int
+        self,
+        tree: DraftTree,
+        walk: Walk,
+        active: Sequence[bool],
+        state: DraftState,
+        clock: Clock,
+        columns: int,
+        settled: bool,
     ) -> None:
         """
         A round is over but for its last lap.
 
         Args:
-            tree ([`DraftTree`]): What was verified, tokens and parents on the host.
+            tree ([`DraftTree`]): What was verified.
             walk ([`Walk`]): What was kept of it.
             active (sequence of `bool`): The rows that had not stopped before.
             state ([`DraftState`]): Of the drafter.
             clock ([`Clock`]): With the laps of drafting and verifying.
             columns (`int`): What the target read of each row.
+            settled (`bool`): Later rounds will take as long; those of fixed shapes do not before they are captured.
         """
 
     def describe(self) -> str:
@@ -92,7 +100,14 @@ class AutoPilot(Pilot):
 
     @classmethod
     def of_call(
-        cls, drafter: TreeDrafter, target: PreTrainedModel, device: torch.device, batch_size: int, sampled: bool
+        cls,
+        drafter: TreeDrafter,
+        target: PreTrainedModel,
+        device: torch.device,
+        batch_size: int,
+        sampled: bool,
+        sizes: Sequence[int] = (),
+        drafts: DraftingPlan | None = None,
     ) -> AutoPilot:
         """
         Args:
@@ -101,9 +116,11 @@ class AutoPilot(Pilot):
             device (`torch.device`): Where the target runs.
             batch_size (`int`): Rows of the batch.
             sampled (`bool`): Tokens are drawn.
+            sizes (sequence of `int`, *optional*): The only sizes of trees, the root counted.
+            drafts ([`DraftingPlan`], *optional*): The only way to draft, of which a round may verify less.
         """
-        setting = setting_of(target, device, batch_size, sampled)
-        return cls(drafter.controller, setting, offer_of(drafter, device))
+        setting = setting_of(target, device, batch_size, sampled, bool(sizes), drafts is not None)
+        return cls(drafter.controller, setting, offer_of(drafter, device, sizes, drafts))
 
     def limits(self, remaining: Sequence[int], room: int | None, depth: int | None) -> Limits:
         self._read()
@@ -114,13 +131,23 @@ class AutoPilot(Pilot):
         return replace(limits, enough_found=choice.enough_found, waits=waits)
 
     def record(
-        self, tree: DraftTree, walk: Walk, active: Sequence[bool], state: DraftState, clock: Clock, columns: int
+        self,
+        tree: DraftTree,
+        walk: Walk,
+        active: Sequence[bool],
+        state: DraftState,
+        clock: Clock,
+        columns: int,
+        settled: bool,
     ) -> None:
-        nodes, parents = walk.nodes.tolist(), tree.parents.tolist()
+        nodes = walk.nodes.tolist()
         going = [row for row, is_active in enumerate(active) if is_active]
         whole = [row for row in going if not walk.stopped[row]] if self._choice.nodes else []
-        # From CUDA they come when they come, and are looked at when the times have come too.
-        log_probs = tree.log_probs.to("cpu", non_blocking=tree.log_probs.is_cuda)
+        # From CUDA they come when they come, and are looked at when the times have come too. The next round may be
+        # drafted into the same memory.
+        parents, log_probs = (
+            part.to("cpu", non_blocking=part.is_cuda, copy=True) for part in (tree.parents, tree.log_probs)
+        )
         drafted = bool(self._choice.nodes and self._offer.ways and not state.left_out)
         seen = Round(
             self._choice,
@@ -132,6 +159,7 @@ class AutoPilot(Pilot):
             draft=0.0,
             rest=0.0,
             usual=not (drafted and self._behind),
+            settled=settled,
             # What plain steps read again was left by rounds that were not plain.
             columns=columns if self._choice.nodes and columns > tree.tokens.shape[1] else None,
         )
@@ -148,7 +176,7 @@ class AutoPilot(Pilot):
                 return
             self._unread.popleft()
             draft, verify, host = seconds
-            paths = [_paths(parents, kept, log_probs.tolist()) for parents, kept, log_probs in rows]
+            paths = [_paths(parents.tolist(), kept, log_probs.tolist()) for parents, kept, log_probs in rows]
             if not seen.choice.nodes:
                 draft, host = 0.0, host + draft
             self._controller.observe(
@@ -177,12 +205,18 @@ def fixed_plan(plan: DraftingPlan | str | None, drafter: TreeDrafter, device: to
 
 
 def setting_of(
-    target: PreTrainedModel, device: torch.device, batch_size: int = 1, sampled: bool = False, compiled: bool = False
+    target: PreTrainedModel,
+    device: torch.device,
+    batch_size: int = 1,
+    sampled: bool = False,
+    compiled: bool = False,
+    compiled_drafts: bool = False,
 ) -> Setting:
-    """What is learned in such a call holds in others like it; the arguments are those of [`~AutoPilot.of_call`]."""
+    """What is learned in such a call holds in others like it; the arguments are those of [`Setting`]."""
     text = target.config.get_text_config()
     name = f"{type(target).__name__} {target.config.name_or_path} {text.num_hidden_layers}x{text.hidden_size}"
-    return Setting(" ".join(name.split()), machine_of(device), str(target.dtype), batch_size, compiled, sampled)
+    where = (" ".join(name.split()), machine_of(device), str(target.dtype))
+    return Setting(*where, batch_size, compiled, sampled, compiled_drafts)
 
 
 @cache
@@ -195,21 +229,38 @@ def machine_of(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
 
 
-def offer_of(drafter: TreeDrafter, device: torch.device, sizes: Sequence[int] = ()) -> Offer:
+def offer_of(
+    drafter: TreeDrafter, device: torch.device, sizes: Sequence[int] = (), drafts: DraftingPlan | None = None
+) -> Offer:
     """What a drafter can do on a device; the arguments are those of [`~AutoPilot.of_call`]."""
     figures: dict[Way, dict[int, float]] = {}
     # Of the network alone: what look-ups find is known before each round.
     plans = drafter.network.acceptance()
     for plan, tau in plans:
-        figures.setdefault(Way(plan.num_forwards, plan.max_starts), {})[plan.tree_budget] = tau
+        figures.setdefault(_way_of(plan), {})[plan.tree_budget] = tau
     ways = {way: sorted(points.items()) for way, points in figures.items()}
+    most = max([plan.tree_budget for plan, _ in plans] + [drafter.default_plan(device).tree_budget])
+    if drafts is not None:
+        ways, most = {_way_of(drafts): ways[min(ways, key=partial(_differs, drafts))]}, drafts.tree_budget
     return Offer(
         ways={} if drafter.look_ups == "alone" else ways,
-        most=max([plan.tree_budget for plan, _ in plans] + [drafter.default_plan(device).tree_budget]),
+        most=most,
         trusted=drafter.acceptance_measured,
-        finds=drafter.look_ups != "none",
+        # Where all of a round is drafted at once, no part is left out.
+        finds=drafter.look_ups == "alone" or (drafter.look_ups == "joined" and drafts is None),
         # Elsewhere the host would have to wait for the tree.
-        cuts=device.type == "cpu" and not sizes,
-        sizes=tuple(sorted(size - 1 for size in sizes if size > 1)),
+        cuts=device.type == "cpu" and not sizes and drafts is None,
+        # All that can be drafted fits the largest.
+        sizes=tuple(sorted({min(size - 1, most) for size in sizes if size > 1})),
         slope=NODE_COST.get(device.type, NODE_COST_ELSEWHERE),
     )
+
+
+def _way_of(plan: DraftingPlan) -> Way:
+    return Way(plan.num_forwards, plan.max_starts)
+
+
+def _differs(plan: DraftingPlan, way: Way) -> tuple[int, float]:
+    """How far a way is from a plan's, which has figures of its own as a rule."""
+    starts, others = (1 / most if most else 0.0 for most in (plan.max_starts, way.starts))
+    return abs(plan.num_forwards - way.forwards), abs(starts - others)

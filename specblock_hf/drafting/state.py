@@ -81,6 +81,7 @@ class DraftState:
     def reset(self) -> None:
         """Forget a call, for a state of fixed shapes that the next call uses again."""
         self.calls = self.forward_rows = 0
+        self.waiting = []
 
     def fuse(self, wrap: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> None:
         """Let a state of fixed shapes run what `wrap` makes of the network's forward, if there is one."""
@@ -92,8 +93,12 @@ def wait(drafter: TreeDrafter, state: DraftState, pairs: Pairs) -> None:
     drafter takes them in at once.
     """
     state.waiting.append(pairs)
-    if sum(waiting.tokens.shape[1] for waiting in state.waiting) > MOST_WAITING:
-        *before, last = state.waiting
+    if too_many(state.waiting):
         with drafter.lock:
-            drafter.extend(state, Pairs.joined([*before, last]))
+            drafter.extend(state, Pairs.joined(state.waiting))
         state.waiting = []
+
+
+def too_many(waiting: Sequence[Pairs]) -> bool:
+    """Whether a drafter has to take in what waits for it."""
+    return sum(pairs.tokens.shape[1] for pairs in waiting) > MOST_WAITING

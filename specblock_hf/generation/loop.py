@@ -92,13 +92,15 @@ def decode(
         scored = target.score(tree)
         clock.lap("verify")
         tell(callbacks, "on_verify", call, tree, scored)
-        walk = target.greedy_walk(active, choice.stop) if choice.is_greedy and verify is sample_and_walk else None
+        on_device = choice.is_greedy and verify is sample_and_walk
+        read, walk = tree, target.greedy_walk(active, choice.stop) if on_device else None
         if walk is None:
             read = scored_nodes(choice.observe(tree, scored.logits, scored.rows))
             walk = verify(read, active, choice.select, choice.stop)
         pairs = target.settle(tree, scored, walk)
         statistics.add_round(tree, walk, len(scored.rows))
-        pilot.record(read, walk, active, drafts.state, clock, target.columns)
+        settled = target.settled and drafts.settled
+        pilot.record(read, walk, active, drafts.state, clock, target.columns, settled)
         tell(callbacks, "on_commit", call, tree, scored, walk, pairs)
         active = [is_active and not stopped for is_active, stopped in zip(active, walk.stopped.tolist(), strict=True)]
         clock.lap("host")
@@ -167,8 +169,8 @@ def generate_with_drafter(
             scorer = call.enter_context(lent.target_model(target, drafter, *inputs))
             scorer.check_length(most)
             pilot = Pilot(plan)
-            # Rounds of fixed shapes are made for one plan.
-            if chosen == "auto" and not lent:
-                pilot = AutoPilot.of_call(drafter, target, device, len(input_ids), generation_config.do_sample)
+            if chosen == "auto":
+                call_of = (drafter, target, device, len(input_ids), generation_config.do_sample)
+                pilot = AutoPilot.of_call(*call_of, lent.sizes, lent.plan)
         drafter.last_statistics = decode(scorer, drafter, choice, pilot, verify, lent)
     return choice.output(scorer.cache, scorer.token_outputs())

@@ -36,8 +36,9 @@ class Setting:
         machine (`str`): Which device.
         dtype (`str`): Of the target's weights.
         batch_size (`int`): Rows of a batch.
-        compiled (`bool`): Its rounds are compiled.
+        compiled (`bool`): Trees are verified in fixed shapes.
         sampled (`bool`): Tokens are drawn.
+        compiled_drafts (`bool`): And drafted so.
     """
 
     target: str
@@ -46,9 +47,11 @@ class Setting:
     batch_size: int = 1
     compiled: bool = False
     sampled: bool = False
+    compiled_drafts: bool = False
 
     def __str__(self) -> str:
-        how = f"{'sampled' if self.sampled else 'greedy'}{', compiled' if self.compiled else ''}"
+        how = "sampled" if self.sampled else "greedy"
+        how += ", compiled" * self.compiled + ", compiled drafts" * self.compiled_drafts
         return f"{self.target}, {self.machine}, {self.dtype}, batch {self.batch_size}, {how}"
 
 
@@ -130,8 +133,8 @@ class PlanController:
             self._record(setting, offer).observe(offer, seen)
             if seen.choice.learns:
                 self._choices.pop(setting, None)
-                if seen.drafted and not seen.usual:
-                    # What it cost says nothing of rounds in which the drafter has caught up.
+                if not seen.settled or (seen.drafted and not seen.usual):
+                    # What it cost says nothing of rounds that are captured, and in which the drafter has caught up.
                     self._again[setting] = seen.choice
 
     def fill(

@@ -137,6 +137,7 @@ class Round:
         draft (`float`): Seconds of drafting.
         rest (`float`): Seconds of everything else.
         usual (`bool`): The drafter took in what one round teaches, and not what had waited for it.
+        settled (`bool`): Later rounds will take as long; those of fixed shapes do not before they are captured.
         columns (`int`, *optional*): What the target read of each row, if it read more than the nodes.
     """
 
@@ -149,4 +150,5 @@ class Round:
     draft: float
     rest: float
     usual: bool = True
+    settled: bool = True
     columns: int | None = None

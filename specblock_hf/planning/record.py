@@ -160,18 +160,20 @@ class Record:
     def observe(self, offer: Offer, seen: Round) -> None:
         """Learn from a round."""
         self.now += 1
-        self.verify.add(seen.nodes if seen.columns is None else seen.columns, seen.rest, self.now)
+        if seen.settled:
+            self.verify.add(seen.nodes if seen.columns is None else seen.columns, seen.rest, self.now)
         took = min(seen.draft + seen.rest, LONGEST * self.verify.plain) if 1 in self.verify.sizes else 0.0
         self.seconds += took
-        if seen.choice.learns and self.rate:
+        if seen.choice.learns and self.rate and seen.settled:
             tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
             self.spent = max(self.spent + took - tokens / self.rate, 0.0)
             self.learned = self.now
         if not seen.choice.nodes:
             self.times = [time + SLOWER for time in self.times]
             return
-        way, found = seen.choice.way if seen.drafted else LOOKUPS, bisect_right(FOUND, seen.found)
-        if seen.usual:
+        way = seen.choice.way if seen.drafted else LOOKUPS
+        found = bisect_right(FOUND, seen.found) if offer.finds else 0
+        if seen.usual and seen.settled:
             self.draft.setdefault(way.name, Times()).add(seen.draft, self.now)
         self.times = [time + (1 if kind == (way.forwards > 0) else SLOWER) for kind, time in enumerate(self.times)]
         self.share = [share + ((place == found) - share) / 32 for place, share in enumerate(self.share)]

@@ -38,9 +38,11 @@ class FixedStep(Protocol):
 
     Attributes:
         captured (`bool`): Its last use was a replay.
+        settled (`bool`): Its last use cost what later ones will.
     """
 
     captured: bool
+    settled: bool
 
     def __call__(self) -> Any: ...
 
@@ -237,6 +239,7 @@ class FixedTarget(TargetModel):
         super().__init__(*args, **kwargs)
         self._rounds, self._keeps = rounds, keeps
         self._round: SizedRound | None = None
+        self._settled = False
         self._active = [True] * rounds.batch_size
         self._walked: list[int] | None = None  # lengths as the device has walked
         self._kept: tuple[tuple[torch.Tensor, ...], torch.LongTensor] | None = None
@@ -244,6 +247,14 @@ class FixedTarget(TargetModel):
     @property
     def fixed(self) -> bool:
         return True
+
+    @property
+    def columns(self) -> int:
+        return self._round.size
+
+    @property
+    def settled(self) -> bool:
+        return self._settled
 
     def room(self) -> int:
         return self._rounds.sizes[-1]
@@ -257,6 +268,7 @@ class FixedTarget(TargetModel):
         self._round, count = self._rounds.sized(tree.tokens.shape[1]), tree.tokens.shape[1]
         self._round.fill(tree)
         self._round.judged = self._round.score()
+        self._settled = self._round.score.settled
         self._walked = None
         self.calls += 1
         self.compiled_calls += 1
@@ -269,7 +281,8 @@ class FixedTarget(TargetModel):
             self._active = list(active)
             self._rounds.active.copy_(on_device(self._active, self.device).unsqueeze(1))
         self._round.walk()
-        self._kept = self._round.commit()
+        self._settled &= self._round.walk.settled
+        self._commit()
         nodes, tokens, self._walked = self._round.read()
         rows = []
         for row, length in enumerate(self._walked):
@@ -283,7 +296,7 @@ class FixedTarget(TargetModel):
     def settle(self, tree: DraftTree, scored: Scored, walk: Walk) -> Pairs:
         if self._walked is None:
             self._round.load(walk)
-            self._kept = self._round.commit()
+            self._commit()
         elif self._walked != walk.lengths.tolist():  # a row has ended before the end of its path
             self._round.lengths.copy_(upload(walk.lengths, self.device))
         features, positions = self._kept
@@ -296,6 +309,10 @@ class FixedTarget(TargetModel):
             table=self.table,
             read=walk.emitted(),
         )
+
+    def _commit(self) -> None:
+        self._kept = self._round.commit()
+        self._settled &= self._round.commit.settled
 
     def _begin(self) -> None:
         """Go on from what the prompt has left."""

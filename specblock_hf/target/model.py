@@ -140,6 +140,11 @@ class TargetModel:
         """Whether trees are padded to a few sizes."""
         return False
 
+    @property
+    def settled(self) -> bool:
+        """Whether the last round took as long as later ones of its size will; before they are captured it does not."""
+        return True
+
     def first_position(self) -> int:
         """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
         cached, visible = self._inputs.cached, self._committed.visible

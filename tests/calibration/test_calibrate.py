@@ -325,8 +325,9 @@ def test_a_static_cache_measures_captured_rounds_of_the_target_too(where, monkey
     # Of the first only the target's sizes are captured beside a plan's drafts.
     assert (made[1].captured > 1) == (where is not None) and all(graphs.replays for graphs in made[1:])
     assert set(caches) == {"static" if where else None} and (len(caches) > 1) == ("prompts" in asked)
-    records = drafter.controller.to_dict()["records"]
-    assert len(records) == 2 and all(record["setting"]["compiled"] for record in records)
+    settings = [record["setting"] for record in drafter.controller.to_dict()["records"]]
+    assert len(settings) == 2
+    assert all(setting["compiled"] == (where is not None) and setting["compiled_drafts"] for setting in settings)
 
 
 def test_calibrating_without_applying_changes_nothing():

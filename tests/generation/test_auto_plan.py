@@ -254,3 +254,19 @@ def test_offers_are_what_drafters_can_do():
     measured = offer_of(drafter, cpu, (7, 13))
     assert measured.trusted and measured.ways == {Way(1): [(4, 1.25), (8, 1.5)]}
     assert measured.sizes == (6, 12) and not measured.cuts and measured.allowed(60) == [6, 12]
+
+
+def test_offers_of_fixed_shapes_are_what_was_captured():
+    cpu, drafter, plan = torch.device("cpu"), tiny_drafter(), DraftingPlan(60, 2)
+    drafter.config.acceptance = [[8, 1, 0, 1.5, 2.0], [12, 2, 4, 1.75, 2.25], [60, 2, 0, 2.0, 2.5]]
+    offer = offer_of(drafter, cpu, (1, 8, 16, 32, 64), plan)
+    # The last size holds all that is drafted, and padding.
+    assert offer.ways == {Way(2): [(60, 2.0)]} and offer.allowed(60) == [7, 15, 31, 60] and not offer.cuts
+    # A plan without figures of its own has those of the one that is most like it.
+    assert offer_of(drafter, cpu, (), DraftingPlan(20, 2, 8)).ways == {Way(2, 8): [(12, 1.75)]}
+    assert offer_of(drafter, cpu, (), DraftingPlan(20, 1, 8)).ways == {Way(1, 8): [(8, 1.5)]}
+    # Captured drafts leave no part out; look-ups alone have no other.
+    both = JoinedDrafter(drafter, LookupDrafter(tiny_target("llama").config))
+    assert offer_of(both, cpu, (1, 8)).finds and not offer_of(both, cpu, (1, 8), plan).finds
+    alone = offer_of(both.parts[1], cpu, (1, 8, 16, 32), DraftingPlan(16, 1))
+    assert alone.finds and not alone.ways and alone.allowed(60) == [7, 15, 16]

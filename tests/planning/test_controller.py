@@ -264,3 +264,26 @@ def test_measured_costs_are_taken_over():
     assert choice.nodes and choice.way == best.way and choice.enough_found == math.inf
     tokens, seconds = SimulatedService(curves, OFFER, lambda _: Nature(1.0)).expected(choice, Nature(1.0))
     assert tokens / seconds > 0.98 * rate
+
+
+def test_what_is_not_captured_yet_teaches_no_times_and_is_tried_again():
+    controller, offer = PlanController(), OFFER
+    for _ in range(3):
+        assert not controller.next(SETTING, offer).nodes
+        controller.observe(SETTING, offer, Round(Choice(0), [], 1, 1.0, False, 0.0, 0.0, 9.0, settled=False))
+    assert "a plain step is measured first" in controller.next(SETTING, offer).why
+    for _ in range(2):
+        controller.observe(SETTING, offer, Round(Choice(0), [], 1, 1.0, False, 0.0, 0.0, 0.02))
+    lesson = controller.next(SETTING, offer)
+    while not lesson.nodes or not lesson.learns:
+        controller.observe(SETTING, offer, Round(Choice(0), [], 1, 1.0, False, 0.0, 0.0, 0.02))
+        lesson = controller.next(SETTING, offer)
+    row = [(-1.0, True)] * lesson.nodes
+    for _ in range(9):
+        seen = Round(lesson, [row], 1 + lesson.nodes, 2.0, True, 0.0, 7.0, 8.0, settled=False)
+        controller.observe(SETTING, offer, seen)
+        assert controller.next(SETTING, offer) is lesson
+    (record,) = controller._records.values()
+    assert set(record.verify.sizes) == {1} and not record.draft and not record.spent
+    # What it accepted counts.
+    assert sum(gains.rounds for gains in record.gains.values()) == 9

@@ -15,7 +15,7 @@ from ...drafting.drafter import DraftState, TreeDrafter
 from ...drafting.pairs import Pairs, TokenTable
 from ...drafting.plan import DraftingPlan, FixedLimits, Limits
 from ...drafting.proposal import propose, within
-from ...drafting.state import wait
+from ...drafting.state import too_many, wait
 from ...target.fixed import FixedStep, MakeStep
 from ...trees.tree import DraftTree
 
@@ -33,6 +33,7 @@ class Drafts(Protocol):
         calls (`int`): Forwards of the drafter so far.
         rows (`int`): And their rows: committed pairs and starts.
         captured (`int`): Trees that were replayed.
+        settled (`bool`): The last tree took as long as later ones will.
     """
 
     @property
@@ -46,6 +47,9 @@ class Drafts(Protocol):
 
     @property
     def captured(self) -> int: ...
+
+    @property
+    def settled(self) -> bool: ...
 
     def extend(self, pairs: Pairs) -> None:
         """Take in, without drafting, a chunk of the prompt or what the last round taught."""
@@ -70,7 +74,7 @@ class EagerDrafts:
         state ([`DraftState`]): Of the call.
     """
 
-    captured = 0
+    captured, settled = 0, True
 
     def __init__(self, drafter: TreeDrafter, state: DraftState):
         self.drafter, self.state = drafter, state
@@ -221,6 +225,7 @@ class CallDrafts:
     def __init__(self, rounds: DraftRounds, keeps: bool):
         self.rounds, self._keeps = rounds, keeps
         self.calls = self.rows = self.captured = 0
+        self.settled = True
         self._now: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
@@ -236,11 +241,14 @@ class CallDrafts:
         self.rows += state.forward_rows - rows
 
     def propose(self, pairs: Pairs, limits: Limits) -> DraftTree:
-        rounds = self.rounds
+        rounds, self.settled = self.rounds, True
+        if not any(limits.nodes):
+            if limits.waits:
+                self._wait(pairs)
+            return DraftTree.root(pairs.last_tokens())
+        pairs = rounds.state.caught_up(pairs)
         if pairs.read is None or pairs.tokens.shape[1] > rounds.width:
             pairs = self._last(pairs)
-        if not any(limits.nodes):
-            return DraftTree.root(pairs.last_tokens())
         # A row without nodes has no say in how deep the others may go.
         depth = tuple(depth if nodes else 0 for nodes, depth in zip(limits.nodes, limits.depth, strict=True))
         if self._now != (limits.nodes, depth):
@@ -253,8 +261,17 @@ class CallDrafts:
         self.calls += rounds.cost.calls
         self.rows += rounds.cost.rows
         self.captured += rounds.step.captured
+        self.settled = rounds.step.settled
         tree = tree.first(1 + max(limits.nodes))
         return tree.clone() if self._keeps else tree
+
+    def _wait(self, pairs: Pairs) -> None:
+        """Keep, of buffers that the next round fills anew, what the drafter will be told when it drafts again."""
+        waiting = self.rounds.state.waiting
+        waiting.append(pairs.each(torch.clone, lengths=pairs.lengths.clone()))
+        if too_many(waiting):
+            self.extend(Pairs.joined(waiting))
+            waiting.clear()
 
     def _last(self, pairs: Pairs) -> Pairs:
         """Take in all but the last pair of each row, which are returned."""

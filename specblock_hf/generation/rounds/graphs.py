@@ -71,6 +71,7 @@ class Step:
 
     Attributes:
         captured (`bool`): The last use was a replay.
+        settled (`bool`): The last use cost what later ones will, which is so unless it will be captured yet.
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class Step:
         self._function, self._recorder, self._failed, self._patience = function, recorder, failed, patience
         self._replay: Callable[[], None] | None = None
         self._result: Any = None
-        self.captured = False
+        self.captured, self.settled = False, recorder is None
 
     def __call__(self) -> Any:
         if self._replay is not None:
-            self.captured = True
+            self.captured = self.settled = True
             self._replay()
             return self._result
         # What is made in inference mode could not be written to outside of it.
@@ -99,7 +100,7 @@ class Step:
             try:
                 self._replay, self._result = self._recorder.record(self._function)
             except RuntimeError as error:
-                self._recorder = None
+                self._recorder, self.settled = None, True
                 self._failed(error)
                 return result
             # What is captured next shall read what replays of this write.

@@ -78,8 +78,15 @@ class Lent:
     drafts: DraftRounds | None = None
     reason: str | None = None
 
-    def __bool__(self) -> bool:
-        return self.target is not None or self.drafts is not None
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What the trees of the call are padded to, the root counted; empty if any size will do."""
+        return () if self.target is None else tuple(self.target.sizes)
+
+    @property
+    def plan(self) -> DraftingPlan | None:
+        """What every round drafts, of which a round may verify less; `None` if that can be chosen."""
+        return None if self.drafts is None else self.drafts.plan
 
     def target_model(
         self,
