@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from huggingface_hub import (
     CommitInfo,
@@ -19,13 +20,18 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import PreTrainedModel
 
-from .card import TEMPLATES, CardFacts, model_card
+from .card import TEMPLATES, CardFacts, hub_id, model_card
 from .files import WEIGHTS
-from .provenance import provenance
+from .provenance import provenance, published
 from .saving import save_folder_whole
 
 
-CARD, PROVENANCE, CUSTOM_GENERATE = "README.md", "provenance.json", "custom_generate/generate.py"
+CARD, CONFIG, PROVENANCE, CUSTOM_GENERATE = (
+    "README.md",
+    "config.json",
+    "provenance.json",
+    "custom_generate/generate.py",
+)
 
 
 def publish(
@@ -82,7 +88,8 @@ def files_to_publish(
 ) -> dict[str, Path | bytes]:
     """
     What [`publish`] uploads, by its place in the repository: the folder's visible files, the card and the file that
-    `custom_generate="repo"` needs.
+    `custom_generate="repo"` needs. Where the configuration names a target by a path of this machine, only the last
+    component is published.
     """
     root = Path(folder)
     files: dict[str, Path | bytes] = {
@@ -90,11 +97,30 @@ def files_to_publish(
         for path in sorted(root.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     }
+    config = files.get(CONFIG)
+    if isinstance(config, Path):
+        values = json.loads(config.read_text(encoding="utf-8"))
+        if (said := without_paths(values)) != values:
+            files[CONFIG] = (json.dumps(said, indent=2, sort_keys=True) + "\n").encode()
     if card is not None:
         files[CARD] = str(card).encode()
     template = Template((TEMPLATES / "custom_generate.py.txt").read_text(encoding="utf-8"))
     files[CUSTOM_GENERATE] = template.substitute(repo_id=repo_id).encode()
     return files
+
+
+def without_paths(values: Any) -> Any:
+    """A configuration that names models as they may be published: by a Hub id, or by the last component of a path."""
+    if isinstance(values, list):
+        return [without_paths(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: published(value)
+        if name.endswith("name_or_path") and isinstance(value, str) and hub_id(value) is None
+        else without_paths(value)
+        for name, value in values.items()
+    }
 
 
 class HubModel(PreTrainedModel):

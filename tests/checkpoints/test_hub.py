@@ -344,6 +344,23 @@ def test_a_card_is_made_and_then_left_alone(hub, client, folders):
     assert "On a test machine in float32, with torch 2.13.0." in card and "Nothing was measured" not in card
 
 
+@pytest.mark.parametrize("named", ["/home/somebody/secret/model", "C:\\secret\\model", "org/model", None, "here"])
+def test_no_path_of_somebodys_machine_is_published(hub, client, tmp_path, named):
+    if named == "here":  # it may look like an id
+        named = str(tmp_path / "secret" / "model")
+        (tmp_path / "secret" / "model").mkdir(parents=True)
+    drafter = small_drafter("specblock")
+    drafter.config.target_name_or_path = named
+    drafter.save_pretrained(tmp_path / "drafter")
+    client(hub_client.push, tmp_path / "drafter", "org/paths")
+    files = hub.repos["org/paths"].branches["main"].files
+    config = json.loads(files["config.json"])
+    assert config.pop("target_name_or_path") == (named if named in ("org/model", None) else "model")
+    own = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert own.pop("target_name_or_path") == named and own == config
+    assert not any(b"secret" in content for content in files.values())
+
+
 # The commands and the way in without a hook.
 
 
