@@ -61,8 +61,10 @@ class Paths(Rounds):
             tree.tokens.tolist(), tree.parents.tolist(), log_probs, seen, strict=True
         ):
             nodes = [node for node, parent in enumerate(parents) if parent > -2]
+            # A root alone is any token where its row has stopped.
+            drafted = nodes if len(nodes) > 1 else []
             rows.append(
-                {tuple(t for t, on in zip(tokens, above[node], strict=True) if on): sums[node] for node in nodes}
+                {tuple(t for t, on in zip(tokens, above[node], strict=True) if on): sums[node] for node in drafted}
             )
         self.seen.append(rows)
 
