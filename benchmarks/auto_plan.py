@@ -16,11 +16,12 @@ come, and a run that was broken off goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--measure", action="store_true", help="real calls instead of simulated rounds")
-    parser.add_argument("--suites", nargs="+", default=["humaneval", "mtbench"], help="default: %(default)s")
+    parser.add_argument(
+        "--suites",
+        nargs="+",
+        default=["humaneval", "mtbench"],
+        help="default: %(default)s; mtbench+humaneval+mtbench is one that changes",
+    )
     parser.add_argument("--suite-file", type=Path, help="of a suite that has to be downloaded")
     parser.add_argument("--prompts", type=int, default=10, help="of each suite (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, or simulated ones times 30")
@@ -165,18 +171,15 @@ def measure(args: argparse.Namespace, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     sides = make_sides(drafter, args.lookup)
     for suite in args.suites:
-        texts = [prompt.prompt for prompt in evenly(load_prompts(suite, args.suite_file), args.prompts)]
-        ids = [encode(tokenizer, text, target.device) for text in texts]
         states = {name: output.with_suffix(f".{suite}.{name}.json") for name in ("auto", "random")}
         for name, path in states.items():
-            known = any((condition, suite, 0, name) == key for key in done) and path.exists()
-            sides[name][0].controller = PlanController.load(path) if known else PlanController()
-        for batch in range(len(ids) // args.batch_size):
-            prompts = padded(ids[batch * args.batch_size :][: args.batch_size], tokenizer.pad_token_id or 0)
+            known = any((condition, part, 0, name) in done for part in (suite, _part(suite, 1)))
+            sides[name][0].controller = PlanController.load(path) if known and path.exists() else PlanController()
+        for part, batch, prompts in batches_of(suite, args, tokenizer, target.device):
             for name in _turned(list(sides), batch):
-                if (condition, suite, batch, name) in done:
+                if (condition, part, batch, name) in done:
                     continue
-                row = {"condition": condition, "suite": suite, "batch": batch, "side": name}
+                row = {"condition": condition, "suite": part, "batch": batch, "side": name}
                 row |= answer(target, *sides[name], prompts, args)
                 rows.append(row)
                 with output.open("a", encoding="utf-8") as file:
@@ -184,6 +187,23 @@ def measure(args: argparse.Namespace, output: Path) -> None:
                 if name in states:
                     sides[name][0].controller.save(states[name])
     print("\n".join(summarise([row for row in rows if row["condition"] == condition])))
+
+
+def batches_of(
+    suite: str, args: argparse.Namespace, tokenizer: Any, device: torch.device
+) -> Iterator[tuple[str, int, Mapping[str, torch.Tensor]]]:
+    """The part of a suite that a batch is of, its number, and its prompts."""
+    names, number = suite.split("+"), itertools.count()
+    for place, name in enumerate(names, 1):
+        prompts = evenly(load_prompts(name, args.suite_file), args.prompts)
+        ids = [encode(tokenizer, prompt.prompt, device) for prompt in prompts]
+        for first in range(0, len(ids) - args.batch_size + 1, args.batch_size):
+            batch = padded(ids[first : first + args.batch_size], tokenizer.pad_token_id or 0)
+            yield suite if len(names) == 1 else _part(suite, place), next(number), batch
+
+
+def _part(suite: str, number: int) -> str:
+    return f"{suite}, part {number}"
 
 
 def make_sides(drafter: TreeDrafter, lookup: bool) -> dict[str, tuple[TreeDrafter | None, Any]]:
@@ -235,7 +255,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for side in sides[1:]:
             ratios = [table[suite, b, side] / table[suite, b, "plain"] for b in batches if (suite, b, side) in table]
             lines.append(f"{suite}: {side} / plain {_interval(ratios)}")
-        learned = batches[CALLS_TO_LEARN:]
+        learned = [batch for batch in batches if batch >= CALLS_TO_LEARN]
         fixed = [side for side in sides if side not in ("plain", "auto", "random")]
         choosing, comparing = learned[::2], learned[1::2]
         if comparing:
