@@ -85,10 +85,11 @@ class Offer:
         (x0, y0), (x1, y1) = points[right - 1], points[right]
         return y0 + (at - x0) * (y1 - y0) / (x1 - x0)
 
-    def allowed(self, most: int) -> list[int]:
-        """Numbers of nodes to choose from, none above `most`."""
+    def allowed(self, grown: int) -> list[int]:
+        """Numbers of nodes to choose from after trees of `grown`: at most twice as many, or the next given size."""
         within = [nodes for nodes in self.sizes or BANDS if nodes <= self.most]
-        return [nodes for nodes in within if nodes <= most] or within[:1]
+        following = [nodes for nodes in self.sizes if nodes > grown][:1]
+        return [nodes for nodes in within if nodes <= max([2 * grown, *following, *within[:1]])]
 
 
 @dataclass(frozen=True)

@@ -212,13 +212,13 @@ class Record:
             rate = best.rate(rate)
         self.rate = rate
         choice = self._choice(offer, best)
-        return choice, self._lesson(prospects, choice)
+        return choice, self._lesson(offer, prospects, choice)
 
     def _prospects(self, offer: Offer) -> list[Prospect]:
         """Every way with every number of nodes, a plain step first."""
         plain = self.verify.plain
         prospects = [Prospect(0, LOOKUPS, ((1.0, 1.0, plain),), ((1.0, 1.0, plain),))]
-        sizes = offer.allowed(2 * self.grown)
+        sizes = offer.allowed(self.grown)
         shares = self.share if offer.finds else [1.0]
         alone = self._parts(offer, LOOKUPS, shares, sizes) if offer.finds else None
         if alone:
@@ -270,7 +270,7 @@ class Record:
         each = min((more - less) / (nodes / 2), (more - none) / nodes)
         return self.claims.least(min(self.rate * each, MOST_SELECTIVE))
 
-    def _lesson(self, prospects: Sequence[Prospect], best: Choice) -> Choice | None:
+    def _lesson(self, offer: Offer, prospects: Sequence[Prospect], best: Choice) -> Choice | None:
         """
         Something that is not known well enough, if there is time for it: what costs least for how long ago it was.
         """
@@ -280,10 +280,10 @@ class Record:
             return None
         if best.nodes and self.verify.of(1).age(self.now) >= OLD:
             return Choice(0, why="a plain step is measured again", learns=True)
-        lessons = []
+        lessons, sizes = [], offer.allowed(max(best.nodes, FIRST_NODES))
         for prospect in prospects[1:]:
             loss, age = -prospect.keep_likely(rate) / rate, self._age(prospect, best)
-            if age and loss <= allowed and prospect.nodes <= 2 * max(best.nodes, FIRST_NODES):
+            if age and loss <= allowed and prospect.nodes in sizes:
                 lessons.append((max(loss, plain / 5) / age, loss, prospect))
         if not lessons:
             return None

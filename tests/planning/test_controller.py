@@ -127,6 +127,22 @@ def test_no_more_than_the_drafter_offers(sizes):
     assert all(choice.way in WAYS for choice in service.choices if choice.nodes)
 
 
+@pytest.mark.parametrize("sizes", [(7, 15, 31, 60), (31, 60), (7, 60), (60,)])
+def test_captured_sizes_are_grown_into_one_after_the_other(sizes):
+    # As on a GPU: nodes cost little, and each captured size is a step further than twice the one before.
+    curves = CostCurves(
+        ((1, 0.0093), (8, 0.0099), (16, 0.0103), (32, 0.0108), (64, 0.0117)), 0.002, (), 0.0003, 0.0093, ""
+    )
+    ways = {Way(2): [(8, 2.4), (16, 2.8), (32, 3.1), (60, 3.4)]}
+    service = SimulatedService(curves, Offer(ways, 60, True, cuts=False, sizes=sizes), lambda _: Nature(1.0))
+    service.run(PlanController(), TOKENS)
+    chosen = [choice.nodes for choice in service.choices]
+    assert set(chosen) == {0, *sizes} and service.best(Nature(1.0))[1].nodes == 60
+    assert chosen[100:].count(60) > 0.8 * len(chosen[100:]) and speed(service, 100) > 0.96
+    first = [chosen.index(size) for size in sizes]
+    assert first == sorted(first)
+
+
 def test_sure_matches_leave_the_drafter_out():
     offer, sure = replace(OFFER, finds=True), Nature(0.5, (0.3, 0.0, 0.0, 0.7))
     service = served("bf16", offer, sure, 800)
