@@ -21,11 +21,20 @@ FEW, OLD = 5, 400
 BANDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Drafted nodes of a row, by likelihood: what the nodes between two of these add is estimated together."""
 
-RECENT = 24
-"""Rounds after which what was accepted counts half: texts change their nature within an answer."""
+RECENT = 48
+"""Rounds after which what was accepted counts half: a text differs from the long run, and from the next one."""
 
 STEADY = 256
 """The same in rounds that drafted, for what a drafter accepts on the whole, which recent rounds are weighed with."""
+
+LEVEL_WEIGHT = 10.0
+"""Accepted tokens that the long run counts for beside what the text at hand has accepted: those of some 8 rounds."""
+
+WAY_WEIGHT, BAND_WEIGHT = 100.0, 64.0
+"""
+Accepted tokens that a way's likeness to the others counts for, and rounds that a band's likeness to its way's does: a
+round says little, as it accepts anything from none to all.
+"""
 
 CLAIMS = 10
 """Halvings of a path's probability that are told apart."""
@@ -127,40 +136,56 @@ class VerifyTimes:
 
 
 @dataclass
+class Level:
+    """
+    How the text at hand compares with the long run, whatever drafts it: texts differ far more than ways to draft do.
+
+    Args:
+        hits (`float`): Accepted nodes, fading by `RECENT`.
+        expected (`float`): How many the long run of the ways that drafted them expected, fading alike.
+        seen (`float`): When it was heard of last.
+    """
+
+    hits: float = 0.0
+    expected: float = 0.0
+    seen: float = 0.0
+
+    def add(self, hits: float, expected: float, now: float, weight: float = 1.0) -> None:
+        """Learn from a round that stands for so many."""
+        fade = 0.5 ** ((now - self.seen) / RECENT)
+        self.hits, self.expected = self.hits * fade + weight * hits, self.expected * fade + weight * expected
+        self.seen = now
+
+    def at(self, now: float) -> float:
+        fade = 0.5 ** ((now - self.seen) / RECENT)
+        return (self.hits * fade + LEVEL_WEIGHT) / (self.expected * fade + LEVEL_WEIGHT)
+
+
+@dataclass
 class Gains:
     """
-    How many tokens the nodes of each band add, when they are drafted one way.
+    How many tokens the nodes of each band add in the long run, when they are drafted one way.
 
     A tree that was cut to its n likeliest nodes tells exactly what any smaller cut would have accepted, so every round
     teaches all bands up to its own size. Beyond them the prior is scaled by how the known bands compare with it.
 
     Args:
-        hits (`list[float]`): Accepted nodes of each band, fading by `RECENT`.
+        hits (`list[float]`): Accepted nodes of each band, fading by `STEADY`.
         trials (`list[float]`): Rounds that could have accepted some, fading alike.
-        seen (`float`): When it was drafted last.
-        steady_hits (`float`): Accepted nodes, fading by `STEADY`.
-        steady_prior (`float`): How many the prior would have had accepted.
+        way_hits (`float`): Accepted nodes of all bands, fading alike.
+        way_prior (`float`): How many the prior would have had accepted.
         fill (`float`): Verified nodes, and tokens read again, as a share of the nodes that were allowed.
         rounds (`int`): All of them.
     """
 
     hits: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
     trials: list[float] = field(default_factory=lambda: [0.0] * len(BANDS))
-    seen: float = 0.0
-    steady_hits: float = 0.0
-    steady_prior: float = 0.0
+    way_hits: float = 0.0
+    way_prior: float = 0.0
     fill: float = 1.0
     rounds: int = 0
 
-    def add(
-        self,
-        ranks: Sequence[int],
-        asked: int,
-        verified: int,
-        prior: Sequence[float],
-        now: float,
-        weight: float = 1.0,
-    ) -> float:
+    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float]) -> float:
         """
         Args:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
@@ -168,43 +193,34 @@ class Gains:
             verified (`int`): How many of them there were that seemed worth it; others add nothing and cost nothing.
                 With those that were read again.
             prior (sequence of `float`): Expected tokens of each band.
-            now (`float`): The time, in rounds.
-            weight (`float`, *optional*, defaults to 1.0): Rounds that this one stands for.
 
         Returns:
             `float`: What the prior expected of the round.
         """
-        fade, bands = self.fade(now), bisect_left(BANDS, asked) + 1
+        fade, bands = 0.5 ** (1 / STEADY), bisect_left(BANDS, asked) + 1
         kept = [0] * len(BANDS)
         for rank in ranks:
             kept[min(bisect_left(BANDS, rank + 1), len(BANDS) - 1)] += 1
-        self.hits = [hits * fade + weight * new for hits, new in zip(self.hits, kept, strict=True)]
-        self.trials = [trials * fade + weight * (band < bands) for band, trials in enumerate(self.trials)]
-        steady, expected = 0.5 ** (1 / STEADY), sum(prior[:bands])
-        self.steady_hits = self.steady_hits * steady + len(ranks)
-        self.steady_prior = self.steady_prior * steady + expected
+        self.hits = [hits * fade + new for hits, new in zip(self.hits, kept, strict=True)]
+        self.trials = [trials * fade + (band < bands) for band, trials in enumerate(self.trials)]
+        expected = sum(prior[:bands])
+        self.way_hits, self.way_prior = self.way_hits * fade + len(ranks), self.way_prior * fade + expected
         self.fill += (verified / asked - self.fill) * max(1 / 8, 1 / (self.rounds + 1))
-        self.seen, self.rounds = now, self.rounds + 1
+        self.rounds += 1
         return expected
 
-    def fade(self, now: float) -> float:
-        return 0.5 ** ((now - self.seen) / RECENT)
-
-    def expected(self, prior: Sequence[float], scale: float, now: float, weight: float = 8.0) -> list[float]:
+    def expected(self, prior: Sequence[float], scale: float) -> list[float]:
         """
-        Tokens that trees of up to each band's nodes add.
+        Tokens that trees of up to each band's nodes add in the long run.
 
         Args:
             prior (sequence of `float`): Expected tokens of each band.
             scale (`float`): How what is drafted this way or another compares with the prior.
-            now (`float`): The time, in rounds.
-            weight (`float`, *optional*, defaults to 8.0): Rounds that the long run counts for.
         """
-        # The long run of this way, in which all ways' scale counts as much as four accepted tokens.
-        own = (self.steady_hits + 4 * scale) / (self.steady_prior + 4)
-        fade, total, sums = self.fade(now), 0.0, []
+        own = (self.way_hits + WAY_WEIGHT * scale) / (self.way_prior + WAY_WEIGHT)
+        total, sums = 0.0, []
         for hits, trials, expected in zip(self.hits, self.trials, prior, strict=True):
-            total += (hits * fade + weight * own * expected) / (trials * fade + weight)
+            total += (hits + BAND_WEIGHT * own * expected) / (trials + BAND_WEIGHT)
             sums.append(total)
         return sums
 

@@ -18,7 +18,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
-from .estimates import BANDS, OLD, WINDOW, Claims, Gains, Times, VerifyTimes
+from .estimates import BANDS, OLD, WINDOW, Claims, Gains, Level, Times, VerifyTimes
 from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 
 
@@ -39,7 +39,7 @@ MOST_SELECTIVE = 0.2
 
 SLOWER, LESSON_WEIGHT = 1 / 8, 8.0
 """
-What was accepted lately fades so much slower in rounds that could not tell, and the next one that can stands for up to
+What a text has accepted fades so much slower in rounds that could not tell, and the next one that can stands for up to
 so many: nothing is drafted again only because nobody looked.
 """
 
@@ -134,6 +134,7 @@ class Record:
         rate (`float`): Tokens a second of the way that pays most.
         times (`list[float]`): How long look-ups alone, and drafter, have been in use: in rounds, others counting less.
         latest (`list[int]`): Their last rounds.
+        levels (`list[Level]`): How the text at hand compares with the long run, for them.
     """
 
     slope: float = 0.06
@@ -153,6 +154,7 @@ class Record:
     rate: float = 0.0
     times: list[float] = field(default_factory=lambda: [0.0, 0.0])
     latest: list[int] = field(default_factory=lambda: [0, 0])
+    levels: list[Level] = field(default_factory=lambda: [Level(), Level()])
 
     def __post_init__(self) -> None:
         self.verify = self.verify or VerifyTimes(self.slope)
@@ -182,16 +184,19 @@ class Record:
             self._accept(offer, seen, way, found)
 
     def _accept(self, offer: Offer, seen: Round, way: Way, found: int) -> None:
-        weight = min(max(self.now - self.latest[way.forwards > 0], 1), LESSON_WEIGHT)
-        self.latest[way.forwards > 0] = self.now
+        kind = way.forwards > 0
+        weight = min(max(self.now - self.latest[kind], 1), LESSON_WEIGHT)
+        self.latest[kind] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
+        usual = gains.expected(prior, self._scale(offer, way))[max(bisect_right(BANDS, seen.choice.nodes), 1) - 1]
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
             read = len(row) if seen.columns is None else seen.columns - 1
-            expected = gains.add(ranks, seen.choice.nodes, read, prior, self.times[way.forwards > 0], weight)
+            expected = gains.add(ranks, seen.choice.nodes, read, prior)
+            self.levels[kind].add(len(ranks), usual, self.times[kind], weight)
             self.claims.add(row, self.now)
-            if way.forwards:
+            if kind:
                 fade = 0.5 ** (1 / 256)
                 self.hits, self.prior = self.hits * fade + len(ranks), self.prior * fade + expected
 
@@ -234,16 +239,21 @@ class Record:
     def _parts(self, offer: Offer, way: Way, shares: Sequence[float], sizes: Sequence[int]) -> list[Parts]:
         """For each number of nodes, and for all that look-ups may promise: its share, tokens and seconds."""
         columns, draft, slowest = [], self.draft_seconds(way), share_of_slowest(self.batch_size)
-        doubt = TRUST if offer.trusted else 1.0
-        scale = (self.hits + doubt) / (self.prior + doubt) if way.forwards else 1.0
+        kind = way.forwards > 0
+        scale, level = self._scale(offer, way), self.levels[kind].at(self.times[kind])
         for found, share in enumerate(shares):
             gains = self.gains.get(f"{way.name} {found}", UNTRIED)
-            added = gains.expected(offer.prior(way, found), scale, self.times[way.forwards > 0])
+            added = gains.expected(offer.prior(way, found), scale)
             fill = gains.fill if gains.rounds or way.forwards or found else 0.0
             seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
-            tokens = [1 + slowest * added[max(bisect_right(BANDS, nodes), 1) - 1] for nodes in sizes]
+            tokens = [1 + slowest * level * added[max(bisect_right(BANDS, nodes), 1) - 1] for nodes in sizes]
             columns.append([(share, here, draft + rest) for here, rest in zip(tokens, seconds, strict=True)])
         return list(zip(*columns, strict=True))
+
+    def _scale(self, offer: Offer, way: Way) -> float:
+        """How what the drafter drafts one way or another compares with its figures in the long run."""
+        doubt = TRUST if offer.trusted else 1.0
+        return (self.hits + doubt) / (self.prior + doubt) if way.forwards else 1.0
 
     def _choice(self, offer: Offer, best: Prospect) -> Choice:
         plain = _ms(self.verify.plain)
@@ -302,7 +312,7 @@ class Record:
         resting = not best.nodes or (best.way == LOOKUPS and prospect.way != LOOKUPS)
         if not resting and prospect.way != best.way:
             tokens, seconds, _ = prospect.totals(self.rate)
-            known = (gains.steady_hits for name, gains in self.gains.items() if name.split()[0] == prospect.way.name)
+            known = (gains.way_hits for name, gains in self.gains.items() if name.split()[0] == prospect.way.name)
             resting = (tokens - 1) * (1 + 2 / math.sqrt(1 + sum(known))) > self.rate * seconds - 1
         return max(age * (age >= OLD), (of_way + 1) * resting)
 
@@ -335,6 +345,7 @@ class Record:
             "draft": {name: Times(**times) for name, times in values["draft"].items()},
             "gains": {name: Gains(**gains) for name, gains in values["gains"].items()},
             "claims": Claims(**values["claims"]),
+            "levels": [Level(**level) for level in values["levels"]],
         }
         return cls(**(values | parts))
 

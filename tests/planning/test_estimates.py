@@ -10,7 +10,19 @@ import pytest
 from test_import_contract import imports_of
 
 from specblock_hf import planning
-from specblock_hf.planning.estimates import BANDS, OLD, RECENT, WINDOW, Claims, Gains, Times, VerifyTimes
+from specblock_hf.planning.estimates import (
+    BANDS,
+    LEVEL_WEIGHT,
+    OLD,
+    RECENT,
+    WAY_WEIGHT,
+    WINDOW,
+    Claims,
+    Gains,
+    Level,
+    Times,
+    VerifyTimes,
+)
 
 
 def test_a_busy_machine_only_adds_time():
@@ -62,28 +74,47 @@ def test_a_plain_step_takes_no_longer_than_any_round():
 
 def test_a_cut_tree_tells_what_smaller_ones_accept():
     gains, prior = Gains(), [0.5] * len(BANDS)
-    for now in range(400):
+    for _ in range(400):
         # Ranks 0 and 6 of eight nodes: the first band and the sixth (7 and 8).
-        gains.add([0, 6], 8, 8, prior, now)
-    sums = gains.expected(prior, 1.0, 399)
+        gains.add([0, 6], 8, 8, prior)
+    sums = gains.expected(prior, 1.0)
     place = BANDS.index(8)
     assert sums[0] == pytest.approx(1, abs=0.2) and sums[place] == pytest.approx(2, abs=0.6)
     # Beyond eight nodes the prior, scaled by what came true of it below: 2 of 3.
-    assert sums[place + 1] - sums[place] == pytest.approx(0.5 * 2 / 3, abs=0.01)
+    rounds = gains.trials[0]
+    own = (2 * rounds + WAY_WEIGHT) / (3 * rounds + WAY_WEIGHT)
+    assert sums[place + 1] - sums[place] == pytest.approx(0.5 * own) and 0.66 < own < 0.72
 
 
 def test_nodes_that_there_were_not_add_nothing():
     gains, prior = Gains(), [0.5] * len(BANDS)
-    gains.add([0], 8, 2, prior, 0)
+    gains.add([0], 8, 2, prior)
     assert gains.trials[:7] == [1] * 6 + [0] and gains.hits[:2] == [1, 0] and gains.fill == 0.25
 
 
-def test_what_was_accepted_long_ago_fades_to_the_long_run():
+def test_few_rounds_say_little_of_a_way():
     gains, prior = Gains(), [0.5] * len(BANDS)
-    for now in range(20):
-        gains.add([], 1, 1, prior, now)
-    soon, later = (gains.expected(prior, 1.0, now)[0] for now in (20, 20 + 4 * RECENT))
-    assert soon < later < 0.2
+    before = gains.expected(prior, 1.0)
+    assert before == pytest.approx([0.5 * count for count in range(1, len(BANDS) + 1)])
+    for _ in range(3):
+        gains.add([], 8, 8, prior)
+    place = BANDS.index(8)
+    # Three rounds that accepted nothing of three tokens each leave most of what was expected.
+    assert 0.85 * before[place] < gains.expected(prior, 1.0)[place] < before[place]
+
+
+def test_a_text_is_compared_with_the_long_run_for_as_long_as_it_is_recent():
+    level = Level()
+    assert level.at(0) == 1
+    for now in range(40):
+        level.add(2.0, 1.0, now)
+    recent = sum(0.5 ** (age / RECENT) for age in range(40))
+    assert level.at(39) == pytest.approx((2 * recent + LEVEL_WEIGHT) / (recent + LEVEL_WEIGHT))
+    assert level.at(39) > 1.5
+    assert 1 < level.at(39 + 8 * RECENT) < 1.02
+    # One round that stands for more, because nobody looked for long.
+    level.add(0.0, 1.0, 39 + 8 * RECENT, weight=8.0)
+    assert level.at(39 + 8 * RECENT) < 0.8
 
 
 @pytest.mark.parametrize(
