@@ -73,6 +73,9 @@ REFUSALS: dict[str, Callable[[Case], bool]] = {
     "This drafter reads hidden state": lambda case: (
         case.drafter.layers == "unrecorded" and case.drafter.name in ("specblock", "best first")
     ),
+    "adds its Boolean masks to the attention scores": lambda case: (
+        case.target.family == "falcon" and case.target.attention == "sdpa" and "output_attentions" in case.returns
+    ),
     "takes no position_ids or no cache": _of_family("bloom", "llama4"),
     "keeps a recurrent state": _of_family("mamba", "jamba"),
     "the recurrent states of a batch lie at different tokens": lambda case: (

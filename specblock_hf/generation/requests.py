@@ -13,7 +13,7 @@ from transformers.generation import GenerationMode
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
-from ..target.support import check_target
+from ..target.support import check_attentions, check_target
 
 
 # Sources of drafts that `generate()` has itself, and its lossy verification. Together with a drafter they would be
@@ -76,6 +76,8 @@ def check_request(
             f"{drafter.label} drafts the likeliest tokens only and the drafting plan asks for drawn ones; leave out "
             f"draft_sampling={plan.draft_sampling!r}."
         )
+    if generation_config.output_attentions:
+        check_attentions(target)
     if generation_config.use_cache is False:
         raise ValueError(
             "draft trees are verified against the target's cache, which this call or the target's configuration turns "

@@ -64,6 +64,22 @@ def check_target(target: PreTrainedModel) -> None:
     _warn(target)
 
 
+def check_attentions(target: PreTrainedModel) -> None:
+    """
+    Refuse calls that ask for attentions where a target then takes its masks for something else.
+
+    Raises:
+        ValueError: In one sentence: what, why and what to do.
+    """
+    config = target.config.get_text_config(decoder=True)
+    if config.model_type == "falcon" and target.get_decoder().config._attn_implementation == "sdpa":
+        raise ValueError(
+            f"{type(target).__name__} adds its Boolean masks to the attention scores, where they hide nothing, if "
+            'attentions are asked of it that sdpa does not give; call target.set_attn_implementation("eager"), or '
+            "leave output_attentions out."
+        )
+
+
 def _taken(target: PreTrainedModel) -> set[str]:
     """
     The names that the target's forward takes. One that was replaced by `forward(*args, **kwargs)` does not tell; then

@@ -387,6 +387,20 @@ def test_hidden_states_of_a_target_with_several_at_every_token(lengths):
     assert plain.hidden_states[1][1].ndim == 4
 
 
+@pytest.mark.parametrize("lengths", [(7,), (4, 7)], ids=len)
+def test_falcon_with_sdpa_hides_nothing_where_attentions_are_asked_for(lengths):
+    batch, wanted = padded_batch(lengths), {"return_dict_in_generate": True, "output_attentions": True}
+    target = make_target(TargetKind("falcon", 4, "sdpa"))
+    with pytest.raises(ValueError, match=r"adds its Boolean masks to the attention scores, .*leave output_attentions"):
+        target.generate(**batch, **GREEDY, **wanted, assistant_model=garbage(len(lengths)))
+    # Without them, and with eager attention, whose masks are numbers, it is exact.
+    for attention, options in (("sdpa", {}), ("eager", wanted)):
+        target = make_target(TargetKind("falcon", 4, attention))
+        plain = target.generate(**batch, **GREEDY, **options)
+        output = target.generate(**batch, **GREEDY, **options, assistant_model=garbage(len(lengths)))
+        assert torch.equal(output.sequences if options else output, plain.sequences if options else plain)
+
+
 def test_attentions_over_a_cache_that_slides_nowhere():
     """A `DynamicCache()` knows of no configuration, so that plain decoding shows every column of it."""
     target, batch = tiny_target("mistral", "eager"), padded_batch((7,))
