@@ -100,7 +100,8 @@ class TargetModel:
         windows = layer_windows(target) if wanted else []
         if not any(self.cache.is_sliding):  # one that was made without the configuration keeps every column
             windows = [None] * len(windows)
-        self._outputs = TokenOutputs(wanted, len(self._rows), windows)
+        last_chunk = (inputs.new - 1) % (chunk_size or inputs.new) + 1
+        self._outputs = TokenOutputs(wanted, len(self._rows), windows, last_chunk)
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
         self._reader, self._stepwise = target, stepwise(target)  # after the taps, which both have
 

@@ -27,10 +27,12 @@ class TokenOutputs:
         wanted (sequence of `str`): `"hidden_states"`, `"attentions"`, both or none.
         batch_size (`int`): Rows of the batch.
         windows (sequence of `int`, *optional*): Sliding window of each layer; `None` for one that sees all.
+        last_chunk (`int`): Tokens of the prompt's last chunk as the call asks for it; a prompt with pictures is read
+            at once all the same.
     """
 
-    def __init__(self, wanted: Sequence[str], batch_size: int, windows: Sequence[int | None]):
-        self._wanted = tuple(wanted)
+    def __init__(self, wanted: Sequence[str], batch_size: int, windows: Sequence[int | None], last_chunk: int):
+        self._wanted, self._last_chunk = tuple(wanted), last_chunk
         self._windows = windows
         self._seen: dict[str, Layers] = {}
         self._prompt: dict[str, Layers] = {}
@@ -59,7 +61,11 @@ class TokenOutputs:
         if not self._wanted:
             return
         if not self._prompt:
-            self._prompt = self._seen
+            # Both have their queries in the last dimension but one.
+            self._prompt = {
+                name: tuple(layer[..., -self._last_chunk :, :] for layer in layers)
+                for name, layers in self._seen.items()
+            }
             return
         for row, first in enumerate(again or [0] * len(nodes)):
             path = torch.cat((torch.arange(first), first + nodes[row][nodes[row] >= 0]))

@@ -58,6 +58,22 @@ def test_a_prompt_with_a_picture_is_read_in_one_piece(kind):
 
 
 @pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
+@pytest.mark.parametrize("chunk", [1, 3, 4, 50])
+@pytest.mark.parametrize("kind", [kind for kind in MULTIMODAL if not kind.startswith("gemma")])
+def test_states_of_a_prompt_with_a_picture_are_those_of_its_last_chunk(kind, chunk):
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True, "output_attentions": True}
+    target, batch = multimodal_target(kind, "eager"), prompts_with_images(kind, (7,))
+    options = BASE | wanted | {"prefill_chunk_size": chunk}
+    plain = target.generate(**batch, **options)
+    output = target.generate(**batch, **options, assistant_model=garbage(1, vocab_size=MULTIMODAL_VOCAB))
+    assert torch.equal(output.sequences, plain.sequences)
+    for name in ("hidden_states", "attentions"):
+        for ours, theirs in zip(output[name], plain[name], strict=True):
+            for mine, layer in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, layer, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
 def test_pictures_and_padding_that_plain_decoding_reads_alone():
     target = multimodal_target("qwen3.5")
 
