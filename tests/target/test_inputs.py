@@ -70,7 +70,7 @@ def test_states_of_a_prompt_with_a_picture_are_those_of_its_last_chunk(kind, chu
     for name in ("hidden_states", "attentions"):
         for ours, theirs in zip(output[name], plain[name], strict=True):
             for mine, layer in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(mine, layer, rtol=1e-5, atol=1e-4)
+                torch.testing.assert_close(mine, layer, rtol=0, atol=2e-3)
 
 
 @pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding cannot read pictures in chunks")
