@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
-from baselines_for_tests import baseline
 from batches_for_tests import padded_batch
-from block_drafters_for_tests import block_drafter
 from conftest import tiny_target
 from graphs_for_tests import PretendedGraphs
+from test_fixed_rounds import DRAFTERS
 from training_for_tests import tiny_drafter
 from transformers import PreTrainedModel
 
-from specblock_hf import DraftingCallback, DraftingPlan, JoinedDrafter, LookupDrafter, compile_rounds
+from specblock_hf import DraftingCallback, DraftingPlan, compile_rounds
 from specblock_hf.drafting import state as drafting
 from specblock_hf.drafting.drafter import TreeDrafter
 from specblock_hf.drafting.pilot import offer_of, setting_of
@@ -41,20 +40,6 @@ SCRIPTS = {
 }
 SETTINGS = {"max_new_tokens": 32, "pad_token_id": 0}
 GREEDY = {"do_sample": False}
-
-
-def joined() -> JoinedDrafter:
-    return JoinedDrafter(tiny_drafter(), LookupDrafter(tiny_target("llama").config))
-
-
-DRAFTERS = {
-    "rank-guided": tiny_drafter,
-    "best-first": partial(tiny_drafter, expansion="best_first"),
-    "eagle3": partial(baseline, "eagle3"),
-    "dflash": block_drafter,
-    "joined": joined,
-    "look-ups": lambda: LookupDrafter(tiny_target("llama").config),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +142,7 @@ class Noting(PlanController):
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_only_what_is_captured_is_chosen(kind, lengths):
     target, batch, drafter = precise_target(), padded_batch(lengths), DRAFTERS[kind]()
-    if kind != "look-ups":
+    if kind != "lookup":
         drafter.network.double()
     compiled(drafter, lengths)
     drafter.drafting_plan, drafter.controller = "auto", Noting()
@@ -172,7 +157,7 @@ def test_only_what_is_captured_is_chosen(kind, lengths):
         assert figures.compiled_rounds == figures.rounds and figures.plan == drafter.controller.describe(setting)
     (record,) = drafter.controller.to_dict()["records"]
     assert Setting(**record["setting"]) == setting
-    way = LOOKUPS if kind == "look-ups" else WAY
+    way = LOOKUPS if kind == "lookup" else WAY
     assert {(7, way)} < drafter.controller.chosen <= {(0, LOOKUPS), (7, way), (12, way)}
 
 
