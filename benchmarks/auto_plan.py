@@ -244,7 +244,7 @@ def answer(
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     Lines to print: speeds over plain's of every suite, and the plan that finds itself, after the calls in which it
-    learns, over the fixed plan that is the best in every other batch, by the batches between.
+    learns, over the fixed plan that is the best in the other half of the batches.
     """
     lines, table = [], {}
     for row in rows:
@@ -257,11 +257,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(f"{suite}: {side} / plain {_interval(ratios)}")
         learned = [batch for batch in batches if batch >= CALLS_TO_LEARN]
         fixed = [side for side in sides if side not in ("plain", "auto", "random")]
-        choosing, comparing = learned[::2], learned[1::2]
-        if comparing:
-            best = max(fixed, key=lambda side: sum(table[suite, b, side] for b in choosing))
-            ratios = [table[suite, b, "auto"] / table[suite, b, best] for b in comparing]
-            lines.append(f"{suite}: auto / best fixed ({best}) {_interval(ratios)}")
+        halves, best, ratios = (learned[::2], learned[1::2]), [], []
+        for choosing, comparing in (halves, halves[::-1]):
+            if comparing:
+                best.append(max(fixed, key=lambda side: sum(table[suite, b, side] for b in choosing)))
+                ratios += [table[suite, b, "auto"] / table[suite, b, best[-1]] for b in comparing]
+        if len(best) == 2:
+            lines.append(f"{suite}: auto / best fixed ({' and '.join(dict.fromkeys(best))}) {_interval(ratios)}")
     return lines
 
 

@@ -31,8 +31,8 @@ def test_the_best_fixed_plan_is_chosen_on_other_batches_than_it_is_compared_on()
         "s: one / plain 6.667 (4.333 to 9.000, 6 batches)",
         "s: two / plain 1.833 (1.333 to 2.500, 6 batches)",
         "s: auto / plain 1.667 (1.000 to 2.500, 6 batches)",
-        # After two calls to learn: batches 2 and 4 choose, 3 and 5 compare.
-        "s: auto / best fixed (two) 2.000 (2.000 to 2.000, 2 batches)",
+        # After two calls to learn: batches 2 and 4 choose for 3 and 5, and these for 2 and 4.
+        "s: auto / best fixed (two and one) 1.250 (0.500 to 2.000, 4 batches)",
     ]
 
 
