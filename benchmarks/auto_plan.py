@@ -21,6 +21,7 @@ import json
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,17 +239,21 @@ def answer(
     pad = target.generation_config.pad_token_id
     made = output[:, prompts["input_ids"].shape[1] :]
     tokens = int((made != pad).sum()) if pad is not None else made.numel()
-    return {"seconds": seconds, "tokens": tokens, "plan": drafter.last_statistics.plan if drafter else ""}
+    text = zlib.crc32(made.numpy().tobytes())
+    plan = drafter.last_statistics.plan if drafter else ""
+    return {"seconds": seconds, "tokens": tokens, "text": text, "plan": plan}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     Lines to print: speeds over plain's of every suite, and the plan that finds itself, after the calls in which it
-    learns, over the fixed plan that is the best in the other half of the batches.
+    learns, over the fixed plan that is the best in the other half of the batches; in bfloat16 their texts may differ,
+    and the faster one may only have the easier text, so that the batches with equal ones are told apart.
     """
-    lines, table = [], {}
+    lines, table, texts = [], {}, {}
     for row in rows:
-        table[row["suite"], row["batch"], row["side"]] = row["tokens"] / row["seconds"]
+        place = row["suite"], row["batch"], row["side"]
+        table[place], texts[place] = row["tokens"] / row["seconds"], row["text"]
     suites, sides = (list(dict.fromkeys(row[name] for row in rows)) for name in ("suite", "side"))
     for suite in suites:
         batches = sorted({batch for name, batch, side in table if name == suite and side == "plain"})
@@ -257,13 +262,16 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(f"{suite}: {side} / plain {_interval(ratios)}")
         learned = [batch for batch in batches if batch >= CALLS_TO_LEARN]
         fixed = [side for side in sides if side not in ("plain", "auto", "random")]
-        halves, best, ratios = (learned[::2], learned[1::2]), [], []
+        halves, best, ratios, alike = (learned[::2], learned[1::2]), [], [], []
         for choosing, comparing in (halves, halves[::-1]):
             if comparing:
                 best.append(max(fixed, key=lambda side: sum(table[suite, b, side] for b in choosing)))
                 ratios += [table[suite, b, "auto"] / table[suite, b, best[-1]] for b in comparing]
+                alike += [texts[suite, b, "auto"] == texts[suite, b, best[-1]] for b in comparing]
         if len(best) == 2:
+            same = [ratio for ratio, equal in zip(ratios, alike, strict=True) if equal]
             lines.append(f"{suite}: auto / best fixed ({' and '.join(dict.fromkeys(best))}) {_interval(ratios)}")
+            lines.append(f"{suite}: the same where their texts are equal {_interval(same) if same else '(nowhere)'}")
     return lines
 
 
