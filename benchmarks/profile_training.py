@@ -50,7 +50,7 @@ def timed_steps(trainer: DrafterTrainer, steps: list[list[list[int]]]) -> dict:
     for step in steps:
         started, used = time.perf_counter(), time.process_time()
         trainer.gradients(step, 1.0)
-        trainer.optimizer.zero_grad()
+        trainer.module.zero_grad()
         seconds, processor_seconds = time.perf_counter() - started, time.process_time() - used
         positions = sum(len(trainer.examples[i].input_ids) for batch in step for i in batch)
         rates["positions_a_second"].append(positions / seconds)
@@ -121,7 +121,7 @@ def main() -> None:
     flops = counter.get_flop_counts()
     drafted = sum(flops["ObjectiveModule"].values())
     trainer.gradients(steps[0], 1.0)  # the first step also allocates
-    trainer.optimizer.zero_grad()
+    trainer.module.zero_grad()
     report = {
         "objective": args.objective,
         "batch_tokens": args.batch_tokens,

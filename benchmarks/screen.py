@@ -26,14 +26,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """Fields of the drafter's configuration and of its objective, as `specblock train` reads them."""
+    """Of `specblock train`: fields of the drafter's configuration and of its objective, and other options."""
 
     config: list[str] = field(default_factory=list)
     objective: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
 
 
 ARMS = {
     "paper": Arm(),
+    "muon": Arm(options=["--optimizer", "muon"]),
     "below alternatives": Arm(objective=["prefix_width=4"]),
     "markov term": Arm(["markov_rank=128"]),
     "markov term, below alternatives": Arm(["markov_rank=128"], ["prefix_width=4"]),
@@ -44,7 +46,7 @@ COMMON = Arm(["expansion=best_first"], ["num_blocks=2", "starts_share=0.4"])
 def command(arm: Arm, folder: Path, seed: int, options: Sequence[str]) -> list[str]:
     """Arguments of `specblock` that train an arm."""
     return [
-        *("train", "--output", str(folder), "--seed", str(seed), *options),
+        *("train", "--output", str(folder), "--seed", str(seed), *options, *arm.options),
         *("--config", *COMMON.config, *arm.config, "--objective", *COMMON.objective, *arm.objective),
     ]
 

@@ -23,6 +23,9 @@ class DrafterTrainingArguments:
         batch_tokens (`int`, *optional*, defaults to 4096): Tokens of a batch, padding included.
         learning_rate (`float`, *optional*, defaults to 5e-5):
             Peak rate (paper: 5e-5 over some 300k dialogues; a small target on little text wants about 1e-3).
+        optimizer (`str`, *optional*, defaults to `"adamw"`):
+            `"adamw"`, or `"muon"`: the matrices of the layers learn by Muon, heads and all else by AdamW. It learns
+            faster, for two thirds of a second a step on a CPU core with a small target; needs torch 2.9.
         warmup_ratio (`float`, *optional*, defaults to 0.015): Share of steps with a rising rate; a cosine follows.
         max_grad_norm (`float`, *optional*, defaults to 0.5): Gradients are clipped to this norm.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW, which runs without weight
@@ -45,6 +48,7 @@ class DrafterTrainingArguments:
     max_seconds: float = 0.0
     batch_tokens: int = 4096
     learning_rate: float = 5e-5
+    optimizer: str = "adamw"
     warmup_ratio: float = 0.015
     max_grad_norm: float = 0.5
     betas: tuple[float, float] = (0.9, 0.95)
@@ -62,6 +66,12 @@ class DrafterTrainingArguments:
     def __post_init__(self) -> None:
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f'mixed_precision is {self.mixed_precision!r}; compute in "no", "bf16" or "fp16".')
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f'optimizer is {self.optimizer!r}; known are "adamw" and "muon".')
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "Two optimisers would each take the scale of fp16 out of the gradients; train in bf16 or with AdamW."
+            )
         if self.gradient_accumulation < 1:
             raise ValueError(
                 f"gradient_accumulation is {self.gradient_accumulation}; a step takes at least one batch."

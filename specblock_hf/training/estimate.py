@@ -165,7 +165,7 @@ def _seconds_of(trainer: DrafterTrainer, batches: list[list[int]]) -> tuple[floa
     trainer.clock.shares()
     started = time.perf_counter()
     trainer.gradients(batches, progress=1.0)
-    trainer.optimizer.zero_grad()
+    trainer.module.zero_grad()
     return time.perf_counter() - started, trainer.clock.shares()
 
 

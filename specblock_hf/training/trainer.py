@@ -34,6 +34,7 @@ from ..drafting.target_batch import TargetBatch
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
 from .metrics import merge_outputs, report_of
+from .optimizers import make_optimizers
 from .target_views import TargetView
 from .termination import Terminated, Termination
 
@@ -96,14 +97,17 @@ class DrafterTrainer:
         self.batches_a_step = self.accelerator.num_processes * args.gradient_accumulation
         batches_an_epoch = len(batches_of_epoch(self.examples, args.batch_tokens, args.seed, 0))
         self.total_steps = max(1, round(batches_an_epoch * args.epochs / self.batches_a_step))
-        optimizer = torch.optim.AdamW(
-            drafter.parameters_of("full"), lr=args.learning_rate, betas=args.betas, weight_decay=0.0, fused=True
-        )
-        self.module, self.optimizer = self.accelerator.prepare(ObjectiveModule(drafter, self.objective), optimizer)
+        prepared = self.accelerator.prepare(ObjectiveModule(drafter, self.objective), *make_optimizers(drafter, args))
+        self.module, *self.optimizers = prepared
         self.clock = PhaseClock(self.accelerator.device)
         self.step = self.tokens_seen = 0
         self.seconds = 0.0
         self.draft_ids = draft_ids_of(drafter, self.table.vocab_size)
+
+    @property
+    def _bare_optimizers(self) -> list[torch.optim.Optimizer]:
+        """As torch reads and writes their state, without accelerate's wrappers."""
+        return [wrapped.optimizer for wrapped in self.optimizers]
 
     def learning_rate(self, step: float) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -218,11 +222,12 @@ class DrafterTrainer:
         norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
         if isinstance(norm, DTensor):  # of sharded weights
             norm = norm.full_tensor()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.place)
         with self.drafter.lock:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate(self.place)
+                optimizer.step()
+        self.module.zero_grad()
         self.clock.lap("update")
         self.tokens_seen += self.answer_tokens(batches)
         return outputs | {"grad_norm": norm.detach()}
@@ -292,7 +297,7 @@ class DrafterTrainer:
 
     def log(self, window: list[dict], seconds: float, bar: tqdm) -> None:
         """Write a line of means over some steps and all processes."""
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.optimizers[0].param_groups[0]["lr"]
         row: dict[str, Any] = {"step": self.step, "tokens": self.tokens_seen, "learning_rate": rate}
         row |= report_of(window, self.accelerator)
         row["seconds_per_step"] = round(seconds / len(window), 3)
@@ -310,7 +315,7 @@ class DrafterTrainer:
     def state_dicts(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The drafter's weights and the optimiser's state, whole and on the CPU (empty where others write them)."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, optimizer = get_state_dict(self.module, self.optimizer.optimizer, options=options)
+        weights, optimizer = get_state_dict(self.module, self._bare_optimizers, options=options)
         return {name.removeprefix("drafter."): value for name, value in weights.items()}, optimizer
 
     def save_drafter(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -322,7 +327,7 @@ class DrafterTrainer:
         weights, optimizer = self.state_dicts()
         if self.accelerator.is_main_process:
             state = {"optimizer": optimizer, "step": self.step, "tokens_seen": self.tokens_seen}
-            state |= {"batches_a_step": self.batches_a_step, "seconds": self.seconds}
+            state |= {"batches_a_step": self.batches_a_step, "seconds": self.seconds, "made_by": self.args.optimizer}
             final, aside = self.folder / f"checkpoint-{self.step}", self.folder / "checkpoint.partial"
             with save_folder_whole(final, partial=aside) as partial:
                 self.save_drafter(partial, weights)
@@ -339,7 +344,7 @@ class DrafterTrainer:
         Take up the newest checkpoint of the output folder, if there is one, and cut the log back to it.
 
         Raises:
-            ValueError: The checkpoint is of a run with another number of batches a step.
+            ValueError: The checkpoint is of a run with another number of batches a step, or with another optimiser.
         """
         found = self.checkpoints()
         if found:
@@ -359,10 +364,16 @@ class DrafterTrainer:
                 f"{self.batches_a_step} (processes times --gradient-accumulation); make the product the same, or "
                 "begin in another folder with --init-from."
             )
+        made_by = state.get("made_by", "adamw")  # checkpoints of before there was a choice
+        if made_by != self.args.optimizer:
+            raise ValueError(
+                f"{checkpoint} was made by {made_by} and this run has {self.args.optimizer}; name the same "
+                "--optimizer, or begin in another folder with --init-from."
+            )
         weights = {f"drafter.{name}": value for name, value in load_file(checkpoint / "model.safetensors").items()}
         set_state_dict(
             self.module,
-            self.optimizer.optimizer,
+            self._bare_optimizers,
             model_state_dict=weights,
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),

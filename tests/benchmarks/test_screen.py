@@ -16,6 +16,7 @@ from specblock_hf import SpecBlockConfig
 from specblock_hf.cli import train as command
 from specblock_hf.cli.options import read_pairs
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.training.arguments import DrafterTrainingArguments
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -35,6 +36,7 @@ def test_every_arm_is_a_command(screen, tmp_path):
     for arm in screen.ARMS.values():
         args = screen.command(arm, tmp_path, 3, ["--data", "answers", "--epochs", "0.2"])
         read = parser.parse_args(args[1:])
+        DrafterTrainingArguments("unused", optimizer=read.optimizer)
         assert args[0] == "train" and (read.seed, read.epochs, read.data) == (3, 0.2, "answers")
         SpecBlockObjective(**read_pairs(read.objective, [f.name for f in fields(SpecBlockObjective)], "--objective"))
         SpecBlockConfig(**read_pairs(read.config, [f.name for f in fields(SpecBlockConfig)], "--config"))

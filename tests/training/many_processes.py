@@ -1,9 +1,9 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains a tiny drafter in one process and in two, in the folders `one` and `two` of a folder; a test compares what is
-left behind. The two hold copies of the weights until they stop, and go on with a part of each weight, as under FSDP,
-which accelerate itself only sets up on accelerators.
+Trains a tiny drafter by an optimiser in one process and in two, in the folders `one` and `two` of a folder; a test
+compares what is left behind. The two hold copies of the weights until they stop, and go on with a part of each weight,
+as under FSDP, which accelerate itself only sets up on accelerators.
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ class ShardingAccelerator(Accelerator):
     def distributed_type(self) -> DistributedType:
         return DistributedType.FSDP
 
-    def prepare(self, module, optimizer):
+    def prepare(self, module, *optimizers):
+        names = {weight: name for name, weight in module.named_parameters()}
+        held = [[names[weight] for weight in optimizer.param_groups[0]["params"]] for optimizer in optimizers]
         for layer in module.drafter.layers:
             fully_shard(layer)
         fully_shard(module)
         # Sharding has replaced the weights.
-        optimizer.param_groups[0]["params"] = list(module.parameters())
-        return module, self.prepare_optimizer(optimizer)
+        weights = dict(module.named_parameters())
+        for optimizer, own in zip(optimizers, held, strict=True):
+            optimizer.param_groups[0]["params"] = [weights[name] for name in own]
+        return module, *(self.prepare_optimizer(optimizer) for optimizer in optimizers)
 
 
-def main(folder: Path, accumulation: int, stop_at: int | None = None, sharded: bool = False) -> None:
+def main(folder: Path, optimizer: str, accumulation: int, stop_at: int | None = None, sharded: bool = False) -> None:
     torch.set_num_threads(1)
     target = tiny_target("llama")
     drafter, table = tiny_drafter(), TokenTable.of(target)
@@ -61,6 +65,7 @@ def main(folder: Path, accumulation: int, stop_at: int | None = None, sharded: b
         epochs=2,
         batch_tokens=32,
         learning_rate=1e-2,
+        optimizer=optimizer,
         gradient_accumulation=accumulation,
         log_steps=1,
         save_steps=3,
@@ -108,7 +113,7 @@ def launch(count: int, *arguments) -> None:
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    launch(2, root / "two", 1, 8)
-    launch(2, root / "two", 1, None, True)
-    main(root / "one", 2)
+    root, optimizer = Path(sys.argv[1]), sys.argv[2]
+    launch(2, root / "two", optimizer, 1, 8)
+    launch(2, root / "two", optimizer, 1, None, True)
+    main(root / "one", optimizer, 2)

@@ -218,11 +218,12 @@ def test_a_run_of_limited_time_follows_the_clock(tmp_path, monkeypatch):
     assert again.step == 5
 
 
-def test_a_run_that_is_taken_up_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_is_taken_up_ends_with_the_same_weights(optimizer, tmp_path):
     """Interrupted between two checkpoints, and begun anew with other weights and another draft vocabulary."""
-    whole = tiny_trainer(tmp_path / "whole")
+    whole = tiny_trainer(tmp_path / "whole", optimizer=optimizer)
     whole.train()
-    first = tiny_trainer(tmp_path / "parts")
+    first = tiny_trainer(tmp_path / "parts", optimizer=optimizer)
     steps = first.train_step
 
     def interrupted(indices):
@@ -233,7 +234,7 @@ def test_a_run_that_is_taken_up_ends_with_the_same_weights(tmp_path):
     first.train_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    second = tiny_trainer(tmp_path / "parts", seed=2)
+    second = tiny_trainer(tmp_path / "parts", seed=2, optimizer=optimizer)
     second.train()
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
