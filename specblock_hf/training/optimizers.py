@@ -25,7 +25,8 @@ def make_optimizers(drafter: PreTrainedModel, args: DrafterTrainingArguments) ->
     heads = {*drafter.parameters_of("head")}
     matrices = [module.weight for module in drafter.modules() if isinstance(module, nn.Linear)]
     matrices = [weight for weight in matrices if weight not in heads] if args.optimizer == "muon" else []
-    others = [weight for weight in drafter.parameters_of("full") if weight not in {*matrices}]
+    taken = {*matrices}
+    others = [weight for weight in drafter.parameters_of("full") if weight not in taken]
     adamw = torch.optim.AdamW(others, lr=args.learning_rate, betas=args.betas, weight_decay=0.0, fused=True)
     if not matrices:
         return [adamw]
