@@ -254,7 +254,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         place = row["suite"], row["batch"], row["side"]
         table[place] = row["tokens"] / row["seconds"]
-        texts[place] = row.get("text", place)  # the first rows did not tell
+        texts[place] = row["text"]
     suites, sides = (list(dict.fromkeys(row[name] for row in rows)) for name in ("suite", "side"))
     for suite in suites:
         batches = sorted({batch for name, batch, side in table if name == suite and side == "plain"})

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from specblock_hf.calibration.costs import CostCurves, interpolate
 from specblock_hf.planning.controller import PlanController, Setting
-from specblock_hf.planning.estimates import BANDS
+from specblock_hf.planning.estimates import BANDS, MULTIPLE
 from specblock_hf.planning.offers import FOUND, FOUND_MIDDLES, LOOKUPS, Choice, Offer, Round, Way
 
 
@@ -153,7 +153,9 @@ class SimulatedService:
             chances += [min(max(here - before, 0.0) / (high - low), 0.95)] * (high - low)
         if not way.forwards:
             chances = [chance for chance in chances if chance]
-        return [chance for chance in chances[: choice.nodes] if chance >= choice.min_probability]
+        worth = sum(chance >= choice.min_probability for chance in chances[: choice.nodes])
+        # Cut trees are filled up with the likeliest of the others.
+        return chances[: min(-(-(worth + 1) // MULTIPLE) * MULTIPLE - 1, choice.nodes)]
 
     def _costs(self, way: Way, nodes: int) -> tuple[float, float]:
         """Seconds of drafting and of everything else."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..planning.controller import PlanController, Setting
+from ..planning.estimates import MULTIPLE
 from ..planning.offers import Choice, Offer, Round, Way
 from .drafter import DraftState, TreeDrafter
 from .plan import DraftingPlan, Limits, round_limits
@@ -129,6 +130,9 @@ class AutoPilot(Pilot):
         limits = super().limits(remaining, room, depth)
         waits = not choice.nodes and max(limits.depth) > 0
         return replace(limits, enough_found=choice.enough_found, waits=waits)
+
+    def cut(self, tree: DraftTree, trim: bool = True) -> DraftTree:
+        return tree.keep_likely(self.plan.min_probability, trim, MULTIPLE)
 
     def record(
         self,

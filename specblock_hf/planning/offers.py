@@ -86,10 +86,10 @@ class Offer:
         return y0 + (at - x0) * (y1 - y0) / (x1 - x0)
 
     def allowed(self, grown: int) -> list[int]:
-        """Numbers of nodes to choose from after trees of `grown`: at most twice as many, or the next given size."""
+        """Numbers of nodes to choose from after trees of `grown`: at most twice the rows, or the next given size."""
         within = [nodes for nodes in self.sizes or BANDS if nodes <= self.most]
         following = [nodes for nodes in self.sizes if nodes > grown][:1]
-        return [nodes for nodes in within if nodes <= max([2 * grown, *following, *within[:1]])]
+        return [nodes for nodes in within if nodes <= max([2 * grown + 1, *following, *within[:1]])]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
-from .estimates import BANDS, OLD, WINDOW, Claims, Gains, Level, Times, VerifyTimes
+from .estimates import OLD, WINDOW, Claims, Gains, Level, Times, VerifyTimes, band_of
 from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 
 
@@ -43,8 +43,8 @@ What a text has accepted fades so much slower in rounds that could not tell, and
 so many: nothing is drafted again only because nobody looked.
 """
 
-FIRST_NODES = 4
-"""Of the first trees. Later ones are at most twice as large as any before."""
+FIRST_NODES = 3
+"""Of the first trees. Later ones have at most twice the rows of any before, the root counted."""
 
 TEXTS_DIFFER = 0.35
 """
@@ -188,7 +188,7 @@ class Record:
         weight = min(max(self.now - self.latest[kind], 1), LESSON_WEIGHT)
         self.latest[kind] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
-        usual = gains.expected(prior, self._scale(offer, way))[max(bisect_right(BANDS, seen.choice.nodes), 1) - 1]
+        usual = gains.expected(prior, self._scale(offer, way))[band_of(seen.choice.nodes)]
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
@@ -246,7 +246,7 @@ class Record:
             added = gains.expected(offer.prior(way, found), scale)
             fill = gains.fill if gains.rounds or way.forwards or found else 0.0
             seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
-            tokens = [1 + slowest * level * added[max(bisect_right(BANDS, nodes), 1) - 1] for nodes in sizes]
+            tokens = [1 + slowest * level * added[band_of(nodes)] for nodes in sizes]
             columns.append([(share, here, draft + rest) for here, rest in zip(tokens, seconds, strict=True)])
         return list(zip(*columns, strict=True))
 

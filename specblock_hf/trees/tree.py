@@ -189,7 +189,7 @@ class DraftTree:
         tree = replace(cut, height=min(self.max_depth, count - 1), distributions=drawn)
         return replace(tree, parents=tree.parents.masked_fill(tree.parents >= count, -2))
 
-    def keep_likely(self, min_probability: float, trim: bool = True) -> DraftTree:
+    def keep_likely(self, min_probability: float, trim: bool = True, multiple: int = 1) -> DraftTree:
         """
         The tree without the nodes that the drafter gives less than this path probability. A drawn tree stays whole,
         because its shape must not depend on what was drawn.
@@ -197,10 +197,15 @@ class DraftTree:
         Args:
             min_probability (`float`): 0 leaves the tree alone, and reads nothing from the device.
             trim (`bool`, *optional*, defaults to `True`): Cut off what then is padding in all rows.
+            multiple (`int`, *optional*, defaults to 1):
+                Of which the number of nodes shall be one, root counted: the likeliest of the others fill it up.
         """
         if min_probability == 0 or self.distributions is not None:
             return self
-        tree = self._drop(self.cumulative_log_probs() < math.log(min_probability))
+        unlikely = self.cumulative_log_probs() < math.log(min_probability)
+        if multiple > 1:
+            return self.prune(-(-int((~unlikely).sum(1).max()) // multiple) * multiple - 1)
+        tree = self._drop(unlikely)
         return tree.pack() if trim else tree._take(tree._packed())
 
     def limit_depth(self, depths: int | Sequence[int]) -> DraftTree:

@@ -255,13 +255,13 @@ def test_a_drafter_that_had_to_catch_up_is_looked_at_again_at_once():
 
 
 def test_tokens_that_are_read_again_cost_what_nodes_do():
-    record, usual, row = Record(), Record(), [(-1.0, False)] * 4
-    seen = Round(Choice(4, Way(1)), [row], 5, 1.0, True, 0.0, 0.1, 0.03)
+    record, usual, row = Record(), Record(), [(-1.0, False)] * 3
+    seen = Round(Choice(3, Way(1)), [row], 4, 1.0, True, 0.0, 0.1, 0.03)
     usual.observe(OFFER, seen)
-    record.observe(OFFER, replace(seen, columns=11))
-    assert list(usual.verify.sizes) == [5] and list(record.verify.sizes) == [13]  # of a band
+    record.observe(OFFER, replace(seen, columns=10))
+    assert list(usual.verify.sizes) == [4] and list(record.verify.sizes) == [12]  # of a band
     (plain,), (again,) = usual.gains.values(), record.gains.values()
-    assert (plain.fill, again.fill) == (1.0, 2.5) and plain.hits == again.hits
+    assert (plain.fill, again.fill) == (1.0, 3.0) and plain.hits == again.hits
     assert record.grown == usual.grown  # no larger tree was tried
 
 
@@ -275,7 +275,7 @@ def test_settings_are_kept_apart():
 def test_measured_costs_are_taken_over():
     controller, curves = PlanController(), COSTS["fp32"]
     controller.fill(SETTING, OFFER, *curves.for_controller(OFFER.ways))
-    choice = controller.next(SETTING, OFFER)
+    choice = controller.freeze().next(SETTING, OFFER)  # which tries nothing else first
     rate, best = SimulatedService(curves, OFFER, lambda _: Nature(1.0)).best(Nature(1.0))
     assert choice.nodes and choice.way == best.way and choice.enough_found == math.inf
     tokens, seconds = SimulatedService(curves, OFFER, lambda _: Nature(1.0)).expected(choice, Nature(1.0))

@@ -53,43 +53,43 @@ def test_a_curve_between_and_beyond_its_points():
     verify = VerifyTimes(0.1)
     verify.add(1, 10.0, 0)
     assert verify.at([1, 2, 11]) == pytest.approx([10, 11, 20])
-    verify.add(5, 12.0, 1)
-    assert verify.at([5]) == pytest.approx([14])  # one sample is none
-    verify.add(5, 12.5, 1)
+    verify.add(4, 11.5, 1)
+    assert verify.at([4]) == pytest.approx([13])  # one sample is none
+    verify.add(4, 12.0, 1)
     # Between, and on as steeply as from the first to the last.
-    assert verify.at([1, 3, 5, 9]) == pytest.approx([10, 11, 12, 14])
-    for seconds in (30.0, 11.5):
-        verify.add(9, seconds, 2)
+    assert verify.at([1, 2, 4, 8]) == pytest.approx([10, 10.5, 11.5, 13.5])
+    for seconds in (30.0, 11.25):
+        verify.add(8, seconds, 2)
     # What less work was measured to cost is no more than what more work does; and never flat beyond.
-    assert verify.at([5, 9, 13]) == pytest.approx([11.5, 11.5, 12.5])
+    assert verify.at([4, 8, 12]) == pytest.approx([11.25, 11.25, 12.25])
 
 
 def test_a_plain_step_takes_no_longer_than_any_round():
     verify = VerifyTimes(0.1)
     verify.add(1, 10.0, 0)
     for seconds in (4.0, 5.0):
-        verify.add(9, seconds, 1)
+        verify.add(8, seconds, 1)
     assert verify.plain == 4.0
 
 
 def test_a_cut_tree_tells_what_smaller_ones_accept():
     gains, prior = Gains(), [0.5] * len(BANDS)
     for _ in range(400):
-        # Ranks 0 and 6 of eight nodes: the first band and the sixth (7 and 8).
-        gains.add([0, 6], 8, 8, prior)
+        # Ranks 0 and 6 of seven nodes: the first band and the third (4 to 7).
+        gains.add([0, 6], 7, 7, prior)
     sums = gains.expected(prior, 1.0)
-    place = BANDS.index(8)
+    place = BANDS.index(7)
     assert sums[0] == pytest.approx(1, abs=0.2) and sums[place] == pytest.approx(2, abs=0.6)
-    # Beyond eight nodes the prior, scaled by what came true of it below: 2 of 3.
+    # Beyond seven nodes the prior, scaled by what came true of it below: 2 of 1.5.
     rounds = gains.trials[0]
-    own = (2 * rounds + WAY_WEIGHT) / (3 * rounds + WAY_WEIGHT)
-    assert sums[place + 1] - sums[place] == pytest.approx(0.5 * own) and 0.66 < own < 0.72
+    own = (2 * rounds + WAY_WEIGHT) / (1.5 * rounds + WAY_WEIGHT)
+    assert sums[place + 1] - sums[place] == pytest.approx(0.5 * own) and 1.25 < own < 1.33
 
 
 def test_nodes_that_there_were_not_add_nothing():
     gains, prior = Gains(), [0.5] * len(BANDS)
-    gains.add([0], 8, 2, prior)
-    assert gains.trials[:7] == [1] * 6 + [0] and gains.hits[:2] == [1, 0] and gains.fill == 0.25
+    gains.add([0], 7, 2, prior)
+    assert gains.trials[:4] == [1] * 3 + [0] and gains.hits[:2] == [1, 0] and gains.fill == 2 / 7
 
 
 def test_few_rounds_say_little_of_a_way():
@@ -97,9 +97,9 @@ def test_few_rounds_say_little_of_a_way():
     before = gains.expected(prior, 1.0)
     assert before == pytest.approx([0.5 * count for count in range(1, len(BANDS) + 1)])
     for _ in range(3):
-        gains.add([], 8, 8, prior)
-    place = BANDS.index(8)
-    # Three rounds that accepted nothing of three tokens each leave most of what was expected.
+        gains.add([], 15, 15, prior)
+    place = BANDS.index(15)
+    # Three rounds that accepted nothing of two and a half tokens each leave most of what was expected.
     assert 0.85 * before[place] < gains.expected(prior, 1.0)[place] < before[place]
 
 

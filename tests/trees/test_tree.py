@@ -335,6 +335,25 @@ def test_a_batch_is_as_wide_as_the_row_with_most_worthwhile_nodes():
     assert tree.keep_likely(0.3).parents.tolist() == [[-1, 0, -2], [-1, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("multiple", "parents"),
+    [
+        (2, [[-1, 0, 1, 0], [-1, 0, 0, 0]]),  # three are worth it: the fourth is the next
+        (3, [[-1, 0, 1], [-1, 0, 0]]),
+        (4, [[-1, 0, 1, 0], [-1, 0, 0, 0]]),
+        (8, [[-1, 0, 1, 2, 0], [-1, 0, 0, 0, -2]]),  # as many as there are, the likeliest path first
+    ],
+)
+def test_worthwhile_nodes_are_filled_up_to_a_multiple(multiple, parents):
+    tree = chain_and_siblings(
+        [[1.0, 0.5, 0.5, 0.125, 0.125], [1.0, 0.5, 0.25, 0.125, 0.0]], [[-1, 0, 1, 0, 2], [-1, 0, 0, 0, -2]]
+    )
+    kept = tree.keep_likely(0.2, multiple=multiple)
+    assert kept.parents.tolist() == parents
+    assert kept.num_nodes.tolist() == [sum(p > -2 for p in row) for row in parents]
+    assert tree.keep_likely(0.0, multiple=multiple) is tree
+
+
 def test_a_drawn_tree_stays_whole():
     tree = chain_and_siblings([[1.0, 0.01]], [[-1, 0]])
     tree.distributions = DraftDistributions(torch.zeros(1, 1, 3), torch.arange(3), torch.tensor([[-1, 0]]))
