@@ -198,7 +198,8 @@ class DraftTree:
             min_probability (`float`): 0 leaves the tree alone, and reads nothing from the device.
             trim (`bool`, *optional*, defaults to `True`): Cut off what then is padding in all rows.
             multiple (`int`, *optional*, defaults to 1):
-                Of which the number of nodes shall be one, root counted: the likeliest of the others fill it up.
+                Of which the number of nodes shall be one, root counted: the likeliest of the others fill it up, and
+                whatever is left is cut off.
         """
         if min_probability == 0 or self.distributions is not None:
             return self
