@@ -199,13 +199,14 @@ class DraftTree:
             trim (`bool`, *optional*, defaults to `True`): Cut off what then is padding in all rows.
             multiple (`int`, *optional*, defaults to 1):
                 Of which the number of nodes shall be one, root counted: the likeliest of the others fill it up, and
-                whatever is left is cut off.
+                what is left is cut off, if anything is.
         """
         if min_probability == 0 or self.distributions is not None:
             return self
         unlikely = self.cumulative_log_probs() < math.log(min_probability)
         if multiple > 1:
-            return self.prune(-(-int((~unlikely).sum(1).max()) // multiple) * multiple - 1)
+            wide = -(-int((~unlikely).sum(1).max()) // multiple) * multiple
+            return self.prune(wide - 1) if wide < unlikely.shape[1] else self
         tree = self._drop(unlikely)
         return tree.pack() if trim else tree._take(tree._packed())
 

@@ -341,7 +341,7 @@ def test_a_batch_is_as_wide_as_the_row_with_most_worthwhile_nodes():
         (2, [[-1, 0, 1, 0], [-1, 0, 0, 0]]),  # three are worth it: the fourth is the next
         (3, [[-1, 0, 1], [-1, 0, 0]]),
         (4, [[-1, 0, 1, 0], [-1, 0, 0, 0]]),
-        (8, [[-1, 0, 1, 2, 0], [-1, 0, 0, 0, -2]]),  # as many as there are, the likeliest path first
+        (8, [[-1, 0, 1, 0, 2], [-1, 0, 0, 0, -2]]),  # as many as there are
     ],
 )
 def test_worthwhile_nodes_are_filled_up_to_a_multiple(multiple, parents):
