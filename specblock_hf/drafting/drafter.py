@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUDGET, CPU_BUDGET = 60, 12
+BUDGET, CPU_BUDGET = 60, 11
 """Nodes of a tree where nothing else is said: a verified node is almost free on a GPU and costs real time on a CPU."""
 
 

@@ -17,7 +17,7 @@ from ..drafting.plan import DraftingPlan
 from .methods import Method
 
 
-LOOKUP_PLAN = DraftingPlan(8, 1)
+LOOKUP_PLAN = DraftingPlan(7, 1)
 """For look-ups alone, whose acceptance depends on the text so much that no figures are kept to choose by."""
 
 

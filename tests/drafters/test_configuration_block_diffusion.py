@@ -86,7 +86,7 @@ def test_layers_spread_over_the_target():
 def test_plans():
     drafter = block_drafter(tree_budget=30)
     plans = [drafter.default_plan(torch.device(kind)) for kind in ("cpu", "cuda")]
-    assert plans == [DraftingPlan(12, 1), DraftingPlan(30, 1)]
+    assert plans == [DraftingPlan(11, 1), DraftingPlan(30, 1)]
     typical = drafter.acceptance()
     assert [tau for _, tau in typical] == sorted(tau for _, tau in typical)
     assert all(joined > tau for (_, tau), (_, joined) in zip(typical, drafter.acceptance(True), strict=True))

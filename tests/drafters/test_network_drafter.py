@@ -7,6 +7,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import pytest
+import torch
 from conftest import prompt_of, tiny_target
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
@@ -22,7 +23,7 @@ def drafter_of(name: str, **fields):
 @pytest.mark.parametrize("name", ["medusa", "parallelspec", "dflash", "jetspec"])
 def test_drafters_of_one_forward_are_measured_with_one(name):
     plans = drafter_of(name).plans_to_measure()
-    assert plans == [DraftingPlan(nodes, 1) for nodes in (4, 8, 12, 16, 32, 60)]
+    assert plans == [DraftingPlan(nodes, 1) for nodes in (3, 7, 11, 15, 31, 60)]
 
 
 @pytest.mark.parametrize(("name", "most"), [("specblock", 3), ("falcon", 4), ("eagle3", 8)])
@@ -37,7 +38,7 @@ def test_others_with_as_many_as_they_were_made_for(name, most):
     plans = drafter_of(name, num_blocks=most, **fields).plans_to_measure()
     assert len(set(plans)) == len(plans)
     # Beside what a GPU takes, something for a machine on which a forward or a node costs as much as a token brings.
-    assert min(plan.tree_budget for plan in plans) == 4 and max(plan.tree_budget for plan in plans) >= 59
+    assert min(plan.tree_budget for plan in plans) == 3 and max(plan.tree_budget for plan in plans) >= 59
     assert all(plan.max_starts != 0 for plan in plans)
 
 
@@ -64,3 +65,11 @@ def test_a_drafter_shows_the_plan_that_a_call_will_use(name, monkeypatch):
     assert deepcopy(drafter).drafting_plan == DraftingPlan(5, 1)
     drafter.drafting_plan = None
     assert drafter.drafting_plan == drafter.default_plan(drafter.device)
+
+
+@pytest.mark.parametrize("name", ["specblock", "falcon", "eagle3", "dflash", "medusa"])
+def test_small_trees_are_multiples_of_four_rows_with_their_root(name):
+    drafter = drafter_of(name, **({} if name == "dflash" else {"draft_vocab_size": 24}))
+    plans = [*drafter.plans_to_measure(), *(DraftingPlan(int(nodes), 1) for nodes, *_ in drafter.typical_acceptance)]
+    plans += [drafter.default_plan(torch.device("cpu"))]
+    assert all((plan.tree_budget + 1) % 4 == 0 for plan in plans if plan.tree_budget < 59)

@@ -312,7 +312,7 @@ def test_wrong_targets_are_refused_in_a_sentence():
 def test_plans_follow_the_configuration_and_the_device():
     config = SpecBlockConfig(hidden_size=32, num_attention_heads=4, tree_budget=40, num_blocks=3, max_starts=5)
     drafter = SpecBlockDrafter(config)
-    assert drafter.default_plan(torch.device("cpu")) == DraftingPlan(12, 3, 4)
+    assert drafter.default_plan(torch.device("cpu")) == DraftingPlan(11, 3, 4)
     assert drafter.default_plan(torch.device("cuda")) == DraftingPlan(40, 3, 5)
     assert (DraftingPlan(60, 2, None), 2.6) in drafter.acceptance()
     config.acceptance = [[8, 2, 4, 2.25], [16, 1, 0, 2.5]]

@@ -53,7 +53,7 @@ def test_four_methods_are_enough(lengths, options):
 def test_what_is_drafted_where_nothing_is_said():
     drafter = Repeats(tiny_target("llama").config)
     plans = {kind: drafter.default_plan(torch.device(kind)) for kind in ("cpu", "cuda")}
-    assert plans == {"cpu": DraftingPlan(12, 1), "cuda": DraftingPlan(60, 1)}
+    assert plans == {"cpu": DraftingPlan(11, 1), "cuda": DraftingPlan(60, 1)}
     assert [plan for plan, _ in drafter.acceptance()] == list(plans.values())
 
 

@@ -57,7 +57,7 @@ def test_plans_are_given_defaults_or_calibrated(llama, monkeypatch):
     assert label == "SpecBlockDrafter + LookupDrafter"
     assert notes["specblock"] == {"from": "given", "plan": [6, 2, 3]}
     assert notes["eagle3"] == {"from": "given", "plan": [4, 2, None]}
-    assert notes["lookup"] == {"from": "default", "plan": [8, 1, None]}
+    assert notes["lookup"] == {"from": "default", "plan": [7, 1, None]}
     joined = notes["specblock+lookup"]
     assert joined["from"] == "calibrated, assumed acceptance" and joined["curves"]["plain"] > 0
     assert joined["spread"] == calibration.spread and joined["curves"] == calibration.curves.to_dict()

@@ -57,8 +57,11 @@ class NetworkDrafter(TreeDrafter, nn.Module):
     typical_acceptance: Sequence[Sequence[float]] = ()
     """Rows like those of `config.acceptance`, for a drafter whose configuration has none."""
 
-    plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (4, 8, 12, 16, 32, 60))
-    """Nodes, forwards and starts (0: all) of plans that are the best somewhere, from a slow CPU to a GPU."""
+    plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (3, 7, 11, 15, 31, 60))
+    """
+    Nodes, forwards and starts (0: all) of plans that are the best somewhere, from a slow CPU to a GPU. With the root
+    small trees are multiples of four rows; see `MULTIPLE` in `planning/estimates.py`.
+    """
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

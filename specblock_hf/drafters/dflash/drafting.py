@@ -31,11 +31,11 @@ FIRST_COLUMNS = 512  # of the cache, which doubles when it is full
 # Of a drafter with little training, for one whose configuration does not say: nodes, forwards, starts (0: all), tau
 # alone and tau joined with a look-up.
 TYPICAL_ACCEPTANCE = (
-    (4, 1, 0, 1.7, 2.1),
-    (8, 1, 0, 2.0, 2.3),
-    (12, 1, 0, 2.1, 2.45),
-    (16, 1, 0, 2.2, 2.55),
-    (32, 1, 0, 2.5, 2.8),
+    (3, 1, 0, 1.6, 2.0),
+    (7, 1, 0, 1.95, 2.25),
+    (11, 1, 0, 2.1, 2.45),
+    (15, 1, 0, 2.2, 2.55),
+    (31, 1, 0, 2.5, 2.8),
     (60, 1, 0, 2.8, 3.0),
 )
 

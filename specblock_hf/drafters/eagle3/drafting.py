@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ...drafting.drafter import CPU_BUDGET
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import Losses, TargetBatch
@@ -50,15 +51,17 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
     objective_class = Eagle3Objective
     # A forward is one level, and most machines cannot afford all of them.
     plans_that_pay = (
-        *((4, 2, 2), (8, 2, 4), (8, 3, 4), (12, 3, 4), (12, 4, 4), (16, 4, 4)),
-        *((24, 4, 8), (32, 6, 8), (59, 6, 10), (59, 8, 10)),
+        *((3, 2, 2), (7, 2, 4), (7, 3, 4), (11, 3, 4), (11, 4, 4), (15, 4, 4)),
+        *((23, 4, 8), (31, 6, 8), (59, 6, 10), (59, 8, 10)),
     )
 
     def default_plan(self, device: torch.device) -> DraftingPlan:
         config = self.config
         if device.type == "cpu":
             # A verified node costs real time there, and every level is a forward of its own.
-            return DraftingPlan(min(12, config.tree_budget), min(4, config.num_blocks), min(4, config.beam_width))
+            return DraftingPlan(
+                min(CPU_BUDGET, config.tree_budget), min(4, config.num_blocks), min(4, config.beam_width)
+            )
         return DraftingPlan(config.tree_budget, config.num_blocks, config.beam_width)
 
     def deepest(self, plan: DraftingPlan) -> int:

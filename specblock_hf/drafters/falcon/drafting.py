@@ -89,9 +89,9 @@ class FalconDrafter(BlockDrafter, FalconModel):
     state_class = FalconState
     columns_per_pair = 1
     plans_that_pay = (
-        *((nodes, 1, 0) for nodes in (4, 8)),
-        *((nodes, 2, 4) for nodes in (8, 12, 16)),
-        *((16, 3, 4), (24, 3, 4), (24, 4, 8), (32, 4, 8), (60, 4, 0)),
+        *((nodes, 1, 0) for nodes in (3, 7)),
+        *((nodes, 2, 4) for nodes in (7, 11, 15)),
+        *((15, 3, 4), (23, 3, 4), (23, 4, 8), (31, 4, 8), (60, 4, 0)),
     )
 
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> FalconState:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...drafting.drafter import Scope
+from ...drafting.drafter import CPU_BUDGET, Scope
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
 from ...drafting.target_batch import Losses, TargetBatch
@@ -33,12 +33,12 @@ from .release_loss import release_loss
 # Of a drafter with little training, for one whose configuration does not say: nodes, blocks, starts (0: all), tau
 # alone and tau joined with a look-up.
 TYPICAL_ACCEPTANCE = (
-    (4, 1, 0, 1.6, 2.0),
-    (8, 1, 0, 1.8, 2.2),
-    (12, 1, 0, 1.9, 2.3),
-    (12, 2, 4, 2.0, 2.4),
-    (16, 2, 8, 2.15, 2.5),
-    (32, 2, 8, 2.35, 2.7),
+    (3, 1, 0, 1.55, 1.95),
+    (7, 1, 0, 1.75, 2.15),
+    (11, 1, 0, 1.9, 2.3),
+    (11, 2, 4, 2.0, 2.4),
+    (15, 2, 8, 2.15, 2.5),
+    (31, 2, 8, 2.35, 2.7),
     (60, 2, 0, 2.6, 2.9),
 )
 
@@ -71,10 +71,10 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     objective_class = SpecBlockObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
     plans_that_pay = (
-        *((nodes, 1, 0) for nodes in (4, 8, 12, 16, 24)),
-        *((nodes, 2, 4) for nodes in (12, 16, 24)),
-        *((32, 2, 8), (60, 2, 8), (60, 2, 0)),
-        *((32, 3, 8), (60, 3, 8)),
+        *((nodes, 1, 0) for nodes in (3, 7, 11, 15, 23)),
+        *((nodes, 2, 4) for nodes in (11, 15, 23)),
+        *((31, 2, 8), (60, 2, 8), (60, 2, 0)),
+        *((31, 3, 8), (60, 3, 8)),
     )
 
     @property
@@ -88,7 +88,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
         config = self.config
         if device.type == "cpu":
             # A verified node costs real time there: half a step for a dozen in float32.
-            return DraftingPlan(min(12, config.tree_budget), config.num_blocks, 4)
+            return DraftingPlan(min(CPU_BUDGET, config.tree_budget), config.num_blocks, 4)
         return DraftingPlan(config.tree_budget, config.num_blocks, config.max_starts)
 
     def deepest(self, plan: DraftingPlan) -> int:
