@@ -40,7 +40,7 @@ class Rehearsal:
         target (`int`): Weights of the target.
         states (`int`): Weights, gradients and both moments of the drafter, in this process if it is not sharded.
         peak (`int`): The most memory that this process held during the step, the target and all else included.
-        seconds (`float`): Of a usual step, without the optimiser's part.
+        seconds (`float`): Of a usual step.
         steps (`int`): Of the run.
         shares (`dict[str, float]`): Share of that step by phase.
         tokens (`int`): Answer tokens of that step, all processes together.
@@ -161,11 +161,19 @@ def rehearse(
 
 
 def _seconds_of(trainer: DrafterTrainer, batches: list[list[int]]) -> tuple[float, dict[str, float]]:
-    """What a step takes, and the shares of its phases."""
+    """What a step takes, and the shares of its phases. Its update is by nothing, at no rate, and is forgotten."""
     trainer.clock.shares()
     started = time.perf_counter()
     trainer.gradients(batches, progress=1.0)
+    for parameter in trainer.module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in trainer.bare_optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        optimizer.state.clear()
     trainer.module.zero_grad()
+    trainer.clock.lap("update")
     return time.perf_counter() - started, trainer.clock.shares()
 
 

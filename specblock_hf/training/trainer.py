@@ -105,7 +105,7 @@ class DrafterTrainer:
         self.draft_ids = draft_ids_of(drafter, self.table.vocab_size)
 
     @property
-    def _bare_optimizers(self) -> list[torch.optim.Optimizer]:
+    def bare_optimizers(self) -> list[torch.optim.Optimizer]:
         """As torch reads and writes their state, without accelerate's wrappers."""
         return [wrapped.optimizer for wrapped in self.optimizers]
 
@@ -315,7 +315,7 @@ class DrafterTrainer:
     def state_dicts(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The drafter's weights and the optimiser's state, whole and on the CPU (empty where others write them)."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, optimizer = get_state_dict(self.module, self._bare_optimizers, options=options)
+        weights, optimizer = get_state_dict(self.module, self.bare_optimizers, options=options)
         return {name.removeprefix("drafter."): value for name, value in weights.items()}, optimizer
 
     def save_drafter(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -373,7 +373,7 @@ class DrafterTrainer:
         weights = {f"drafter.{name}": value for name, value in load_file(checkpoint / "model.safetensors").items()}
         set_state_dict(
             self.module,
-            self._bare_optimizers,
+            self.bare_optimizers,
             model_state_dict=weights,
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),

@@ -16,9 +16,10 @@ from training_for_tests import tiny_drafter
 from specblock_hf.training.estimate import Rehearsal, expected_tau, rehearse
 
 
-def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path, optimizer):
     for name in ("rehearsed", "plain"):
-        trainer = tiny_trainer(tmp_path / name, epochs=2)
+        trainer = tiny_trainer(tmp_path / name, epochs=2, optimizer=optimizer)
         if name == "rehearsed":
             rehearsal = rehearse(trainer, tiny_target("llama"))
             assert trainer.step == trainer.tokens_seen == 0
@@ -30,7 +31,7 @@ def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path):
     assert rehearsal.states == 16 * count and rehearsal.steps == trainer.total_steps == 8
     assert rehearsal.target == 4 * sum(p.numel() for p in tiny_target("llama").parameters())
     assert rehearsal.peak > rehearsal.states + rehearsal.target
-    assert rehearsal.tokens == 2 * 15 and rehearsal.shares.keys() == {"target", "forward", "backward"}
+    assert rehearsal.tokens == 2 * 15 and rehearsal.shares.keys() == {"target", "forward", "backward", "update"}
 
 
 def test_the_largest_step_has_the_most_places(tmp_path):
