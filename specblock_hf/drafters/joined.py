@@ -85,6 +85,7 @@ class JoinedDrafter(TreeDrafter):
     acceptance_measured = _of_first("acceptance_measured")
     compiled_rounds = _of_first("compiled_rounds")
     captures_rounds = _of_first("captures_rounds")
+    prepacked_weights = _of_first("prepacked_weights")
     default_plan = _of_first("default_plan")
     feature_layers_for = _of_first("feature_layers_for")
     loss = _of_first("loss")

@@ -44,6 +44,7 @@ class GenerationStatistics:
         captured_rounds (`int`): How many of these replayed a CUDA graph.
         captured_drafts (`int`): Rounds whose draft replayed a CUDA graph.
         eager_because (`str`, *optional*): Why rounds, or their drafts, did not have fixed shapes that they could have.
+        prepacked (`bool`): Rounds were verified with prepacked weights; see [`PrepackedWeights`].
         plan (`str`): What the last rounds drafted by, and why.
     """
 
@@ -64,6 +65,7 @@ class GenerationStatistics:
     captured_rounds: int = 0
     captured_drafts: int = 0
     eager_because: str | None = None
+    prepacked: bool = False
     plan: str = ""
 
     def add_round(self, tree: DraftTree, walk: Walk, rows: int) -> None:

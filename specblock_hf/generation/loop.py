@@ -109,6 +109,7 @@ def decode(
     statistics.target_calls, statistics.compiled_rounds = target.calls, target.compiled_calls
     statistics.captured_rounds, statistics.captured_drafts = target.captured_calls, drafts.captured
     statistics.drafter_calls, statistics.drafter_rows = drafts.calls, drafts.rows
+    statistics.prepacked = target.prepacked
     clock.write_to(statistics)
     statistics.plan = pilot.describe()
     tell(callbacks, "on_generate_end", call)

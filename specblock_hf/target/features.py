@@ -86,3 +86,13 @@ class FeatureTaps:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def columns_of(values: torch.Tensor, nodes: torch.LongTensor) -> torch.Tensor:
+    """Some columns of each row; of those that are not there, any."""
+    return values.take_along_dim(nodes.to(values.device).clamp_max(values.shape[1] - 1).unsqueeze(2), dim=1)
+
+
+def spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.Tensor:
+    """Some rows of a batch as a whole batch; the others mean nothing, but are numbers."""
+    return values.new_zeros(batch, *values.shape[1:]).index_copy_(0, rows, values)

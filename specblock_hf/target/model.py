@@ -19,9 +19,10 @@ from ..devices import on_device, without_cudnn_attention
 from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..trees.tree import DraftTree
 from .cache import TargetCache
-from .features import FeatureTaps
+from .features import FeatureTaps, columns_of, spread
 from .inputs import TargetInputs
 from .masks import TreeMasks, layer_windows, likeliest_chain
+from .prepacking import PrepackedWeights, RoundsReader, version_of
 from .prompt import PromptPairs
 from .recurrent import Lag, cut, kept_columns
 from .support import check_length, rope_limits
@@ -54,6 +55,7 @@ class TargetModel:
             costs nothing any more.
         budget (`int`, *optional*, defaults to 0):
             Most drafted tokens of a round, by which a target with recurrent layers is read again; see [`Lag`].
+        prepacked ([`PrepackedWeights`], *optional*): What rounds may be read with on a CPU.
 
     Attributes:
         calls (`int`): Forwards so far.
@@ -74,6 +76,8 @@ class TargetModel:
         chunk_size: int | None = None,
         returns_cache: bool = True,
         budget: int = 0,
+        *,
+        prepacked: PrepackedWeights | None = None,
     ):
         self.target = target
         self.table = TokenTable.of(target)
@@ -103,7 +107,8 @@ class TargetModel:
         last_chunk = (inputs.new - 1) % (chunk_size or inputs.new) + 1
         self._outputs = TokenOutputs(wanted, len(self._rows), windows, last_chunk)
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
-        self._reader, self._stepwise = target, stepwise(target)  # after the taps, which both have
+        # After the taps, which all that reads has. A twin would not hand states and attentions out.
+        self._reader, self._trees = target, RoundsReader(stepwise(target), None if wanted else prepacked)
 
     @property
     def device(self) -> torch.device:
@@ -111,8 +116,7 @@ class TargetModel:
 
     def version(self) -> int:
         """Grows with every change of the weights in place, as optimisers make them."""
-        # What was made in inference mode counts nothing.
-        return sum(weight._version for weight in self.target.parameters() if not weight.is_inference())
+        return version_of(self.target.parameters())
 
     def __enter__(self) -> TargetModel:
         return self
@@ -144,7 +148,12 @@ class TargetModel:
     @property
     def settled(self) -> bool:
         """Whether the last round took as long as later ones of its size will; before they are captured it does not."""
-        return True
+        return self._trees.settled
+
+    @property
+    def prepacked(self) -> bool:
+        """Whether rounds are read with prepacked weights."""
+        return self._trees.prepacked
 
     def first_position(self) -> int:
         """Position of the first token that [`~TargetModel.prefill`] reads; above 0 for a continued cache."""
@@ -203,7 +212,7 @@ class TargetModel:
             committed.read_prompt(inputs.cached + end)
             if end == inputs.new:
                 committed.begin_rounds()
-                self._reader = self._stepwise
+                self._reader = self._trees.target
                 if committed.states.lag:
                     self._lag = Lag(len(self._rows), self._budget)
                 self.base = self.base - 1
@@ -244,6 +253,7 @@ class TargetModel:
         Returns:
             [`Scored`]: Logits `[R, N, V]` and features `[B, N, d]`.
         """
+        self._reader = self._trees.next()
         if self._index is not None:
             tree = replace(tree, tokens=tree.tokens[self._index], parents=tree.parents[self._index])
         if self._rereads():
@@ -403,18 +413,9 @@ class TargetModel:
         self._outputs.observe(outputs)
         if nodes is not None:
             skipped = self._scored - logits.shape[1]
-            logits, features = _at(logits, nodes - skipped), tuple(_at(feature, nodes) for feature in features)
+            logits = columns_of(logits, nodes - skipped)
+            features = tuple(columns_of(feature, nodes) for feature in features)
         if self._index is not None:
             batch = self.base.shape[0]
-            features = tuple(_spread(feature, self._index.to(feature.device), batch) for feature in features)
+            features = tuple(spread(feature, self._index.to(feature.device), batch) for feature in features)
         return Scored(logits, features, self._rows)
-
-
-def _at(values: torch.Tensor, nodes: torch.LongTensor) -> torch.Tensor:
-    """Some columns of each row; of those that are not there, any."""
-    return values.take_along_dim(nodes.to(values.device).clamp_max(values.shape[1] - 1).unsqueeze(2), dim=1)
-
-
-def _spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.Tensor:
-    """Some rows of a batch as a whole batch; the others mean nothing, but are numbers."""
-    return values.new_zeros(batch, *values.shape[1:]).index_copy_(0, rows, values)

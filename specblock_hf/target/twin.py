@@ -43,7 +43,7 @@ def twin_of(target: PreTrainedModel, layers: Sequence[int]) -> Callable[..., tup
         `ValueError`: The forward of a part was replaced.
     """
     decoder = target.get_decoder()
-    twin = _copied(target, {decoder, *decoder_layers(decoder)}, "which cannot be compiled")
+    twin = copied(target, {decoder, *decoder_layers(decoder)}, "which cannot be compiled")
     layers, flags = tuple(layers), without_training_flags(target)
     states: dict[int, torch.Tensor] = {}
 
@@ -86,17 +86,17 @@ def stepwise(target: PreTrainedModel) -> PreTrainedModel:
     bounded = {part for part in target.modules() if vars(part).get("time_step_limit", _NO_LIMIT) != _NO_LIMIT}
     if not bounded:
         return target
-    twin = _copied(target, bounded, "whose time steps a draft cannot have as plain decoding has them")
+    twin = copied(target, bounded, "whose time steps a draft cannot have as plain decoding has them")
     for part in twin.modules():
         if "time_step_limit" in vars(part):
             part.time_step_limit = _NO_LIMIT
     return twin
 
 
-def _copied(target: PreTrainedModel, parts: set[nn.Module], why: str) -> PreTrainedModel:
+def copied(target: PreTrainedModel, parts: set[nn.Module], why: str) -> PreTrainedModel:
     """A model of the same modules, of which these, and those that hold them, are copies with hooks of their own."""
 
-    def copied(part: nn.Module) -> nn.Module:
+    def own(part: nn.Module) -> nn.Module:
         if parts.isdisjoint(part.modules()):
             return part
         if "forward" in vars(part):
@@ -105,9 +105,9 @@ def _copied(target: PreTrainedModel, parts: set[nn.Module], why: str) -> PreTrai
                 f"model over devices, {why}; load the target onto one device."
             )
         twin = copy(part)
-        twin._modules = {name: child if child is None else copied(child) for name, child in part._modules.items()}
+        twin._modules = {name: child if child is None else own(child) for name, child in part._modules.items()}
         for hooks in _HOOKS:
             setattr(twin, hooks, OrderedDict(vars(part)[hooks]))
         return twin
 
-    return copied(target)
+    return own(target)

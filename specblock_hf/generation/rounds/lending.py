@@ -99,7 +99,7 @@ class Lent:
         """The target during the call; the arguments after `drafter` are those of [`TargetModel`]."""
         layers = drafter.feature_layers_for(target)
         if self.target is None:
-            return TargetModel(target, layers, input_ids, model_kwargs, *args)
+            return TargetModel(target, layers, input_ids, model_kwargs, *args, prepacked=drafter.prepacked_weights)
         # A cache for the prompt, whose rounds have buffers of their own.
         own = {CACHE: DynamicCache(config=target.config.get_text_config(decoder=True))}
         keeps = bool(drafter.callbacks) or self.drafts is None

@@ -1,0 +1,184 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Weights in the layout that oneDNN multiplies by. On x86 every `nn.Linear` of a PyTorch CPU model brings its weights
+into that layout anew in each forward, which takes a round of a few tokens longer than the multiplication itself does:
+4 rows by 576 x 16384 weights in float32 took 5.4 ms on two AVX-512 cores, and 1.2 ms with weights brought there once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedModel
+
+from .twin import copied
+
+
+MOST_BYTES = 2 << 30
+"""Of the copies; a larger target is left as it is unless somebody asks."""
+
+LEAST_BYTES = 1 << 17
+"""Of a weight: smaller ones take no time."""
+
+PATIENCE = 4
+"""Rounds of a call before weights are copied for it, which takes as long as some five plain steps."""
+
+
+@dataclass
+class Packed:
+    """
+    A weight's copy.
+
+    Args:
+        weight (`torch.Tensor`): In oneDNN's layout.
+        sums (`torch.LongTensor`): Of the bits of each row of the original, which tell whether it is still the same.
+        version (`int`): Of the original, which grows with its changes in place.
+    """
+
+    weight: torch.Tensor
+    sums: torch.LongTensor
+    version: int
+
+
+class PrepackedLinear(nn.Linear):
+    """A linear layer that multiplies by a copy of its weights."""
+
+    packed: torch.Tensor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype != self.weight.dtype:
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+
+
+class PrepackedWeights:
+    """
+    Copies of targets' weights for the rounds of calls on a CPU. The targets themselves have no part in it: a call
+    reads its rounds by a second model of the same modules, hooks included, in which linear layers use the copies.
+    Whether those are still the target's weights is asked once in each call, by sums of all bits, and in every round by
+    the versions of the weights. A copied drafter begins without any.
+
+    Args:
+        most_bytes (`int`, *optional*, defaults to 2 GiB): Targets with larger linear layers are left as they are.
+    """
+
+    def __init__(self, most_bytes: int = MOST_BYTES):
+        self.most_bytes = most_bytes
+        self._packed: Any = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.most_bytes,)
+
+    def knows(self, target: PreTrainedModel) -> bool:
+        """Whether there are copies of all weights that would be copied."""
+        weights = [layer.weight for layer in fitting(target)]
+        return bool(weights) and all(weight in self._packed for weight in weights)
+
+    def reader(self, target: PreTrainedModel) -> PreTrainedModel | None:
+        """
+        A model that reads as the target does, sooner; `None` where there is nothing to gain or no room for it.
+
+        Args:
+            target ([`~transformers.PreTrainedModel`]): Not changed; its present hooks are the reader's as well.
+        """
+        layers = fitting(target)
+        size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
+        if not 0 < size <= self.most_bytes:
+            return None
+        try:
+            twin = copied(target, {*layers}, "which leaves weights where they are")
+        except ValueError:
+            return None
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for layer in fitting(twin):
+                packed = self._of(layer.weight)
+                layer.__class__ = PrepackedLinear
+                layer.packed = packed
+        return twin
+
+    def _of(self, weight: nn.Parameter) -> torch.Tensor:
+        """The copy of a weight as it is now."""
+        sums = weight.detach().view(torch.int64).sum(1)
+        version = version_of([weight])
+        known = self._packed.get(weight)
+        if known is None or known.version != version or not torch.equal(known.sums, sums):
+            copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            self._packed[weight] = known = Packed(copy, sums, version)
+        return known.weight
+
+
+class RoundsReader:
+    """
+    What reads the trees of a call.
+
+    Args:
+        target ([`~transformers.PreTrainedModel`]): The target, or a twin of it.
+        weights ([`PrepackedWeights`], *optional*): May replace it after some rounds.
+    """
+
+    def __init__(self, target: PreTrainedModel, weights: PrepackedWeights | None):
+        self.target, self._weights = target, weights
+        self._rounds = self._version = 0
+        self._twin: PreTrainedModel | None = None
+        self._copied: list[nn.Parameter] = []
+
+    @property
+    def prepacked(self) -> bool:
+        """Whether the last round was read with prepacked weights."""
+        return self._twin is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether later rounds will be read the same way."""
+        return self._weights is None
+
+    def next(self) -> PreTrainedModel:
+        """Of the next round."""
+        if self._weights is not None and (self._rounds == PATIENCE or self._weights.knows(self.target)):
+            self._copied = [layer.weight for layer in fitting(self.target)]
+            self._version = version_of(self._copied)
+            self._twin = self._weights.reader(self.target)
+            self._weights = None
+        elif self._twin is not None and self._version != version_of(self._copied):
+            self._twin = None
+        self._rounds += 1
+        return self._twin or self.target
+
+
+def version_of(weights: Iterable[nn.Parameter]) -> int:
+    """Grows with every change of weights in place, as optimisers make them."""
+    # What was made in inference mode counts nothing.
+    return sum(weight._version for weight in weights if not weight.is_inference())
+
+
+def fitting(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a model that would be faster with prepacked weights; none where that is not known."""
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return []
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return []
+    kinds = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    if torch.get_float32_matmul_precision() == "highest":
+        kinds.append(torch.float32)
+    return [module for module in model.modules() if type(module) is nn.Linear and _fits(module, kinds)]
+
+
+def _fits(layer: nn.Linear, kinds: list[torch.dtype]) -> bool:
+    weight = vars(layer)["_parameters"].get("weight")
+    return (
+        type(weight) is nn.Parameter
+        and type(weight.data) is torch.Tensor
+        and weight.device.type == "cpu"
+        and weight.dtype in kinds
+        and weight.nbytes >= LEAST_BYTES
+        and weight.is_contiguous()
+        and weight.shape[1] * weight.element_size() % 8 == 0
+    )
