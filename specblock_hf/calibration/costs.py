@@ -95,7 +95,7 @@ class CostCurves:
         return tokens * self.plain / seconds
 
     def for_controller(self, ways: Iterable[Way]) -> tuple[list[tuple[int, float]], list[tuple[Way, float]]]:
-        """Seconds of everything but drafting by nodes, a plain step's for the root alone; and of drafting these ways."""
+        """Seconds of everything but drafting by nodes, a plain step's for a root; and of drafting these ways."""
         # With prepacked weights a round without drafts is sooner than a step of plain `generate()`.
         plain = min(self.plain, interpolate(self.verify, 1) + self.host)
         rest = [(1, plain), *((nodes, seconds + self.host) for nodes, seconds in self.verify if nodes > 1)]

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from ..locks import DrafterLock
 from ..planning.controller import PlanController
-from ..target.prepacking import PrepackedWeights
+from ..prepacking import PrepackedWeights
 from .attachment import Attachment, attach
 from .pairs import Pairs, Scored, TokenTable
 

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from ..compat import CACHE
 from ..devices import on_device, without_cudnn_attention
 from ..drafting.pairs import Pairs, Scored, TokenTable
+from ..prepacking import PrepackedWeights, version_of
 from ..trees.tree import DraftTree
 from .cache import TargetCache
 from .features import FeatureTaps, columns_of, spread
 from .inputs import TargetInputs
 from .masks import TreeMasks, layer_windows, likeliest_chain
-from .prepacking import PrepackedWeights, RoundsReader, version_of
 from .prompt import PromptPairs
+from .reading import RoundsReader
 from .recurrent import Lag, cut, kept_columns
 from .support import check_length, rope_limits
 from .token_outputs import TokenOutputs

@@ -14,10 +14,10 @@ from conftest import KINDS, VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter
 from torch import nn
 
-from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, prepacking
 from specblock_hf.drafting.drafter import DraftingCallback
-from specblock_hf.target import prepacking
-from specblock_hf.target.prepacking import PrepackedLinear, PrepackedWeights, fitting
+from specblock_hf.prepacking import PrepackedLinear, PrepackedWeights, fitting
+from specblock_hf.target.reading import PATIENCE, prepacked_twin
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
@@ -60,7 +60,7 @@ def test_the_target_is_not_touched():
 
 def test_a_reader_reads_as_the_target_does():
     target, ids = tiny_target("llama"), prompt_of(9)
-    reader = PrepackedWeights().reader(target)
+    reader = prepacked_twin(target, PrepackedWeights())
     linear = [module for module in target.modules() if isinstance(module, nn.Linear)]
     packed = [module for module in reader.modules() if isinstance(module, PrepackedLinear)]
     assert len(packed) == len(linear) == len(fitting(target))
@@ -84,9 +84,9 @@ def test_copies_are_made_once_some_rounds_have_been_read(monkeypatch):
     monkeypatch.setattr(PrepackedWeights, "_of", lambda self, weight: made.append(1) or known(self, weight))
     drafter = a_drafter(0)
     call = {"assistant_model": drafter, **GREEDY}
-    target.generate(prompt_of(6), **call | {"max_new_tokens": prepacking.PATIENCE + 1})
+    target.generate(prompt_of(6), **call | {"max_new_tokens": PATIENCE + 1})
     assert not made and not drafter.last_statistics.prepacked
-    target.generate(prompt_of(6), **call | {"max_new_tokens": prepacking.PATIENCE + 2})
+    target.generate(prompt_of(6), **call | {"max_new_tokens": PATIENCE + 2})
     assert len(made) == len(fitting(target)) and drafter.last_statistics.prepacked
     # Once they are there, from the first round on.
     target.generate(prompt_of(6), **call | {"max_new_tokens": 2})

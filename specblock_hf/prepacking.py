@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import PreTrainedModel
-
-from .twin import copied
 
 
 MOST_BYTES = 2 << 30
@@ -26,9 +23,6 @@ MOST_BYTES = 2 << 30
 
 LEAST_BYTES = 1 << 17
 """Of a weight: smaller ones take no time."""
-
-PATIENCE = 4
-"""Rounds of a call before weights are copied for it, which takes as long as some five plain steps."""
 
 
 @dataclass
@@ -60,7 +54,7 @@ class PrepackedLinear(nn.Linear):
 
 class PrepackedWeights:
     """
-    Copies of targets' weights for the rounds of calls on a CPU. The targets themselves have no part in it: a call
+    Copies of targets' weights for the rounds of calls on an x86 CPU. The targets themselves have no part in it: a call
     reads its rounds by a second model of the same modules, hooks included, in which linear layers use the copies.
     Whether those are still the target's weights is asked once in each call, by sums of all bits, and in every round by
     the versions of the weights. A copied drafter begins without any.
@@ -77,32 +71,28 @@ class PrepackedWeights:
     def __reduce__(self) -> tuple:
         return type(self), (self.most_bytes,)
 
-    def knows(self, target: PreTrainedModel) -> bool:
+    def knows(self, target: nn.Module) -> bool:
         """Whether there are copies of all weights that would be copied."""
         weights = [layer.weight for layer in fitting(target)]
         return bool(weights) and all(weight in self._packed for weight in weights)
 
-    def reader(self, target: PreTrainedModel) -> PreTrainedModel | None:
+    def lend(self, twin: nn.Module) -> None:
         """
-        A model that reads as the target does, sooner; `None` where there is nothing to gain or no room for it.
+        Let the linear layers of a model multiply by copies.
 
         Args:
-            target ([`~transformers.PreTrainedModel`]): Not changed; its present hooks are the reader's as well.
+            twin (`nn.Module`): A second model of a target's weights, whose linear layers are its own.
         """
-        layers = fitting(target)
-        size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
-        if not 0 < size <= self.most_bytes:
-            return None
-        try:
-            twin = copied(target, {*layers}, "which leaves weights where they are")
-        except ValueError:
-            return None
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for layer in fitting(twin):
                 packed = self._of(layer.weight)
                 layer.__class__ = PrepackedLinear
                 layer.packed = packed
-        return twin
+
+    def has_room(self, target: nn.Module) -> bool:
+        """Whether there is something to copy, and not too much."""
+        weights = {id(layer.weight): layer.weight for layer in fitting(target)}
+        return 0 < sum(weight.nbytes for weight in weights.values()) <= self.most_bytes
 
     def _of(self, weight: nn.Parameter) -> torch.Tensor:
         """The copy of a weight as it is now."""
@@ -113,44 +103,6 @@ class PrepackedWeights:
             copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             self._packed[weight] = known = Packed(copy, sums, version)
         return known.weight
-
-
-class RoundsReader:
-    """
-    What reads the trees of a call.
-
-    Args:
-        target ([`~transformers.PreTrainedModel`]): The target, or a twin of it.
-        weights ([`PrepackedWeights`], *optional*): May replace it after some rounds.
-    """
-
-    def __init__(self, target: PreTrainedModel, weights: PrepackedWeights | None):
-        self.target, self._weights = target, weights
-        self._rounds = self._version = 0
-        self._twin: PreTrainedModel | None = None
-        self._copied: list[nn.Parameter] = []
-
-    @property
-    def prepacked(self) -> bool:
-        """Whether the last round was read with prepacked weights."""
-        return self._twin is not None
-
-    @property
-    def settled(self) -> bool:
-        """Whether later rounds will be read the same way."""
-        return self._weights is None
-
-    def next(self) -> PreTrainedModel:
-        """Of the next round."""
-        if self._weights is not None and (self._rounds == PATIENCE or self._weights.knows(self.target)):
-            self._copied = [layer.weight for layer in fitting(self.target)]
-            self._version = version_of(self._copied)
-            self._twin = self._weights.reader(self.target)
-            self._weights = None
-        elif self._twin is not None and self._version != version_of(self._copied):
-            self._twin = None
-        self._rounds += 1
-        return self._twin or self.target
 
 
 def version_of(weights: Iterable[nn.Parameter]) -> int:
