@@ -57,7 +57,7 @@ NATURES: dict[str, Callable[[float], Nature]] = {
     "chat, code, chat": lambda tokens: Nature(1.3) if 1280 <= tokens < 2560 else Nature(0.05),
     "look-ups": lambda tokens: Nature(0.7, MATCHES),
 }
-PLANS = ((3, 1, None), (7, 1, None), (11, 2, 4))
+PLANS = ((5, 1, None), (7, 1, None), (11, 2, 4))
 CALLS_TO_LEARN = 2
 DRAWS = 2000
 

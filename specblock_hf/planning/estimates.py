@@ -21,10 +21,11 @@ FEW, OLD = 5, 400
 MULTIPLE = 4
 """
 Nodes of a row, the root counted, by which trees grow and are cut: products of matrices are made for multiples. On two
-AVX-512 cores 3 rows took a 135M target in float32 1.4 times as long as 4, and 9 rows as long as 12.
+AVX-512 cores 3 rows took a 135M target in float32 1.4 times as long as 4, and 9 rows as long as 12. With prepacked
+weights 6 rows take no longer than 1.
 """
 
-BANDS = (1, 3, 7, 11, 15, 23, 31, 47, 63)
+BANDS = (1, 3, 5, 7, 11, 15, 23, 31, 47, 63)
 """Drafted nodes of a row, by likelihood: what the nodes between two of these add is estimated together."""
 
 RECENT = 48

@@ -13,7 +13,7 @@ from models_for_tests import save_models
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "auto_plan.py"))
-SIDES = ["plain", "3 nodes, 1 forward(s)", "7 nodes, 1 forward(s)", "11 nodes, 2 forward(s)", "auto", "random"]
+SIDES = ["plain", "5 nodes, 1 forward(s)", "7 nodes, 1 forward(s)", "11 nodes, 2 forward(s)", "auto", "random"]
 
 
 def rows(**speeds: list[float]) -> list[dict]:

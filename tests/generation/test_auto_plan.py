@@ -253,7 +253,7 @@ def test_offers_are_what_drafters_can_do():
     drafter.config.acceptance = [[8, 1, 0, 1.5, 2.0], [4, 1, 0, 1.25, 1.75]]
     measured = offer_of(drafter, cpu, (7, 13))
     assert measured.trusted and measured.ways == {Way(1): [(4, 1.25), (8, 1.5)]}
-    assert measured.sizes == (6, 12) and not measured.cuts and measured.allowed(60) == [6, 12]
+    assert measured.sizes == (6, 11) and not measured.cuts and measured.allowed(60) == [6, 11]
 
 
 def test_offers_of_fixed_shapes_are_what_was_captured():

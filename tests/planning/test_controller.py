@@ -112,9 +112,9 @@ def test_the_same_trace_gives_the_same_choices():
 def test_first_rounds_are_small_and_grow():
     service = served("bf16", OFFER, CODE, 400)
     assert [choice.nodes for choice in service.choices[:2]] == [0, 0]
-    largest = 4
-    for choice in service.choices:
-        assert choice.nodes <= 2 * largest
+    largest = 3
+    for choice in service.choices:  # twice the rows, the root counted
+        assert choice.nodes + 1 <= 2 * (largest + 1)
         largest = max(largest, choice.nodes)
 
 

@@ -57,10 +57,10 @@ class NetworkDrafter(TreeDrafter, nn.Module):
     typical_acceptance: Sequence[Sequence[float]] = ()
     """Rows like those of `config.acceptance`, for a drafter whose configuration has none."""
 
-    plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (3, 7, 11, 15, 31, 60))
+    plans_that_pay: Sequence[tuple[int, int, int]] = tuple((nodes, 1, 0) for nodes in (3, 5, 7, 11, 15, 31, 60))
     """
     Nodes, forwards and starts (0: all) of plans that are the best somewhere, from a slow CPU to a GPU. With the root
-    small trees are multiples of four rows; see `MULTIPLE` in `planning/estimates.py`.
+    small trees are multiples of four rows, or six; see `MULTIPLE` in `planning/estimates.py`.
     """
 
     @property

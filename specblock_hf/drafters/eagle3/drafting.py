@@ -51,7 +51,7 @@ class Eagle3Drafter(BlockDrafter, Eagle3Model):
     objective_class = Eagle3Objective
     # A forward is one level, and most machines cannot afford all of them.
     plans_that_pay = (
-        *((3, 2, 2), (7, 2, 4), (7, 3, 4), (11, 3, 4), (11, 4, 4), (15, 4, 4)),
+        *((3, 2, 2), (5, 2, 4), (7, 2, 4), (7, 3, 4), (11, 3, 4), (11, 4, 4), (15, 4, 4)),
         *((23, 4, 8), (31, 6, 8), (59, 6, 10), (59, 8, 10)),
     )
 

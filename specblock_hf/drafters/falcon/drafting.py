@@ -89,7 +89,7 @@ class FalconDrafter(BlockDrafter, FalconModel):
     state_class = FalconState
     columns_per_pair = 1
     plans_that_pay = (
-        *((nodes, 1, 0) for nodes in (3, 7)),
+        *((nodes, 1, 0) for nodes in (3, 5, 7)),
         *((nodes, 2, 4) for nodes in (7, 11, 15)),
         *((15, 3, 4), (23, 3, 4), (23, 4, 8), (31, 4, 8), (60, 4, 0)),
     )

@@ -71,7 +71,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     objective_class = SpecBlockObjective
     typical_acceptance = TYPICAL_ACCEPTANCE
     plans_that_pay = (
-        *((nodes, 1, 0) for nodes in (3, 7, 11, 15, 23)),
+        *((nodes, 1, 0) for nodes in (3, 5, 7, 11, 23)),
         *((nodes, 2, 4) for nodes in (11, 15, 23)),
         *((31, 2, 8), (60, 2, 8), (60, 2, 0)),
         *((31, 3, 8), (60, 3, 8)),
