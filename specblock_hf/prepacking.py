@@ -8,7 +8,6 @@ into that layout anew in each forward, which takes a round of a few tokens longe
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .locks import DrafterLock
 
 
 MOST_BYTES = 2 << 30
@@ -66,7 +67,7 @@ class PrepackedWeights:
     def __init__(self, most_bytes: int = MOST_BYTES):
         self.most_bytes = most_bytes
         self._packed: Any = WeakTensorKeyDictionary()
-        self._lock = threading.Lock()
+        self._lock = DrafterLock()
 
     def __reduce__(self) -> tuple:
         return type(self), (self.most_bytes,)

@@ -25,8 +25,8 @@ FLOORS = (
     {"target", "drafters"},
     {"drafting"},
     {"trees", "regeneration", "planning"},
-    {"data", "checkpoints"},
-    {"compat", "devices", "locks", "prepacking", "version"},
+    {"data", "checkpoints", "prepacking"},
+    {"compat", "devices", "locks", "version"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # Within drafters: a kind knows itself and what all kinds share. ParallelSpec is EAGLE-3's network, read otherwise.

@@ -16,6 +16,7 @@ from torch import nn
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, prepacking
 from specblock_hf.drafting.drafter import DraftingCallback
+from specblock_hf.drafting.pilot import Pilot
 from specblock_hf.prepacking import PrepackedLinear, PrepackedWeights, fitting
 from specblock_hf.target.reading import PATIENCE, prepacked_twin
 
@@ -91,6 +92,18 @@ def test_copies_are_made_once_some_rounds_have_been_read(monkeypatch):
     # Once they are there, from the first round on.
     target.generate(prompt_of(6), **call | {"max_new_tokens": 2})
     assert drafter.last_statistics.prepacked and drafter.last_statistics.rounds == 1
+
+
+def test_rounds_teach_no_times_until_they_are_read_as_later_ones(monkeypatch):
+    settled = []
+    monkeypatch.setattr(Pilot, "record", lambda self, *args: settled.append(args[-1]))
+    drafter, call = a_drafter(0), {"do_sample": False, "max_new_tokens": PATIENCE + 4, "eos_token_id": None}
+    for _ in range(2):
+        tiny_target("llama").generate(prompt_of(6), assistant_model=drafter, **call)
+    drafter.prepacked_weights.most_bytes = 0  # as where nothing fits
+    tiny_target("llama").generate(prompt_of(6), assistant_model=drafter, **call)
+    rounds = PATIENCE + 3
+    assert settled == [False] * PATIENCE + [True] * (2 * rounds + rounds - PATIENCE)
 
 
 def rescale(target, factor: float, how: str) -> None:

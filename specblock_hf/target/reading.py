@@ -25,7 +25,8 @@ class RoundsReader:
     """
 
     def __init__(self, target: PreTrainedModel, weights: PrepackedWeights | None):
-        self.target, self._weights = target, weights
+        self.target = target
+        self._weights = weights if weights is not None and weights.has_room(target) else None
         self._rounds = self._version = 0
         self._twin: PreTrainedModel | None = None
         self._copied: list[nn.Parameter] = []
@@ -55,15 +56,12 @@ class RoundsReader:
 
 def prepacked_twin(target: PreTrainedModel, weights: PrepackedWeights) -> PreTrainedModel | None:
     """
-    A model that reads as the target does, sooner; `None` where there is nothing to gain, no room for it, or the
-    forward of a part was replaced.
+    A model that reads as the target does, sooner; `None` where the forward of a part was replaced.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): Not changed; its present hooks are the twin's as well.
         weights ([`PrepackedWeights`]): Of it and others.
     """
-    if not weights.has_room(target):
-        return None
     try:
         twin = copied(target, {*fitting(target)}, "which leaves its weights where they are")
     except ValueError:
