@@ -313,6 +313,9 @@ def test_no_other_private_name_is_used():
         "_initialize_missing_keys",
         "_modules",
         "_dynamo",
+        "_is_mkldnn_bf16_supported",
+        "_reorder_linear_weight",
+        "_linear_pointwise",
         "_hf_hook",
         "_version",
         "_ArgumentGroup",  # argparse's, in annotations

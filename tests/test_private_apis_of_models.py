@@ -187,6 +187,18 @@ def test_adapters_of_weights_are_noted_on_the_model():
     assert owners == [wrapped] and wrapped.active_peft_config.is_prompt_learning
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_weights_in_onednns_layout(dtype):
+    """`torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise`, as torch.compile uses them on CPUs."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this torch or this CPU has no such products")
+    weight, bias, rows = (torch.randn(*shape).to(dtype) for shape in ((6, 8), (6,), (2, 3, 8)))
+    copy = torch.ops.mkldnn._reorder_linear_weight(weight)
+    for given in (bias, None):
+        found = torch.ops.mkldnn._linear_pointwise(rows, copy, given, "none", [], "")
+        assert torch.allclose(found, torch.nn.functional.linear(rows, weight, given), atol=1e-5, rtol=2e-2)
+
+
 def test_mark_static_address():
     """`torch._dynamo.mark_static_address`: memory that a CUDA graph may read in place."""
     assert parameters(torch._dynamo.mark_static_address) == ["t", "guard"]

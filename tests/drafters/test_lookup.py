@@ -186,6 +186,7 @@ ATTRIBUTES = {
     "can_sample",
     "predicts_at_once",
     "captures_rounds",
+    "prepacked_weights",
     "compiled_rounds",
     "config",
     "drafting_plan",
