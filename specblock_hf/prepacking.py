@@ -8,7 +8,7 @@ into that layout anew in each forward, which takes a round of a few tokens longe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,9 @@ class Packed:
     A weight's copy.
 
     Args:
-        weight (`torch.Tensor`): In oneDNN's layout.
-        sums (`torch.LongTensor`): Of the bits of each row of the original, which tell whether it is still the same.
+        weight (`torch.Tensor`): In oneDNN's layout, opaque to everything but its products.
+        sums (`torch.LongTensor` of shape `[out]`):
+            Of each row of the original read as integers of 64 bits, which tell whether it is still the same.
         version (`int`): Of the original, which grows with its changes in place.
     """
 
@@ -43,7 +44,7 @@ class Packed:
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear layer that multiplies by a copy of its weights."""
+    """A linear layer that multiplies by a copy of its weights: `[..., in]` to `[..., out]`, as `nn.Linear` does."""
 
     packed: torch.Tensor
 
@@ -72,10 +73,9 @@ class PrepackedWeights:
     def __reduce__(self) -> tuple:
         return type(self), (self.most_bytes,)
 
-    def knows(self, target: nn.Module) -> bool:
-        """Whether there are copies of all weights that would be copied."""
-        weights = [layer.weight for layer in fitting(target)]
-        return bool(weights) and all(weight in self._packed for weight in weights)
+    def knows(self, layers: Sequence[nn.Linear]) -> bool:
+        """Whether there are copies of the weights of all layers; they may have become old."""
+        return all(layer.weight in self._packed for layer in layers)
 
     def lend(self, twin: nn.Module) -> None:
         """
@@ -90,9 +90,9 @@ class PrepackedWeights:
                 layer.__class__ = PrepackedLinear
                 layer.packed = packed
 
-    def has_room(self, target: nn.Module) -> bool:
+    def has_room(self, layers: Sequence[nn.Linear]) -> bool:
         """Whether there is something to copy, and not too much."""
-        weights = {id(layer.weight): layer.weight for layer in fitting(target)}
+        weights = {id(layer.weight): layer.weight for layer in layers}
         return 0 < sum(weight.nbytes for weight in weights.values()) <= self.most_bytes
 
     def _of(self, weight: nn.Parameter) -> torch.Tensor:

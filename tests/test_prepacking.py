@@ -65,7 +65,7 @@ def test_the_target_is_not_touched():
 
 def test_a_reader_reads_as_the_target_does():
     target, ids = tiny_target("llama"), prompt_of(9)
-    reader = prepacked_twin(target, PrepackedWeights())
+    reader = prepacked_twin(target, fitting(target), PrepackedWeights())
     linear = [module for module in target.modules() if isinstance(module, nn.Linear)]
     packed = [module for module in reader.modules() if isinstance(module, PrepackedLinear)]
     assert len(packed) == len(linear) == len(fitting(target))
@@ -229,9 +229,9 @@ def test_copies_go_with_their_target_and_not_with_a_copied_drafter():
     drafter.prepacked_weights.most_bytes = 1 << 20
     target.generate(prompt_of(6), assistant_model=drafter, **GREEDY)
     weights = drafter.prepacked_weights
-    assert weights.knows(target)
+    assert weights.knows(fitting(target))
     for copied in (deepcopy(weights), pickle.loads(pickle.dumps(weights))):
-        assert copied.most_bytes == 1 << 20 and not copied.knows(target)
+        assert copied.most_bytes == 1 << 20 and not copied.knows(fitting(target))
     joined = JoinedDrafter(drafter, LookupDrafter(target.config))
     assert joined.prepacked_weights is joined.parts[0].prepacked_weights
     del target, joined, drafter

@@ -89,10 +89,10 @@ class FeatureTaps:
 
 
 def columns_of(values: torch.Tensor, nodes: torch.LongTensor) -> torch.Tensor:
-    """Some columns of each row; of those that are not there, any."""
+    """Columns `nodes` `[B, N]` of each row of `[B, W, d]`, as `[B, N, d]`; of those that are not there, any."""
     return values.take_along_dim(nodes.to(values.device).clamp_max(values.shape[1] - 1).unsqueeze(2), dim=1)
 
 
 def spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.Tensor:
-    """Some rows of a batch as a whole batch; the others mean nothing, but are numbers."""
+    """Some `rows` `[R]` of a batch, `[R, N, d]`, as a whole one, `[batch, N, d]`; the others are zeros and mean nothing."""
     return values.new_zeros(batch, *values.shape[1:]).index_copy_(0, rows, values)

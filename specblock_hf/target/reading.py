@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,10 +28,10 @@ class RoundsReader:
 
     def __init__(self, target: PreTrainedModel, weights: PrepackedWeights | None):
         self.target = target
-        self._weights = weights if weights is not None and weights.has_room(target) else None
+        self._layers = fitting(target) if weights is not None else []
+        self._weights = weights if weights is not None and weights.has_room(self._layers) else None
         self._rounds = self._version = 0
         self._twin: PreTrainedModel | None = None
-        self._copied: list[nn.Parameter] = []
 
     @property
     def prepacked(self) -> bool:
@@ -43,27 +45,32 @@ class RoundsReader:
 
     def next(self) -> PreTrainedModel:
         """Of the next round."""
-        if self._weights is not None and (self._rounds == PATIENCE or self._weights.knows(self.target)):
-            self._copied = [layer.weight for layer in fitting(self.target)]
-            self._version = version_of(self._copied)
-            self._twin = prepacked_twin(self.target, self._weights)
+        if self._weights is not None and (self._rounds == PATIENCE or self._weights.knows(self._layers)):
+            self._version = self._version_now()
+            self._twin = prepacked_twin(self.target, self._layers, self._weights)
             self._weights = None
-        elif self._twin is not None and self._version != version_of(self._copied):
+        elif self._twin is not None and self._version != self._version_now():
             self._twin = None
         self._rounds += 1
         return self._twin or self.target
 
+    def _version_now(self) -> int:
+        return version_of(layer.weight for layer in self._layers)
 
-def prepacked_twin(target: PreTrainedModel, weights: PrepackedWeights) -> PreTrainedModel | None:
+
+def prepacked_twin(
+    target: PreTrainedModel, layers: Iterable[nn.Linear], weights: PrepackedWeights
+) -> PreTrainedModel | None:
     """
     A model that reads as the target does, sooner; `None` where the forward of a part was replaced.
 
     Args:
         target ([`~transformers.PreTrainedModel`]): Not changed; its present hooks are the twin's as well.
-        weights ([`PrepackedWeights`]): Of it and others.
+        layers (iterable of `nn.Linear`): Those of it that multiply by copies.
+        weights ([`PrepackedWeights`]): The copies, of it and others.
     """
     try:
-        twin = copied(target, {*fitting(target)}, "which leaves its weights where they are")
+        twin = copied(target, {*layers}, "which leaves its weights where they are")
     except ValueError:
         return None
     weights.lend(twin)
