@@ -94,5 +94,5 @@ def columns_of(values: torch.Tensor, nodes: torch.LongTensor) -> torch.Tensor:
 
 
 def spread(values: torch.Tensor, rows: torch.LongTensor, batch: int) -> torch.Tensor:
-    """Some `rows` `[R]` of a batch, `[R, N, d]`, as a whole one, `[batch, N, d]`; the others are zeros and mean nothing."""
+    """`[R, N, d]`, which are `rows` `[R]` of a batch, as all of it, `[batch, N, d]`; the others mean nothing."""
     return values.new_zeros(batch, *values.shape[1:]).index_copy_(0, rows, values)
