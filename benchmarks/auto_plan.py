@@ -3,6 +3,7 @@
 """
 What the plan that finds itself loses against the best plan, which it has to find first.
 
+    python benchmarks/auto_plan.py --costs                          # of this machine, for the next one
     python benchmarks/auto_plan.py                                  # in a simulated service, without a model
     python benchmarks/auto_plan.py --measure --dtype bfloat16       # against fixed plans and plain generate()
     python benchmarks/auto_plan.py --measure --temperature 1 --prompts 10 --tokens 128
@@ -23,12 +24,13 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specblock_hf import DraftingPlan, JoinedDrafter
+from specblock_hf import DraftingPlan, JoinedDrafter, calibrate
 from specblock_hf.calibration.costs import CostCurves
 from specblock_hf.calibration.trial import padded
 from specblock_hf.cli.default_target import find_default_drafter
@@ -45,10 +47,7 @@ from plan_service_for_tests import Nature, SimulatedService  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "results"
-CURVES = {
-    "bfloat16": ("side-by-side-bf16", "specblock:rank_guided"),
-    "float32": ("side-by-side-fp32-shipped", "specblock"),
-}
+COSTS, DTYPES = RESULTS / "auto_plan_costs.json", ("bfloat16", "float32")
 MATCHES = (0.6, 0.1, 0.1, 0.2)
 NATURES: dict[str, Callable[[float], Nature]] = {
     "never right": lambda tokens: Nature(0.0),
@@ -66,6 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--measure", action="store_true", help="real calls instead of simulated rounds")
+    parser.add_argument("--costs", action="store_true", help="measure what rounds cost here, and nothing else")
     parser.add_argument(
         "--suites",
         nargs="+",
@@ -78,6 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="as if the drafter's acceptance was never measured")
+    parser.add_argument("--sides", nargs="+", help="some of plain, the fixed plans, auto and random (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="of the simulation (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, help="default: auto_plan.json, or auto_plan_measured.jsonl, in results/"
@@ -87,7 +88,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    if args.measure:
+    if args.costs:
+        record_costs(args, args.output or COSTS)
+    elif args.measure:
         measure(args, args.output or RESULTS / "auto_plan_measured.jsonl")
     else:
         simulate(args, args.output or RESULTS / "auto_plan.json")
@@ -95,6 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def record_costs(args: argparse.Namespace, output: Path) -> None:
+    """Write the default target's and drafter's costs in every dtype."""
+    costs = {}
+    for dtype in DTYPES:
+        args.dtype = dtype
+        target, _, drafter = load_models(args)
+        costs[dtype] = calibrate(target, drafter, repeats=9, apply=False, progress=True).curves.to_dict()
+    output.write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+
+
+def recorded_curves(dtype: str) -> CostCurves:
+    """What rounds cost; a plain step is a round without drafts."""
+    curves = CostCurves.from_dict(read_json(COSTS)[dtype])
+    ((_, plain), *_), _ = curves.for_controller(())
+    return replace(curves, plain=plain)
 
 
 def recorded_offer(finds: bool) -> Offer:
@@ -108,8 +128,8 @@ def recorded_offer(finds: bool) -> Offer:
 def simulate(args: argparse.Namespace, output: Path) -> None:
     """Serve texts of every nature and write what was lost."""
     report: dict[str, Any] = {}
-    for dtype, (folder, name) in CURVES.items():
-        curves = CostCurves.from_dict(read_json(RESULTS / folder / "results.json")["plans"][name]["curves"])
+    for dtype in DTYPES:
+        curves = recorded_curves(dtype)
         for label, nature in NATURES.items():
             offer = recorded_offer(len(nature(0.0).found) > 1 and nature(0.0).found[0] < 1)
             runs = []
@@ -143,8 +163,8 @@ def plot(report: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Seconds lost to the best plan, over the answers' time."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 4), sharey=True)
-    for axis, dtype in zip(axes, CURVES, strict=True):
+    figure, axes = plt.subplots(1, len(DTYPES), figsize=(11, 4), sharey=True)
+    for axis, dtype in zip(axes, DTYPES, strict=True):
         for label in NATURES:
             figures = report[f"{label}, {dtype}"]
             for number, (lost, seconds) in enumerate(zip(figures["lost"], figures["seconds"], strict=True)):
@@ -171,8 +191,9 @@ def measure(args: argparse.Namespace, output: Path) -> None:
     done = {(row["condition"], row["suite"], row["batch"], row["side"]) for row in rows}
     output.parent.mkdir(parents=True, exist_ok=True)
     sides = make_sides(drafter, args.lookup)
+    sides = {name: sides[name] for name in args.sides or sides}
     for suite in args.suites:
-        states = {name: output.with_suffix(f".{suite}.{name}.json") for name in ("auto", "random")}
+        states = {name: output.with_suffix(f".{suite}.{name}.json") for name in ("auto", "random") if name in sides}
         for name, path in states.items():
             known = any((condition, part, 0, name) in done for part in (suite, _part(suite, 1)))
             sides[name][0].controller = PlanController.load(path) if known and path.exists() else PlanController()
@@ -264,7 +285,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         learned = [batch for batch in batches if batch >= CALLS_TO_LEARN]
         fixed = [side for side in sides if side not in ("plain", "auto", "random")]
         halves, best, ratios, alike = (learned[::2], learned[1::2]), [], [], []
-        for choosing, comparing in (halves, halves[::-1]):
+        for choosing, comparing in (halves, halves[::-1]) if fixed and "auto" in sides else ():
             if comparing:
                 best.append(max(fixed, key=lambda side: sum(table[suite, b, side] for b in choosing)))
                 ratios += [table[suite, b, "auto"] / table[suite, b, best[-1]] for b in comparing]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 WINDOW = 15
@@ -101,6 +102,7 @@ class VerifyTimes:
 
     def add(self, nodes: int, seconds: float, now: int) -> None:
         self.sizes.setdefault(self.size_of(nodes), Times()).add(seconds, now)
+        vars(self).pop("points", None)
 
     def of(self, nodes: int) -> Times:
         """What is known of such a tree."""
@@ -113,33 +115,31 @@ class VerifyTimes:
     @property
     def plain(self) -> float:
         """A plain step's, which is no longer than any other round's."""
-        return self.curve()[0][1]
+        return self.points[0][1]
 
-    def curve(self) -> list[tuple[int, float]]:
+    @cached_property
+    def points(self) -> list[tuple[int, float]]:
         """
         The measured points, without dips: less work costs no more than more work was measured to cost. A size that was
-        measured once is none yet: that may have been at a bad moment.
+        measured once is none yet: that may have been at a bad moment. Beyond them the least is assumed that they
+        allow, so that it is tried and measured.
         """
         points, most = [], float("inf")
         for size in sorted((s for s, times in self.sizes.items() if len(times.samples) > 1 or s == 1), reverse=True):
             most = min(most, self.sizes[size].quiet)
             points.append((size, most))
-        return points[::-1]
-
-    def at(self, sizes: Sequence[float]) -> list[float]:
-        """
-        Seconds for these numbers of nodes, between the measured ones. Beyond them the least is assumed that they
-        allow, so that it is tried and measured.
-        """
-        points = self.curve()
-        (last, highest), least = points[-1], self.slope * self.plain
+        points.reverse()
+        (last, highest), least = points[-1], self.slope * points[0][1]
         steep = least
         if len(points) > 1:
             before, lower = points[-2]
             steep = min((highest - lower) / (last - before), (highest - points[0][1]) / (last - points[0][0]))
             steep = min(max(steep, least / 4), least)
-        points.append((10 * last, highest + 9 * last * steep))
-        seconds = []
+        return [*points, (10 * last, highest + 9 * last * steep)]
+
+    def at(self, sizes: Sequence[float]) -> list[float]:
+        """Seconds for these numbers of nodes, between the points."""
+        points, seconds = self.points, []
         for size in sizes:
             right = bisect_left(points, (size, 0.0), 1, len(points) - 1)
             (x0, y0), (x1, y1) = points[right - 1], points[right]
@@ -182,8 +182,8 @@ class Gains:
     teaches all bands up to its own size. Beyond them the prior is scaled by how the known bands compare with it.
 
     Args:
-        hits (`list[float]`): Accepted nodes of each band, fading by `STEADY`.
-        trials (`list[float]`): Rounds that could have accepted some, fading alike.
+        hits (`list[float]`): Accepted nodes of each band, fading by `STEADY` in rounds that could have accepted some.
+        trials (`list[float]`): Those rounds, fading alike.
         way_hits (`float`): Accepted nodes of all bands, fading alike.
         way_prior (`float`): How many the prior would have had accepted.
         fill (`float`): Verified nodes, and tokens read again, as a share of the nodes that were allowed.
@@ -213,8 +213,9 @@ class Gains:
         kept = [0] * len(BANDS)
         for rank in ranks:
             kept[band_of(rank + 1)] += 1
-        self.hits = [hits * fade + new for hits, new in zip(self.hits, kept, strict=True)]
-        self.trials = [trials * fade + (band < bands) for band, trials in enumerate(self.trials)]
+        for band in range(bands):  # what is known of larger trees does not fade because nobody draws them
+            self.hits[band] = self.hits[band] * fade + kept[band]
+            self.trials[band] = self.trials[band] * fade + 1
         expected = sum(prior[:bands])
         self.way_hits, self.way_prior = self.way_hits * fade + len(ranks), self.way_prior * fade + expected
         self.fill += (verified / asked - self.fill) * max(1 / 8, 1 / (self.rounds + 1))

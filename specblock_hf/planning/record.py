@@ -18,12 +18,15 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
-from .estimates import OLD, WINDOW, Claims, Gains, Level, Times, VerifyTimes, band_of
+from .estimates import OLD, WAY_WEIGHT, WINDOW, Claims, Gains, Level, Times, VerifyTimes, band_of
 from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 
 
 FIRST_SHARE, SHARE = 6.0, 0.015
 """What may be spent on rounds that only teach: in plain steps, and as a share of the time."""
+
+SETTLED_SHARE = 0.5
+"""Of that share, where something pays already: the next best is less to find than whether anything pays at all."""
 
 LONGEST = 8.0
 """Plain steps that a round counts for at most, in what was spent and in what may be: more is not of its making."""
@@ -102,7 +105,7 @@ class Prospect:
             tokens, seconds, total = tokens + share * here, seconds + share * took, total + share
         return tokens / total, seconds / total, enough
 
-    def keep_likely(self, rate: float) -> float:
+    def worth(self, rate: float) -> float:
         tokens, seconds, _ = self.totals(rate)
         return tokens - rate * seconds
 
@@ -165,7 +168,7 @@ class Record:
         if seen.settled:
             self.verify.add(seen.nodes if seen.columns is None else seen.columns, seen.rest, self.now)
         took = min(seen.draft + seen.rest, LONGEST * self.verify.plain) if 1 in self.verify.sizes else 0.0
-        self.seconds += took
+        self.seconds += took * (SETTLED_SHARE if seen.choice.nodes else 1.0)
         if seen.choice.learns and self.rate and seen.settled:
             tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
             self.spent = max(self.spent + took - tokens / self.rate, 0.0)
@@ -211,10 +214,12 @@ class Record:
         if plain is None or len(plain.samples) < 2:
             return Choice(0), Choice(0, why="a plain step is measured first")
         prospects = self._prospects(offer)
-        rate = 1 / self.verify.plain
+        rate, best = self.rate or 1 / self.verify.plain, None
         for _ in range(3):
-            best = max(prospects, key=lambda prospect: prospect.keep_likely(rate))
+            before, best = best, max(prospects, key=lambda prospect: prospect.worth(rate))
             rate = best.rate(rate)
+            if best is before:
+                break
         self.rate = rate
         choice = self._choice(offer, best)
         return choice, self._lesson(offer, prospects, choice)
@@ -292,7 +297,7 @@ class Record:
             return Choice(0, why="a plain step is measured again", learns=True)
         lessons, sizes = [], offer.allowed(max(best.nodes, FIRST_NODES))
         for prospect in prospects[1:]:
-            loss, age = -prospect.keep_likely(rate) / rate, self._age(prospect, best)
+            loss, age = -prospect.worth(rate) / rate, self._age(prospect, best)
             if age and loss <= allowed and prospect.nodes in sizes:
                 lessons.append((max(loss, plain / 5) / age, loss, prospect))
         if not lessons:
@@ -312,8 +317,9 @@ class Record:
         resting = not best.nodes or (best.way == LOOKUPS and prospect.way != LOOKUPS)
         if not resting and prospect.way != best.way:
             tokens, seconds, _ = prospect.totals(self.rate)
+            # The way's likeness to the others counts as it does in what is expected of it.
             known = (gains.way_hits for name, gains in self.gains.items() if name.split()[0] == prospect.way.name)
-            resting = (tokens - 1) * (1 + 2 / math.sqrt(1 + sum(known))) > self.rate * seconds - 1
+            resting = (tokens - 1) * (1 + 2 / math.sqrt(WAY_WEIGHT + sum(known))) > self.rate * seconds - 1
         return max(age * (age >= OLD), (of_way + 1) * resting)
 
     def take(self, verify: Sequence[tuple[int, float]], draft: Sequence[tuple[Way, float]]) -> None:
