@@ -136,19 +136,6 @@ def test_loss_counts_and_gradients_equal_the_naive_ones(num_blocks, cuts, block_
         assert (ours - naive).abs().max() < 1e-3 * scale, name
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0, 1e-3])
-def test_the_targets_distribution_at_another_temperature(temperature):
-    drafter = lively_drafter()
-    batch = batch_of(drafter, favoured_text(drafter))
-    batch = replace(batch, top_probs=batch.top_probs.sort(-1, descending=True).values + torch.arange(TOP, 0, -1) / 50)
-    out = specblock_loss(drafter, batch, SpecBlockObjective(target_temperature=temperature), [2, 1])
-    probs = (batch.top_probs.double().log() / temperature).softmax(-1).float()
-    wanted = specblock_loss(drafter, replace(batch, top_probs=probs), SpecBlockObjective(), [2, 1])
-    torch.testing.assert_close(out["loss"], wanted["loss"])
-    usual = specblock_loss(drafter, batch, SpecBlockObjective(), [2, 1])
-    assert abs(out["loss"] - usual["loss"]) > 0.01 and torch.equal(out["counted"], usual["counted"])
-
-
 def test_slots_that_few_texts_reach_are_in_the_comparison():
     """The cases above would prove little if chains never survived."""
     drafter = lively_drafter()
@@ -332,7 +319,6 @@ def test_the_rest_joins_when_its_time_has_come():
     [
         ({"num_blocks": 0}, "at least the first block is trained"),
         ({"prefix_width": 0}, "prefix_width is 0; a prefix holds likeliest tokens, so give 1 or more"),
-        ({"target_temperature": 0.0}, "target_temperature is 0.0; give one above 0"),
         ({"slot_mean": "all"}, "slot_mean is 'all'; known are first and survivors"),
         ({"rank_loss": "ordinal"}, "rank_loss is 'ordinal'; known are plain and release"),
     ],

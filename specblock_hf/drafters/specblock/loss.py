@@ -43,9 +43,6 @@ class SpecBlockObjective:
             A slot comes after a right guess if the text's token is among so many of the likeliest: 1 is the paper's
             greedy chain, more also trains what comes below the alternatives of a tree, which only a drafter with a
             Markov term can tell apart. Counts of right guesses are of a block's greedy chain all the same.
-        target_temperature (`float`, *optional*, defaults to 1.0):
-            At which the target's distribution is learned. Trees of greedy calls want to know which token is the
-            target's likeliest, which a low one asks for; nothing else of its distribution is then learned well.
         slot_mean (`str`, *optional*, defaults to `"first"`):
             What a slot's sum is divided by: the rows of the block's `"first"` slot, so that the mean is the paper's
             expectation, or its own `"survivors"` as in the authors' release.
@@ -66,7 +63,6 @@ class SpecBlockObjective:
     slot_decay: float = 0.8
     valid_prefix: bool = True
     prefix_width: int = 1
-    target_temperature: float = 1.0
     slot_mean: str = "first"
     rank_loss: str = "plain"
     earlier_keys: bool = False
@@ -80,10 +76,6 @@ class SpecBlockObjective:
         if self.prefix_width < 1:
             raise ValueError(
                 f"prefix_width is {self.prefix_width}; a prefix holds likeliest tokens, so give 1 or more."
-            )
-        if self.target_temperature <= 0:
-            raise ValueError(
-                f"target_temperature is {self.target_temperature}; give one above 0, such as 0.5 for greedy calls."
             )
         for name, known in (("slot_mean", ("first", "survivors")), ("rank_loss", ("plain", "release"))):
             if vars(self)[name] not in known:
@@ -272,14 +264,11 @@ def _score_block(
         normed, logits = drafter.draft_logits(states[counted], before)
         best = logits.detach().topk(drafter.config.rank_top_k)
         ids = batch.top_ids[row, place]
-        probs = batch.top_probs[row, place]
-        # As shares of the likeliest, of which any power can be written down.
-        probs = (probs / probs[:, :1]) ** (1 / objective.target_temperature)
         guesses = drafter.draft_to_target[best.indices[:, : objective.prefix_width]]
         hits = guesses == batch.tokens[row, place].unsqueeze(-1)
         right = hits[:, 0] & chain[row, column]
         sums = {
-            "draft": soft_cross_entropy(logits, ids, probs).sum(),
+            "draft": soft_cross_entropy(logits, ids, batch.top_probs[row, place]).sum(),
             "agreed": right.sum(),
             "counted": chain[row, column].sum(),
             "rows": torch.tensor(len(row), device=right.device),
