@@ -45,13 +45,25 @@ class BlockOutputs:
     log_probs: torch.Tensor
     rank_class: torch.LongTensor | None = None
 
-    def children(self, width: int) -> Children:
-        """The `width` best tokens of every slot, as [`best_first`] asks for them: the same below any token."""
+    def children(self, width: int, after_alternatives: float = 0.0) -> Children:
+        """
+        The `width` best tokens of every slot, as [`best_first`] asks for them: the same below any token.
+
+        Args:
+            width (`int`): Children of a node.
+            after_alternatives (`float`, *optional*, defaults to 0.0):
+                Added to the log-probs of children of all tokens but the likeliest of the slot before: what a slot says
+                is meant for that one if its network knows what its slots guess.
+        """
 
         def children(level: int, rows: torch.LongTensor, tokens: torch.LongTensor) -> Best:
             picked = rows.unsqueeze(-1).expand(-1, -1, width)
             best = (self.tokens[:, :, level, :width], self.log_probs[:, :, level, :width])
-            return best[0].gather(1, picked), best[1].gather(1, picked)
+            found, log_probs = best[0].gather(1, picked), best[1].gather(1, picked)
+            if level and after_alternatives:
+                alternative = tokens != self.tokens[:, :, level - 1, 0].gather(1, rows)
+                log_probs = torch.add(log_probs, alternative.unsqueeze(-1), alpha=after_alternatives)
+            return found, log_probs
 
         return children
 

@@ -18,7 +18,7 @@ from specblock_hf import DraftingPlan
 
 PROPOSALS = {
     "rank-guided": (tiny_drafter, DraftingPlan(24, 2, 8), 855),
-    "best-first": (partial(tiny_drafter, expansion="best_first"), DraftingPlan(24, 2, 8), 950),
+    "best-first": (partial(tiny_drafter, expansion="best_first"), DraftingPlan(24, 2, 8), 980),
     "eagle3": (partial(baseline, "eagle3"), DraftingPlan(24, 6, 8), 1260),
     "dflash": (block_drafter, DraftingPlan(24, 1), 537),
 }

@@ -35,12 +35,13 @@ def nodes_of(tree: DraftTree, row: int = 0) -> dict[tuple[int, ...], float]:
     return found
 
 
-def every_path(outputs: BlockOutputs, row: int, start: int) -> dict[tuple[int, ...], float]:
+def every_path(outputs: BlockOutputs, row: int, start: int, after: float = 0.0) -> dict[tuple[int, ...], float]:
     found = {}
     for depth in range(1, SLOTS + 1):
         for choice in product(range(WIDTH), repeat=depth):
             path = tuple(int(outputs.tokens[row, start, slot, c]) for slot, c in enumerate(choice))
-            found[path] = math.fsum(float(outputs.log_probs[row, start, slot, c]) for slot, c in enumerate(choice))
+            parts = [float(outputs.log_probs[row, start, slot, c]) for slot, c in enumerate(choice)]
+            found[path] = math.fsum([*parts, *(after for c in choice[:-1] if c)])
     return found
 
 
@@ -49,16 +50,16 @@ def likeliest(paths: dict[tuple[int, ...], float], budget: int) -> list[float]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 20), st.booleans())
-def test_a_beam_as_wide_as_the_budget_misses_nothing(seed, budget, bounded):
+@given(st.integers(0, 1000), st.integers(1, 20), st.booleans(), st.sampled_from([0.0, -0.7]))
+def test_a_beam_as_wide_as_the_budget_misses_nothing(seed, budget, bounded, after):
     outputs = outputs_of(3, 1, seed)
     root = DraftTree.root(torch.tensor([9, 8, 7]))
     most = budget if bounded else None
-    tree, candidates = best_first(root, Starts.root(root), outputs.children(WIDTH), SLOTS, budget, 0, most)
+    tree, candidates = best_first(root, Starts.root(root), outputs.children(WIDTH, after), SLOTS, budget, 0, most)
     assert not bounded or tree.tokens.shape[1] <= 1 + SLOTS * budget
     pruned = tree.prune(budget)
     for row in range(3):
-        everything = every_path(outputs, row, 0)
+        everything = every_path(outputs, row, 0, after)
         made = nodes_of(pruned, row)
         assert made.keys() <= everything.keys()
         assert likeliest(made, budget) == pytest.approx(likeliest(everything, budget), abs=1e-5)

@@ -47,6 +47,14 @@ MARKOV_CANDIDATES = 256
 """A slot's likeliest tokens that a Markov term may reorder below each node: a node then costs next to nothing."""
 
 
+AFTER_ALTERNATIVES = -0.7
+"""
+To the log-probs below all tokens but a slot's likeliest, unless a Markov term tells: on 60 held-out answers the
+shipped drafter was right in 50 % of the second slots after the likeliest token and in 26 % after an alternative. tau
+of 60 nodes over 30 prompts of three suites was 2.80 without, 2.84 with -0.6 and 2.85 with -1.
+"""
+
+
 class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     """
     A drafter that predicts K tokens a forward and repeats the forward from several nodes of its own draft tree
@@ -158,7 +166,7 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             _, logits = self.draft_logits(hidden)
             most = max(width, MARKOV_CANDIDATES)
             return children_by_parent(logits, self.markov_head, width, self.draft_to_target, 1, most)
-        return BlockOutputs(*self.best_tokens(hidden, width)).children(width)
+        return BlockOutputs(*self.best_tokens(hidden, width)).children(width, AFTER_ALTERNATIVES)
 
     def _chain_outputs(self, hidden: torch.Tensor, width: int) -> BlockOutputs:
         """The best tokens and the rank head's bucket of every slot `[B, S, K, d]`, below the greedy token before."""
