@@ -121,6 +121,7 @@ class AutoPilot(Pilot):
             drafts ([`DraftingPlan`], *optional*): The only way to draft, of which a round may verify less.
         """
         setting = setting_of(target, device, batch_size, sampled, bool(sizes), drafts is not None)
+        drafter.controller.begin(setting)
         return cls(drafter.controller, setting, offer_of(drafter, device, sizes, drafts))
 
     def limits(self, remaining: Sequence[int], room: int | None, depth: int | None) -> Limits:

@@ -97,6 +97,18 @@ class PlanController:
             self._choices.clear()
         return self
 
+    def begin(self, setting: Setting) -> None:
+        """
+        A call begins, with a text of its own.
+
+        Args:
+            setting ([`Setting`]): Of the call.
+        """
+        with self._lock:
+            if setting in self._records and not self.frozen:
+                self._records[setting].forget_text()
+                self._work_out_again(setting)
+
     def next(self, setting: Setting, offer: Offer) -> Choice:
         """
         What to draft in the next round.
@@ -132,7 +144,7 @@ class PlanController:
         with self._lock:
             self._record(setting, offer).observe(offer, seen)
             if seen.choice.learns:
-                self._choices.pop(setting, None)
+                self._work_out_again(setting)
                 if not seen.settled or (seen.drafted and not seen.usual):
                     # What it cost says nothing of rounds that are captured, and in which the drafter has caught up.
                     self._again[setting] = seen.choice
@@ -152,7 +164,7 @@ class PlanController:
         with self._lock:
             record = self._record(setting, offer)
             record.take(verify, draft)
-            self._choices.pop(setting, None)
+            self._work_out_again(setting)
 
     def describe(self, setting: Setting) -> str:
         """The plan in effect there, why, and how much is known."""
@@ -200,6 +212,11 @@ class PlanController:
             setting = Setting(**learned.pop("setting"))
             records[setting] = Record.from_dict(learned)
         return records
+
+    def _work_out_again(self, setting: Setting) -> None:
+        """Do not wait with it; until then the plan in effect is the last one."""
+        if setting in self._choices:
+            self._choices[setting] = -EVERY, self._choices[setting][1]
 
     def _record(self, setting: Setting, offer: Offer) -> Record:
         if setting not in self._records:

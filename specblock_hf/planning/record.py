@@ -34,8 +34,11 @@ LONGEST = 8.0
 PATIENCE = 6
 """Fewest rounds between two of those."""
 
-TRUST = 6.0
-"""Accepted tokens that figures count for which were measured with the drafter; others count for one."""
+TRUST = 30.0
+"""
+Accepted tokens that figures count for which were measured with the drafter, those of two or three texts; others count
+for one.
+"""
 
 MOST_SELECTIVE = 0.2
 """Chance to be accepted from which a node is verified however dear it seems."""
@@ -161,6 +164,10 @@ class Record:
 
     def __post_init__(self) -> None:
         self.verify = self.verify or VerifyTimes(self.slope)
+
+    def forget_text(self) -> None:
+        """Another text begins: of it the long run is known alone."""
+        self.levels = [Level(), Level()]
 
     def observe(self, offer: Offer, seen: Round) -> None:
         """Learn from a round."""

@@ -165,6 +165,39 @@ def test_where_matches_appear_it_drafts_them_soon():
     assert sum(choice.nodes > 0 for choice in late) > 0.9 * len(late)
 
 
+def test_another_call_is_another_text():
+    """What little a text accepted is held against the next one only as part of the long run."""
+
+    def drafted(begins: bool) -> int:
+        controller = PlanController()
+        served("bf16", OFFER, CHAT, 150, controller)
+        plain = controller.next(SETTING, OFFER)
+        assert not plain.nodes or plain.learns
+        if begins:
+            controller.begin(SETTING)
+        return sum(choice.nodes > 0 for choice in served("bf16", OFFER, CODE, 20, controller).choices[:8])
+
+    assert drafted(begins=True) > 6 and drafted(begins=False) < 4
+    frozen = PlanController()
+    served("bf16", OFFER, CHAT, 150, frozen)
+    before = frozen.freeze().to_dict()
+    frozen.begin(SETTING)
+    frozen.begin(replace(SETTING, batch_size=8))
+    assert frozen.to_dict() == before
+
+
+def test_the_plan_in_effect_is_told_after_a_lesson_too():
+    controller = PlanController()
+    service = SimulatedService(COSTS["bf16"], OFFER, lambda _: Nature(1.0))
+    lessons = 0
+    for _ in range(200):
+        service.run(controller, 1)
+        if service.choices[-1].learns and len(service.choices) > 20:
+            lessons += 1
+            assert "nothing is known yet" not in controller.describe(SETTING)
+    assert lessons
+
+
 def test_lessons_cost_no_more_than_their_share():
     controller = PlanController()
     service = served("fp32", OFFER, Nature(0.0), 3000, controller)
