@@ -164,7 +164,7 @@ class PlanController:
         with self._lock:
             record = self._record(setting, offer)
             record.take(verify, draft)
-            self._work_out_again(setting)
+            self._choices.pop(setting, None)  # a frozen controller, too, works it out by what was measured
 
     def describe(self, setting: Setting) -> str:
         """The plan in effect there, why, and how much is known."""

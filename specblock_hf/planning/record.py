@@ -126,7 +126,7 @@ class Record:
         slope (`float`): As in [`Offer`].
         batch_size (`int`): Rows of a batch.
         now (`int`): Rounds so far.
-        seconds (`float`): Of all of them.
+        seconds (`float`): Of all of them, those that drafted counting `SETTLED_SHARE`.
         spent (`float`): Seconds by which rounds that only teach were slower than the best way.
         learned (`int`): The last such round.
         grown (`int`): Nodes of the largest tree so far.

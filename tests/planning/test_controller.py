@@ -313,6 +313,9 @@ def test_measured_costs_are_taken_over():
     assert choice.nodes and choice.way == best.way and choice.enough_found == math.inf
     tokens, seconds = SimulatedService(curves, OFFER, lambda _: Nature(1.0)).expected(choice, Nature(1.0))
     assert tokens / seconds > 0.98 * rate
+    dear = replace(curves, verify=((1, 0.042), (64, 64.0)))
+    controller.fill(SETTING, OFFER, *dear.for_controller(OFFER.ways))
+    assert not controller.next(SETTING, OFFER).nodes  # frozen as it is
 
 
 def test_what_is_not_captured_yet_teaches_no_times_and_is_tried_again():
