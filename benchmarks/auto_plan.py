@@ -56,7 +56,8 @@ NATURES: dict[str, Callable[[float], Nature]] = {
     "chat, code, chat": lambda tokens: Nature(1.3) if 1280 <= tokens < 2560 else Nature(0.05),
     "look-ups": lambda tokens: Nature(0.7, MATCHES),
 }
-PLANS = ((5, 1, None), (7, 1, None), (11, 2, 4))
+PLANS = {f"{plan[0]} nodes, {plan[1]} forward(s)": DraftingPlan(*plan) for plan in ((5, 1), (7, 1), (11, 2, 4))}
+SIDES = (*PLANS, "auto", "random")
 CALLS_TO_LEARN = 2
 DRAWS = 2000
 
@@ -78,7 +79,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="as if the drafter's acceptance was never measured")
-    parser.add_argument("--sides", nargs="+", help="some of plain, the fixed plans, auto and random (default: all)")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help=f"beside plain (default: {SIDES})"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="of the simulation (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, help="default: auto_plan.json, or auto_plan_measured.jsonl, in results/"
@@ -191,7 +194,7 @@ def measure(args: argparse.Namespace, output: Path) -> None:
     done = {(row["condition"], row["suite"], row["batch"], row["side"]) for row in rows}
     output.parent.mkdir(parents=True, exist_ok=True)
     sides = make_sides(drafter, args.lookup)
-    sides = {name: sides[name] for name in args.sides or sides}
+    sides = {name: side for name, side in sides.items() if name == "plain" or name in args.sides}
     for suite in args.suites:
         states = {name: output.with_suffix(f".{suite}.{name}.json") for name in ("auto", "random") if name in sides}
         for name, path in states.items():
@@ -240,7 +243,7 @@ def make_sides(drafter: TreeDrafter, lookup: bool) -> dict[str, tuple[TreeDrafte
         JoinedDrafter(drafting, *drafter.parts[1:]) if isinstance(drafter, JoinedDrafter) and lookup else drafting
     )
     sides: dict[str, tuple[TreeDrafter | None, Any]] = {"plain": (None, None)}
-    sides |= {f"{plan[0]} nodes, {plan[1]} forward(s)": (drafter, DraftingPlan(*plan)) for plan in PLANS}
+    sides |= {name: (drafter, plan) for name, plan in PLANS.items()}
     return sides | {"auto": (drafter, "auto"), "random": (strangers, "auto")}
 
 

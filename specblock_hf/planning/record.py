@@ -109,10 +109,12 @@ class Prospect:
         return tokens / total, seconds / total, enough
 
     def worth(self, rate: float) -> float:
+        """Tokens of a round beyond those that its seconds would bring at `rate` tokens a second."""
         tokens, seconds, _ = self.totals(rate)
         return tokens - rate * seconds
 
     def rate(self, rate: float) -> float:
+        """Tokens a second, if look-ups alone are taken where they are worth more at `rate` tokens a second."""
         tokens, seconds, _ = self.totals(rate)
         return tokens / seconds
 
