@@ -56,3 +56,15 @@ def test_all_sides_answer_all_prompts_once(suite, tmp_path, capsys):
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert again[:-3] == answered[:-3] and [row["side"] for row in again] == [row["side"] for row in answered]
     assert f"{parts[-1]}: auto / plain " in capsys.readouterr().out
+
+
+def test_some_sides_beside_plain(tmp_path, capsys):
+    folders, output = save_models(tmp_path), tmp_path / "rows.jsonl"
+    arguments = ["--measure", "--target", folders["target"], "--drafter", folders["specblock"], "--prompts", "1"]
+    arguments += ["--suites", "mtbench", "--tokens", "4", "--no-lookup", "--device", "cpu", "--output", str(output)]
+    SCRIPT["main"]([*arguments, "--sides", "auto"])
+    assert [json.loads(line)["side"] for line in output.read_text().splitlines()] == ["plain", "auto"]
+    assert "mtbench: auto / plain" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        SCRIPT["main"]([*arguments, "--sides", "3 nodes"])
+    assert "invalid choice: '3 nodes'" in capsys.readouterr().err
