@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .locks import DrafterLock
+from .twins import Model, copied
 
 
 MOST_BYTES = 2 << 30
@@ -24,6 +25,9 @@ MOST_BYTES = 2 << 30
 
 LEAST_BYTES = 1 << 17
 """Of a weight: smaller ones take no time."""
+
+PATIENCE = 4
+"""Rounds of a call before weights are copied for it, which takes as long as some five plain steps."""
 
 
 @dataclass
@@ -56,13 +60,13 @@ class PrepackedLinear(nn.Linear):
 
 class PrepackedWeights:
     """
-    Copies of targets' weights for the rounds of calls on an x86 CPU. The targets themselves have no part in it: a call
-    reads its rounds by a second model of the same modules, hooks included, in which linear layers use the copies.
-    Whether those are still the target's weights is asked once in each call, by sums of all bits, and in every round by
-    the versions of the weights. A copied drafter begins without any.
+    Copies of a drafter's weights and its targets' for the rounds of calls on an x86 CPU. The models themselves have no
+    part in it: the rounds of a call run second models of the same modules, hooks included, in which linear layers use
+    the copies. Whether those are still the models' weights is asked once in each call, by sums of all bits, and in
+    every round by the versions of the weights. A copied drafter begins without any.
 
     Args:
-        most_bytes (`int`, *optional*, defaults to 2 GiB): Targets with larger linear layers are left as they are.
+        most_bytes (`int`, *optional*, defaults to 2 GiB): Models with larger linear layers are left as they are.
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES):
@@ -82,7 +86,7 @@ class PrepackedWeights:
         Let the linear layers of a model multiply by copies.
 
         Args:
-            twin (`nn.Module`): A second model of a target's weights, whose linear layers are its own.
+            twin (`nn.Module`): A second model of the same weights, whose linear layers are its own.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for layer in fitting(twin):
@@ -135,3 +139,61 @@ def _fits(layer: nn.Linear, kinds: list[torch.dtype]) -> bool:
         and weight.is_contiguous()
         and weight.shape[1] * weight.element_size() % 8 == 0
     )
+
+
+class RoundsModel(Generic[Model]):
+    """
+    What reads the trees of a call, or drafts them: a model, or after some rounds a twin of it with prepacked weights.
+
+    Args:
+        model (`nn.Module`): A target, or the network of a drafter.
+        weights ([`PrepackedWeights`], *optional*): May replace it after some rounds.
+    """
+
+    def __init__(self, model: Model, weights: PrepackedWeights | None):
+        self.model = model
+        self._layers = fitting(model) if weights is not None else []
+        self._weights = weights if weights is not None and weights.has_room(self._layers) else None
+        self._rounds = self._version = 0
+        self._twin: Model | None = None
+
+    @property
+    def prepacked(self) -> bool:
+        """Whether the last round had prepacked weights."""
+        return self._twin is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether later rounds will run the same way."""
+        return self._weights is None
+
+    def next(self) -> Model:
+        """Of the next round."""
+        if self._weights is not None and (self._rounds == PATIENCE or self._weights.knows(self._layers)):
+            self._version = self._version_now()
+            self._twin = prepacked_twin(self.model, self._layers, self._weights)
+            self._weights = None
+        elif self._twin is not None and self._version != self._version_now():
+            self._twin = None
+        self._rounds += 1
+        return self._twin or self.model
+
+    def _version_now(self) -> int:
+        return version_of(layer.weight for layer in self._layers)
+
+
+def prepacked_twin(model: Model, layers: Iterable[nn.Linear], weights: PrepackedWeights) -> Model | None:
+    """
+    A model that computes what another does, sooner; `None` where the forward of a part was replaced.
+
+    Args:
+        model (`nn.Module`): Not changed; its present hooks are the twin's as well.
+        layers (iterable of `nn.Linear`): Those of it that multiply by copies.
+        weights ([`PrepackedWeights`]): The copies, of it and others.
+    """
+    try:
+        twin = copied(model, {*layers}, "which leaves its weights where they are")
+    except ValueError:
+        return None
+    weights.lend(twin)
+    return twin

@@ -26,7 +26,7 @@ FLOORS = (
     {"drafting"},
     {"trees", "regeneration", "planning"},
     {"data", "checkpoints", "prepacking"},
-    {"compat", "devices", "locks", "version"},
+    {"compat", "devices", "locks", "twins", "version"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # Within drafters: a kind knows itself and what all kinds share. ParallelSpec is EAGLE-3's network, read otherwise.

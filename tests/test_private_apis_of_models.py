@@ -34,7 +34,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils import logging
 
 from specblock_hf.compat import CACHE
-from specblock_hf.target.twin import _HOOKS
+from specblock_hf.twins import _HOOKS
 
 
 # Models

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -90,6 +91,7 @@ class JoinedDrafter(TreeDrafter):
     feature_layers_for = _of_first("feature_layers_for")
     loss = _of_first("loss")
     parameters_of = _of_first("parameters_of")
+    rounds_model = _of_first("rounds_model")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label})"
@@ -134,6 +136,14 @@ class JoinedDrafter(TreeDrafter):
     def check_target(self, target: PreTrainedModel) -> None:
         for part in self.parts:
             part.check_target(target)
+
+    def with_network(self, network: Any) -> JoinedDrafter:
+        first = self.parts[0].with_network(network)
+        if first is self.parts[0]:
+            return self
+        twin = copy(self)
+        twin.parts = (first, *self.parts[1:])
+        return twin
 
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> JoinedState:
         parts = [part.begin(table, batch_size, max_length, first_position=first_position) for part in self.parts]

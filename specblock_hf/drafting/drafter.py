@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from ..locks import DrafterLock
 from ..planning.controller import PlanController
-from ..prepacking import PrepackedWeights
+from ..prepacking import PrepackedWeights, RoundsModel
 from .attachment import Attachment, attach
 from .pairs import Pairs, Scored, TokenTable
 
@@ -155,8 +155,9 @@ class TreeDrafter(ABC):
             Whether calls on CUDA capture rounds as graphs of their own accord. Set both, to `None` and `False`, to
             have every round run eagerly.
         prepacked_weights ([`PrepackedWeights`], *optional*):
-            Copies of the target's weights by which rounds on an x86 CPU are read sooner, made when a call has had some
-            rounds. `None` to have none, for the memory; `PrepackedWeights(most_bytes)` for larger targets.
+            Copies of the target's weights, and the drafter's, by which rounds on an x86 CPU take less time, made when
+            a call has had some rounds. `None` to have none, for the memory; `PrepackedWeights(most_bytes)` for larger
+            models.
         last_statistics ([`GenerationStatistics`], *optional*):
             Of the last finished call; with several threads the last one wins.
         objective_class (`type`, *optional*):
@@ -301,6 +302,19 @@ class TreeDrafter(ABC):
     def deepest(self, plan: DraftingPlan) -> int:
         """Levels of the deepest tree that a plan allows."""
         return plan.tree_budget
+
+    def rounds_model(self, weights: PrepackedWeights | None) -> RoundsModel[Any] | None:
+        """
+        What runs as the drafter's network in the rounds of a call; `None` for a drafter without weights of its own.
+
+        Args:
+            weights ([`PrepackedWeights`], *optional*): May make it faster.
+        """
+        return None
+
+    def with_network(self, network: Any) -> TreeDrafter:
+        """The drafter, its lock and settings included, with what [`~TreeDrafter.rounds_model`] gave for a round."""
+        return self
 
     @abstractmethod
     def extend(self, state: DraftState, pairs: Pairs) -> None:

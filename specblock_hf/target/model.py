@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 from ..compat import CACHE
 from ..devices import on_device, without_cudnn_attention
 from ..drafting.pairs import Pairs, Scored, TokenTable
-from ..prepacking import PrepackedWeights, version_of
+from ..prepacking import PrepackedWeights, RoundsModel, version_of
 from ..trees.tree import DraftTree
 from .cache import TargetCache
 from .features import FeatureTaps, columns_of, spread
 from .inputs import TargetInputs
 from .masks import TreeMasks, layer_windows, likeliest_chain
 from .prompt import PromptPairs
-from .reading import RoundsReader
 from .recurrent import Lag, cut, kept_columns
 from .support import check_length, rope_limits
 from .token_outputs import TokenOutputs
@@ -109,7 +108,7 @@ class TargetModel:
         self._outputs = TokenOutputs(wanted, len(self._rows), windows, last_chunk)
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
         # After the taps, which all that reads has. A twin would not hand states and attentions out.
-        self._reader, self._trees = target, RoundsReader(stepwise(target), None if wanted else prepacked)
+        self._reader, self._trees = target, RoundsModel(stepwise(target), None if wanted else prepacked)
 
     @property
     def device(self) -> torch.device:
@@ -213,7 +212,7 @@ class TargetModel:
             committed.read_prompt(inputs.cached + end)
             if end == inputs.new:
                 committed.begin_rounds()
-                self._reader = self._trees.target
+                self._reader = self._trees.model
                 if committed.states.lag:
                     self._lag = Lag(len(self._rows), self._budget)
                 self.base = self.base - 1

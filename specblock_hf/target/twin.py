@@ -4,26 +4,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from copy import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from ..twins import copied
 from .features import decoder_layers, tap
 from .inputs import without_training_flags
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 _NO_LIMIT = (0.0, float("inf"))  # of the time steps of Mamba layers
 
 
@@ -91,23 +82,3 @@ def stepwise(target: PreTrainedModel) -> PreTrainedModel:
         if "time_step_limit" in vars(part):
             part.time_step_limit = _NO_LIMIT
     return twin
-
-
-def copied(target: PreTrainedModel, parts: set[nn.Module], why: str) -> PreTrainedModel:
-    """A model of the same modules, of which these, and those that hold them, are copies with hooks of their own."""
-
-    def own(part: nn.Module) -> nn.Module:
-        if parts.isdisjoint(part.modules()):
-            return part
-        if "forward" in vars(part):
-            raise ValueError(
-                f"the forward of this {type(part).__name__} was replaced by another, as accelerate does to spread a "
-                f"model over devices, {why}; load the target onto one device."
-            )
-        twin = copy(part)
-        twin._modules = {name: child if child is None else own(child) for name, child in part._modules.items()}
-        for hooks in _HOOKS:
-            setattr(twin, hooks, OrderedDict(vars(part)[hooks]))
-        return twin
-
-    return own(target)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ...drafting.drafter import CPU_BUDGET, DraftState, Scope, TreeDrafter
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
+from ...prepacking import PrepackedWeights, RoundsModel
 from ...trees.expansion import BlockOutputs, Starts, best_first
 from ...trees.sampling import SampledGrowth, gumbel_draw, private_generator, shape_for
 from ...trees.tree import DraftTree
@@ -113,6 +114,12 @@ class NetworkDrafter(TreeDrafter, nn.Module):
 
     def parameters_of(self, scope: Scope) -> list[nn.Parameter]:
         return list((self.lm_head if scope == "head" else self).parameters())
+
+    def rounds_model(self, weights: PrepackedWeights | None) -> RoundsModel[NetworkDrafter]:
+        return RoundsModel(self, weights)
+
+    def with_network(self, network: NetworkDrafter) -> NetworkDrafter:
+        return network
 
     def root_of(self, pairs: Pairs) -> DraftTree:
         """Each row's last token; any valid id in a finished row, whose tokens are -1."""

@@ -67,17 +67,18 @@ class Drafts(Protocol):
 
 class EagerDrafts:
     """
-    Runs the drafter as it is. It does not hear any more of rows that have ended.
+    Runs the drafter as it is, or with prepacked weights. It does not hear any more of rows that have ended.
 
     Args:
         drafter ([`TreeDrafter`]): Held by its lock while it drafts.
         state ([`DraftState`]): Of the call.
     """
 
-    captured, settled = 0, True
+    captured = 0
 
     def __init__(self, drafter: TreeDrafter, state: DraftState):
         self.drafter, self.state = drafter, state
+        self._model = drafter.rounds_model(drafter.prepacked_weights)
 
     @property
     def calls(self) -> int:
@@ -87,6 +88,10 @@ class EagerDrafts:
     def rows(self) -> int:
         return self.state.forward_rows
 
+    @property
+    def settled(self) -> bool:
+        return self._model is None or self._model.settled
+
     def extend(self, pairs: Pairs) -> None:
         if self.state.batch_size < len(pairs.lengths):
             pairs = pairs.of_rows(self.state.drafting)
@@ -94,7 +99,8 @@ class EagerDrafts:
             self.drafter.extend(self.state, self.state.caught_up(pairs))
 
     def propose(self, pairs: Pairs, limits: Limits) -> DraftTree:
-        return draft(self.drafter, self.state, pairs, limits)
+        drafter = self.drafter if self._model is None else self.drafter.with_network(self._model.next())
+        return draft(drafter, self.state, pairs, limits)
 
 
 @without_cudnn_attention
