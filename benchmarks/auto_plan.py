@@ -65,6 +65,7 @@ DRAWS = 2000
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
+    parser.set_defaults(dtype="float32")
     parser.add_argument("--measure", action="store_true", help="real calls instead of simulated rounds")
     parser.add_argument("--costs", action="store_true", help="measure what rounds cost here, and nothing else")
     parser.add_argument(

@@ -179,6 +179,7 @@ def _rounds_only(watch: Stopwatch) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
+    parser.set_defaults(dtype="float32")
     parser.add_argument("--limit", type=int, default=4, help="HumanEval prompts (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="default: %(default)s")
     parser.add_argument("--label", default="now", help="name of this measurement in the output (default: %(default)s)")

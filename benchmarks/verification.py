@@ -57,6 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
     )
     add_model_arguments(parser)
+    parser.set_defaults(dtype="float32")
     parser.set_defaults(lookup=False)
     parser.add_argument("--budget", type=int, nargs="+", default=[12, 32], help="drafted nodes (default: 12 and 32)")
     parser.add_argument("--limit", type=int, default=15, help="prompts of each suite (default: %(default)s)")

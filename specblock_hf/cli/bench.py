@@ -31,7 +31,7 @@ from ..evaluation.report import markdown
 from ..evaluation.summary import summarise
 from .default_target import find_default_drafter
 from .demo import PROMPTS
-from .models import add_device, add_dtype, encode, load_target
+from .models import add_device, add_dtype, dtype_named, encode, load_target
 
 
 OWN = "specblock"
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     check(args)
     units = read_units(args)
-    target, tokenizer = load_target(args.target, getattr(torch, args.dtype))
+    target, tokenizer = load_target(args.target, dtype_named(args.dtype))
     target = target.eval().to(args.device)
     methods = MethodLoader(target, tokenizer, drafter_paths(args)).load(args.methods)
     folder = ResultFolder(args.output)
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     print(f"written: {', '.join(map(str, [folder.folder / 'results.md', folder.folder / 'results.json', *pictures]))}")
     print(f"wall time of the command: {time.perf_counter() - start:.0f} s")
-    return int(args.dtype == "float32" and not all_identical(summary))
+    return int(target.dtype == torch.float32 and not all_identical(summary))
 
 
 def check(args: argparse.Namespace) -> None:

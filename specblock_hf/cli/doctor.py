@@ -26,6 +26,12 @@ from specblock_hf import AutoDrafter
 drafter = AutoDrafter.from_pretrained("{name}", target=target, dtype=target.dtype)
 output = target.generate(**inputs, assistant_model=drafter)"""
 
+PASTE_JOINED = """
+from specblock_hf import AutoDrafter, JoinedDrafter, LookupDrafter
+drafter = AutoDrafter.from_pretrained("{name}", target=target, dtype=target.dtype)
+drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
+output = target.generate(**inputs, assistant_model=drafter)"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
@@ -58,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         print("interrupted before there was a verdict; what is said above holds", file=sys.stderr)
         raise
     if found is not None:
-        print(PASTE.format(name=found.name))
+        print((PASTE_JOINED if args.lookup else PASTE).format(name=found.name))
     return int(speedup <= 1 or not drafts)
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from ..checkpoints.saving import save_text_whole
 from ..drafters.auto import AutoDrafter
 from ..drafters.joined import JoinedDrafter
@@ -20,7 +18,7 @@ from ..evaluation.trace_page import trace_page
 from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of
 from .demo import PROMPTS
-from .models import add_dtype, encode, load_target
+from .models import add_dtype, dtype_named, encode, load_target
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the trees and draw the pictures that are asked for."""
     for picture in args.picture:
         check_format(picture)
-    target, tokenizer = load_target(args.target, getattr(torch, args.dtype))
+    target, tokenizer = load_target(args.target, dtype_named(args.dtype))
     target.eval()
     names = [args.drafter] + ([args.against] if args.against else [])
     if len(args.plan) > len(names):

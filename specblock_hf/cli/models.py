@@ -23,7 +23,7 @@ from ..drafting.statistics import GenerationStatistics
 from .default_target import DEFAULT_TARGET, find_default_drafter, load_default_target
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, positional: Collection[str] = ()) -> None:
@@ -59,9 +59,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: Collection[
     add_device(parser)
 
 
-def add_dtype(parser: argparse._ActionsContainer, default: str = "float32") -> None:
-    """Add `--dtype`."""
-    parser.add_argument("--dtype", choices=DTYPES, default=default, help="of the target (default: %(default)s)")
+def add_dtype(parser: argparse._ActionsContainer, default: str = "auto") -> None:
+    """Add `--dtype`, which [`dtype_named`] reads."""
+    words = "of the target; auto is its checkpoint's, or float32 for the default target (default: %(default)s)"
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=words)
+
+
+def dtype_named(name: str) -> torch.dtype | str:
+    """What a command line calls a dtype; `"auto"` stays."""
+    return name if name == "auto" else getattr(torch, name)
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
@@ -72,14 +78,14 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 
 def load_target(
-    name: str | None, dtype: torch.dtype, device_map: str | dict | None = None
+    name: str | None, dtype: torch.dtype | str, device_map: str | dict | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     A target and its tokenizer by folder or Hub id; the default target if there is no name. Of a multimodal one the
     text model alone, where transformers has a class for that.
     """
     if name is None:
-        return load_default_target(dtype=dtype)
+        return load_default_target(dtype=torch.float32 if dtype == "auto" else dtype)
     kind = auto_class(AutoConfig.from_pretrained(name))
     target = kind.from_pretrained(name, dtype=dtype, device_map=device_map)
     return target, AutoTokenizer.from_pretrained(name)
@@ -95,8 +101,7 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
         ValueError: The drafter is for another target.
     """
     drafter_path = args.drafter or find_default_drafter()
-    dtype = getattr(torch, args.dtype)
-    target, tokenizer = load_target(args.target, dtype)
+    target, tokenizer = load_target(args.target, dtype_named(args.dtype))
     # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
     drafter = AutoDrafter.from_pretrained(drafter_path, target=target, dtype="auto").eval().to(args.device)
     if args.lookup:

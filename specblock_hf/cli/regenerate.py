@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import (
@@ -27,7 +26,7 @@ from ..regeneration.prompts import Shares, evaluation_digests, read_prompts
 from ..regeneration.server import ENGINES, Server, ServerAnswering
 from ..target.recurrent import is_recurrent
 from .default_target import DEFAULT_TARGET
-from .models import add_dtype, load_target
+from .models import add_dtype, dtype_named, load_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers: AnswerFile) -> None:
     target = None
     if args.server is None or args.target is None:
-        target, tokenizer = load_target(args.target, getattr(torch, args.dtype))
+        target, tokenizer = load_target(args.target, dtype_named(args.dtype))
         config, settings = target.config, target.generation_config
     else:
         config, tokenizer = AutoConfig.from_pretrained(args.target), AutoTokenizer.from_pretrained(args.target)

@@ -54,7 +54,8 @@ class AutoDrafter:
         Args:
             name (`str` or `os.PathLike`): Folder or Hub id.
             target ([`~transformers.PreTrainedModel`] or [`~transformers.PreTrainedConfig`], *optional*):
-                The model that it will draft for. Checked, if it is a model. Other layouts do not record the target's
+                The model that it will draft for. A model is checked, and the drafter put where it begins, unless
+                `device_map` says otherwise. Other layouts do not record the target's
                 depth and special tokens; they are filled in from it, which a drafter needs for `pipeline()`, for
                 training and to be saved complete, but not for `generate()`.
             **kwargs:
@@ -78,6 +79,8 @@ class AutoDrafter:
             drafter = drafter_kind(config.model_type).from_tensors(files.name, config, tensors, **options)
         if isinstance(target, PreTrainedModel):
             drafter.check_target(target)
+            if "device_map" not in kwargs and target.device.type != "meta":
+                drafter.to(target.device)
         return drafter
 
     @classmethod

