@@ -10,6 +10,7 @@ figures are in `docs/performance.md`.
 from __future__ import annotations
 
 from collections import deque
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.drafting.drafter import DraftState, TreeDrafter
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import Limits
+from specblock_hf.prepacking import PrepackedWeights, RoundsModel
 from specblock_hf.trees.tree import DraftTree
 
 
@@ -209,6 +211,14 @@ class ReplayedDrafter(TreeDrafter):
 
     def begin(self, *args: Any, **kwargs: Any) -> DraftState:
         return self.drafter.begin(*args, **kwargs)
+
+    def rounds_model(self, weights: PrepackedWeights | None) -> RoundsModel[Any] | None:
+        return self.drafter.rounds_model(weights)
+
+    def with_network(self, network: Any) -> TreeDrafter:
+        twin = copy(self)
+        twin.drafter = self.drafter.with_network(network)
+        return twin
 
     @property
     def has_fixed_rounds(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ LEAST_BYTES = 1 << 17
 """Of a weight: smaller ones take no time."""
 
 PATIENCE = 4
-"""Rounds of a call before weights are copied for it, which takes as long as some five plain steps."""
+"""Rounds, of all calls, before weights are copied for them, which takes as long as some five plain steps."""
 
 
 @dataclass
@@ -72,24 +73,35 @@ class PrepackedWeights:
     def __init__(self, most_bytes: int = MOST_BYTES):
         self.most_bytes = most_bytes
         self._packed: Any = WeakTensorKeyDictionary()
+        self._waited: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._lock = DrafterLock()
 
     def __reduce__(self) -> tuple:
         return type(self), (self.most_bytes,)
 
     def knows(self, layers: Sequence[nn.Linear]) -> bool:
-        """Whether there are copies of the weights of all layers; they may have become old."""
-        return all(layer.weight in self._packed for layer in layers)
+        """Whether there are copies of the weights of all layers, none older than their last change in place."""
+        known = (self._packed.get(layer.weight) for layer in layers)
+        return all(
+            copy is not None and copy.version == version_of([layer.weight])
+            for copy, layer in zip(known, layers, strict=True)
+        )
 
-    def lend(self, twin: nn.Module) -> None:
+    def waits(self, model: nn.Module) -> bool:
+        """Whether it is too soon for copies of a model's weights; counts a round that does without."""
+        waited = self._waited.get(model, 0)
+        self._waited[model] = (waited + 1) % (PATIENCE + 1)
+        return waited < PATIENCE
+
+    def lend(self, layers: Iterable[nn.Linear]) -> None:
         """
-        Let the linear layers of a model multiply by copies.
+        Let linear layers multiply by copies.
 
         Args:
-            twin (`nn.Module`): A second model of the same weights, whose linear layers are its own.
+            layers (iterable of `nn.Linear`): Of a second model of the weights, and its own.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            for layer in fitting(twin):
+            for layer in layers:
                 packed = self._of(layer.weight)
                 layer.__class__ = PrepackedLinear
                 layer.packed = packed
@@ -104,7 +116,8 @@ class PrepackedWeights:
         sums = weight.detach().view(torch.int64).sum(1)
         version = version_of([weight])
         known = self._packed.get(weight)
-        if known is None or known.version != version or not torch.equal(known.sums, sums):
+        told = known is not None and (known.version, known.weight.dtype) == (version, weight.dtype)
+        if not told or not torch.equal(known.sums, sums):
             copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             self._packed[weight] = known = Packed(copy, sums, version)
         return known.weight
@@ -123,9 +136,17 @@ def fitting(model: nn.Module) -> list[nn.Linear]:
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return []
     kinds = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-    if torch.get_float32_matmul_precision() == "highest":
+    if _float32_is_whole():
         kinds.append(torch.float32)
     return [module for module in model.modules() if type(module) is nn.Linear and _fits(module, kinds)]
+
+
+def _float32_is_whole() -> bool:
+    """Whether products of float32 are not to be made of fewer bits, in which the copies would not follow."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # once one library alone was told, as `TrainingArguments(tf32=True)` does
+        return False
 
 
 def _fits(layer: nn.Linear, kinds: list[torch.dtype]) -> bool:
@@ -154,7 +175,7 @@ class RoundsModel(Generic[Model]):
         self.model = model
         self._layers = fitting(model) if weights is not None else []
         self._weights = weights if weights is not None and weights.has_room(self._layers) else None
-        self._rounds = self._version = 0
+        self._version, self._changed = 0, False
         self._twin: Model | None = None
 
     @property
@@ -164,36 +185,39 @@ class RoundsModel(Generic[Model]):
 
     @property
     def settled(self) -> bool:
-        """Whether later rounds will run the same way."""
-        return self._weights is None
+        """Whether later rounds will run as the last one did, and take as long."""
+        return self._weights is None and not self._changed
 
     def next(self) -> Model:
         """Of the next round."""
-        if self._weights is not None and (self._rounds == PATIENCE or self._weights.knows(self._layers)):
+        weights, self._changed = self._weights, False
+        if weights is not None and (weights.knows(self._layers) or not weights.waits(self.model)):
             self._version = self._version_now()
-            self._twin = prepacked_twin(self.model, self._layers, self._weights)
-            self._weights = None
+            self._twin = prepacked_twin(self.model, self._layers, weights)
+            self._weights, self._changed = None, True
         elif self._twin is not None and self._version != self._version_now():
             self._twin = None
-        self._rounds += 1
         return self._twin or self.model
 
     def _version_now(self) -> int:
         return version_of(layer.weight for layer in self._layers)
 
 
-def prepacked_twin(model: Model, layers: Iterable[nn.Linear], weights: PrepackedWeights) -> Model | None:
+def prepacked_twin(model: Model, layers: Sequence[nn.Linear], weights: PrepackedWeights) -> Model | None:
     """
-    A model that computes what another does, sooner; `None` where the forward of a part was replaced.
+    A model that computes what another does, sooner; `None` where the forward of a part was replaced or compiled.
 
     Args:
         model (`nn.Module`): Not changed; its present hooks are the twin's as well.
-        layers (iterable of `nn.Linear`): Those of it that multiply by copies.
+        layers (sequence of `nn.Linear`): Those of it that multiply by copies.
         weights ([`PrepackedWeights`]): The copies, of it and others.
     """
+    if any(vars(module).get("_compiled_call_impl") for module in model.modules()):
+        return None
     try:
         twin = copied(model, {*layers}, "which leaves its weights where they are")
     except ValueError:
         return None
-    weights.lend(twin)
+    kept = {*model.modules()}
+    weights.lend(module for module in twin.modules() if type(module) is nn.Linear and module not in kept)
     return twin

@@ -7,9 +7,11 @@ from __future__ import annotations
 import gc
 import pickle
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
+from block_drafters_for_tests import block_drafter
 from conftest import KINDS, VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, Rounds
 from torch import nn
@@ -107,9 +109,11 @@ def test_copies_are_made_once_some_rounds_have_been_read(monkeypatch):
     monkeypatch.setattr(PrepackedWeights, "_of", lambda self, weight: made.append(1) or known(self, weight))
     drafter = a_drafter(0)
     call = {"assistant_model": drafter, **GREEDY}
-    target.generate(prompt_of(6), **call | {"max_new_tokens": PATIENCE + 1})
-    assert not made and not drafter.last_statistics.prepacked
-    target.generate(prompt_of(6), **call | {"max_new_tokens": PATIENCE + 2})
+    # Whether of one call or of several.
+    for rounds in (1, PATIENCE - 1):
+        target.generate(prompt_of(6), **call | {"max_new_tokens": rounds + 1})
+        assert not made and not drafter.last_statistics.prepacked
+    target.generate(prompt_of(6), **call | {"max_new_tokens": 2})
     assert len(made) == len(fitting(target)) and drafter.last_statistics.prepacked
     # Once they are there, from the first round on.
     target.generate(prompt_of(6), **call | {"max_new_tokens": 2})
@@ -124,8 +128,9 @@ def test_rounds_teach_no_times_until_they_are_read_as_later_ones(monkeypatch):
         tiny_target("llama").generate(prompt_of(6), assistant_model=drafter, **call)
     drafter.prepacked_weights.most_bytes = 0  # as where nothing fits
     tiny_target("llama").generate(prompt_of(6), assistant_model=drafter, **call)
-    rounds = PATIENCE + 3
-    assert settled == [False] * PATIENCE + [True] * (2 * rounds + rounds - PATIENCE)
+    rounds, copying = PATIENCE + 3, [False]
+    first = [False] * PATIENCE + copying + [True] * (rounds - PATIENCE - 1)
+    assert settled == first + copying + [True] * (rounds - 1) + [True] * rounds
 
 
 def rescale(target, factor: float, how: str) -> None:
@@ -223,6 +228,38 @@ def test_calls_that_are_left_as_they_are(monkeypatch):
     assert fitting(target) == []
 
 
+def test_float32_that_is_made_of_fewer_bits_is_left_as_it_is():
+    target, prompt, drafter = tiny_target("llama"), prompt_of(6), a_drafter()
+    precision = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"  # as `TrainingArguments(tf32=True)` does
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert fitting(target) == []
+        target.generate(prompt, assistant_model=drafter, **GREEDY)
+        assert not drafter.last_statistics.prepacked
+    finally:
+        torch.backends.fp32_precision = precision
+
+
+def test_weights_that_changed_between_calls_are_copied_when_some_rounds_have_been_read_again():
+    target, prompt, drafter = deepcopy(tiny_target("llama")), prompt_of(6), a_drafter(0)
+    call = {"assistant_model": drafter, **GREEDY}
+    target.generate(prompt, **call)
+    rescale(target, -1.5, "in place")
+    for rounds, prepacked in ((PATIENCE, False), (1, True)):
+        target.generate(prompt, **call | {"max_new_tokens": rounds + 1})
+        assert drafter.last_statistics.prepacked == prepacked
+
+
+@pytest.mark.parametrize("part", ["the target", "one of its layers"])
+def test_a_compiled_target_is_left_as_it_is(part):
+    target, drafter = deepcopy(tiny_target("llama")), a_drafter()
+    (target if part == "the target" else target.model.layers[1]).compile(backend="eager")
+    target.generate(prompt_of(6), assistant_model=drafter, **GREEDY)
+    assert not drafter.last_statistics.prepacked
+
+
 def test_only_plain_weights_in_one_piece_fit():
     def fits(layer: nn.Module) -> bool:
         return fitting(nn.Sequential(layer)) != []
@@ -297,6 +334,28 @@ def test_drafters_draft_by_them_what_they_draft_without(kind, joined, monkeypatc
     assert before == [type(module) for module in first.modules()]
 
 
+@pytest.mark.parametrize("make", [lambda: a_network(SpecBlockDrafter), partial(block_drafter, "dspark-bare")])
+def test_drafters_use_the_copy_of_their_head(make, monkeypatch):
+    drafter, used = make(), set()
+    own = PrepackedLinear.forward
+    monkeypatch.setattr(PrepackedLinear, "forward", lambda self, x: used.add(self.weight) or own(self, x))
+    drafts_of(drafter, monkeypatch, PrepackedWeights())
+    assert drafter.lm_head.weight in used
+
+
+def test_a_drafter_that_drafts_nothing_is_not_copied(monkeypatch):
+    drafter = a_network(SpecBlockDrafter, DraftingPlan(0, 1))
+    _, packed = drafts_of(drafter, monkeypatch, PrepackedWeights())
+    assert not packed and not drafter.prepacked_weights.knows(fitting(drafter))
+    assert drafter.last_statistics.prepacked
+
+
+def test_a_copy_of_a_compiled_drafter_is_not_the_original():
+    drafter = a_network(SpecBlockDrafter)
+    drafter.compile(backend="eager")
+    assert "_compiled_call_impl" not in vars(deepcopy(drafter))
+
+
 class Forgets(DraftingCallback):
     """Changes the drafter in the middle of a call, as an adaptation does."""
 
@@ -328,7 +387,7 @@ def test_rounds_of_a_drafter_teach_no_times_until_its_weights_are_copied(monkeyp
     drafter, target = a_network(SpecBlockDrafter), tiny_target("llama")
     prepacked_twin(target, fitting(target), drafter.prepacked_weights)  # the target's are there
     target.generate(prompt_of(6), assistant_model=drafter, **GREEDY)
-    assert settled == [False] * PATIENCE + [True] * (len(settled) - PATIENCE)
+    assert settled == [False] * (PATIENCE + 1) + [True] * (len(settled) - PATIENCE - 1)
 
 
 def test_a_drafter_shares_what_its_copy_for_rounds_is_held_by():

@@ -193,7 +193,8 @@ class TreeDrafter(ABC):
     can_sample: bool = False
     callbacks: tuple[DraftingCallback, ...] = ()
     predicts_at_once: bool = False
-    _not_copied: tuple[str, ...] = ("callbacks", "compiled_rounds", "last_statistics")
+    # The last one is torch's: what `module.compile()` has made of the original.
+    _not_copied: tuple[str, ...] = ("callbacks", "compiled_rounds", "last_statistics", "_compiled_call_impl")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         drafter = super().__new__(cls)

@@ -8,7 +8,7 @@ import platform
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +95,7 @@ class AutoPilot(Pilot):
     def __init__(self, controller: PlanController, setting: Setting, offer: Offer):
         super().__init__(DraftingPlan(0, 1))
         self._controller, self._setting, self._offer = controller, setting, offer
-        self._choice = Choice(0)
+        self._choice, self._may_draft = Choice(0), False
         self._behind = True  # the drafter has not taken in the prompt
         self._unread: deque[tuple[Round, Sequence[Any], Clock, int]] = deque()
 
@@ -129,6 +129,7 @@ class AutoPilot(Pilot):
         self._choice = choice = self._controller.next(self._setting, self._offer)
         self.plan = DraftingPlan(choice.nodes, max(choice.way.forwards, 1), choice.way.starts, choice.min_probability)
         limits = super().limits(remaining, room, depth)
+        self._may_draft = any(limits.nodes)
         waits = not choice.nodes and max(limits.depth) > 0
         return replace(limits, enough_found=choice.enough_found, waits=waits)
 
@@ -163,7 +164,8 @@ class AutoPilot(Pilot):
             found=state.promised,
             draft=0.0,
             rest=0.0,
-            usual=not (drafted and self._behind),
+            # With one token left nothing is drafted, nor where a recurrent target reads its states again.
+            usual=self._may_draft and not (drafted and self._behind),
             settled=settled,
             # What plain steps read again was left by rounds that were not plain.
             columns=columns if self._choice.nodes and columns > tree.tokens.shape[1] else None,
@@ -224,7 +226,6 @@ def setting_of(
     return Setting(*where, batch_size, compiled, sampled, compiled_drafts)
 
 
-@cache
 def machine_of(device: torch.device) -> str:
     """What a device is."""
     if device.type == "cuda":

@@ -105,6 +105,7 @@ class PlanController:
             setting ([`Setting`]): Of the call.
         """
         with self._lock:
+            self._again.pop(setting, None)
             if setting in self._records and not self.frozen:
                 self._records[setting].forget_text()
                 self._work_out_again(setting)
@@ -126,7 +127,8 @@ class PlanController:
                 self.frozen and setting in self._choices
             ):
                 return best
-            best, lesson = record.decide(offer)
+            # A frozen controller would hold what it thinks of the last text against all others.
+            best, lesson = (record.of_any_text() if self.frozen else record).decide(offer)
             self._choices[setting] = record.now, best
             return best if lesson is None or self.frozen else lesson
 

@@ -171,6 +171,10 @@ class Record:
         """Another text begins: of it the long run is known alone."""
         self.levels = [Level(), Level()]
 
+    def of_any_text(self) -> Record:
+        """The same, but for what the text at hand says."""
+        return replace(self, levels=[Level(), Level()])
+
     def observe(self, offer: Offer, seen: Round) -> None:
         """Learn from a round."""
         self.now += 1

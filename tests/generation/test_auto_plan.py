@@ -193,6 +193,18 @@ def test_what_the_controller_hears():
     assert not second.usual and not fourth.usual  # the prompt had waited, then a plain step's pair
 
 
+def test_rounds_that_could_not_draft_teach_no_times_of_drafting():
+    target, drafter, drafted = tiny_target("llama"), tiny_drafter(), []
+    drafter.controller = Scripted(SMALL)
+    for count in range(2, 9):
+        target.generate(prompt_of(9), max_new_tokens=count, do_sample=False, assistant_model=drafter)
+        heard = drafter.controller.heard[1:]  # in the first one the prompt had waited
+        assert [seen.usual for seen in heard] == [seen.nodes > 1 for seen in heard]
+        drafted += [seen.nodes > 1 for seen in heard]
+        drafter.controller.heard.clear()
+    assert {*drafted} == {False, True}  # with one token left there is nothing to draft
+
+
 @pytest.mark.parametrize("lengths", [(7,), (7, 3)], ids=len)
 def test_the_default_is_a_plan_that_finds_itself(lengths):
     target, batch = tiny_target("llama"), padded_batch(lengths)

@@ -184,6 +184,12 @@ def test_another_call_is_another_text():
     frozen.begin(SETTING)
     frozen.begin(replace(SETTING, batch_size=8))
     assert frozen.to_dict() == before
+    # One that is frozen after a poor text drafts as one does that begins with another.
+    learning = PlanController()
+    learning.__setstate__({"saved": before, "frozen": False})
+    assert not learning.next(SETTING, OFFER).nodes
+    learning.begin(SETTING)
+    assert frozen.next(SETTING, OFFER).nodes == learning.next(SETTING, OFFER).nodes > 0
 
 
 def test_the_plan_in_effect_is_told_after_a_lesson_too():
@@ -284,6 +290,9 @@ def test_a_drafter_that_had_to_catch_up_is_looked_at_again_at_once():
     controller.observe(SETTING, OFFER, seen)
     assert controller.next(SETTING, OFFER) == lesson
     controller.observe(SETTING, OFFER, replace(seen, usual=True))
+    assert controller.next(SETTING, OFFER) != lesson
+    controller.observe(SETTING, OFFER, seen)
+    controller.begin(SETTING)  # another call may have another drafter
     assert controller.next(SETTING, OFFER) != lesson
 
 

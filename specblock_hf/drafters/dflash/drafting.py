@@ -176,7 +176,8 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
         masks = self.masks(places, columns, places[:, :1], visible)  # columns lie as far apart as their positions
         hidden = self(embeds, (positions + steps).unsqueeze(1), masks, state.cache)[:, 0]
         hidden = hidden[:, skipped : depth + skipped]
-        return Block(hidden, self.head_logits(hidden, state.table))
+        # Its own head once more, because this round may have another one, of the same weights.
+        return Block(hidden, self.head_logits(hidden, self.own_table(state.table)))
 
     def _drawn_tree(self, state: BlockState, roots: DraftTree, block: Block, limits: Limits) -> DraftTree:
         """A tree drawn from the distributions of the depths at the request's temperature."""

@@ -74,7 +74,7 @@ class EagerDrafts:
         state ([`DraftState`]): Of the call.
     """
 
-    captured = 0
+    captured, settled = 0, True
 
     def __init__(self, drafter: TreeDrafter, state: DraftState):
         self.drafter, self.state = drafter, state
@@ -88,10 +88,6 @@ class EagerDrafts:
     def rows(self) -> int:
         return self.state.forward_rows
 
-    @property
-    def settled(self) -> bool:
-        return self._model is None or self._model.settled
-
     def extend(self, pairs: Pairs) -> None:
         if self.state.batch_size < len(pairs.lengths):
             pairs = pairs.of_rows(self.state.drafting)
@@ -99,7 +95,11 @@ class EagerDrafts:
             self.drafter.extend(self.state, self.state.caught_up(pairs))
 
     def propose(self, pairs: Pairs, limits: Limits) -> DraftTree:
-        drafter = self.drafter if self._model is None else self.drafter.with_network(self._model.next())
+        drafter, self.settled = self.drafter, True
+        if self._model is not None and any(limits.nodes):
+            with drafter.lock:
+                drafter = drafter.with_network(self._model.next())
+            self.settled = self._model.settled
         return draft(drafter, self.state, pairs, limits)
 
 
