@@ -168,7 +168,7 @@ class AdaptationBandit:
             return None, None
         done, self._open = self._open, None
         reward = done["tokens"] / done["seconds"] / done["before"] - 1
-        if done["signal"] >= self.min_signal:
+        if done["signal"] >= self.min_signal and done["signal"] > 0:
             name = done["action"]
             self.rewards[name] += 1
             weight = max(self.beta, 1 / self.rewards[name])

@@ -142,6 +142,7 @@ class OnlineAdaptationCallback(DraftingCallback):
         self._unpaid = 0.0
         self._target_version = 0
         self._pending: Future | None = None
+        self._removed = False
         self._executor: ThreadPoolExecutor | None = None
         self._lock = DrafterLock()
         self._process = os.getpid()
@@ -166,6 +167,8 @@ class OnlineAdaptationCallback(DraftingCallback):
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="drafter-update")
 
     def on_remove(self, drafter: TreeDrafter) -> None:
+        with self._lock:
+            self._removed = True
         self.wait()
         if self._executor is not None and self._is_here:
             self._executor.shutdown()
@@ -203,6 +206,8 @@ class OnlineAdaptationCallback(DraftingCallback):
         statistics = call.statistics
         rounds = len(statistics.accepted)
         with self._lock:
+            if self._removed:
+                return
             for window in windows:
                 self.buffer.add(window)
             self._watch(sum(statistics.accepted) + rounds, rounds)
@@ -259,8 +264,8 @@ class OnlineAdaptationCallback(DraftingCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a service needs to go on after a restart, for `torch.save`: weights and numbers, no text."""
-        self.wait()
         with self._lock:
+            self.wait()
             # A copy: no update begins meanwhile, but the next one would change what is just being written.
             return deepcopy(
                 {
@@ -286,13 +291,13 @@ class OnlineAdaptationCallback(DraftingCallback):
                 f"this is not the state of an adaptation: it lacks {', '.join(sorted(lacking))}; load what "
                 "state_dict() gave."
             )
-        self.wait()
         refuse_unsound_state(state["good"])
         if [weight.shape for weight in state["good"]] != [weight.shape for weight in self.updater.snapshot()]:
             raise ValueError(
                 "this state's good weights are another drafter's; load it for the drafter that it was saved from."
             )
         with self._lock:
+            self.wait()
             self.updater.load_state_dict(state["updater"])
             self.bandit.load_state_dict(state["bandit"])
             self._good, self._candidate = list(state["good"]), None

@@ -223,7 +223,8 @@ class DrafterUpdater:
 
     def snapshot(self) -> list[torch.Tensor]:
         """A copy of the weights that are in service."""
-        return [parameter.detach().clone() for parameter in self.deployed.parameters_of("full")]
+        with self.deployed.lock:
+            return [parameter.detach().clone() for parameter in self.deployed.parameters_of("full")]
 
     def restore(self, weights: Sequence[torch.Tensor]) -> None:
         """

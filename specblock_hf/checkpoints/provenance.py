@@ -19,7 +19,7 @@ PACKAGES = ("specblock_hf", "transformers", "torch", "huggingface_hub", "safeten
 _ONE_VALUE = (
     *("target", "data", "drafter", "init-from", "draft-vocab-size", "views", "eval-examples", "output", "epochs"),
     *("batch-tokens", "learning-rate", "warmup-ratio", "max-grad-norm", "held-out", "max-length", "log-steps"),
-    *("save-steps", "eval-steps", "mixed-precision", "gradient-accumulation", "seed", "max-seconds"),
+    *("save-steps", "eval-steps", "mixed-precision", "gradient-accumulation", "seed", "max-seconds", "optimizer"),
 )
 _SEVERAL = {"greedy-only": 0, "cpu": 0, "betas": 2, "config": None, "objective": None, "eval-budgets": None}
 RECORDED: Mapping[str, Mapping[str, int | None]] = {
@@ -93,3 +93,10 @@ def published(value: str) -> str:
         return value if _NUMBERS.fullmatch(number) else name
     # Both kinds of separators, whatever this system's are.
     return PureWindowsPath(value).name or os.curdir
+
+
+def published_setting(value: Any) -> Any:
+    """A setting of a run as it may be published: of every text in it what [`published`] leaves, lists as a text."""
+    if isinstance(value, list | tuple):
+        return " ".join(published(part) if isinstance(part, str) else str(part) for part in value)
+    return published(value) if isinstance(value, str) else value

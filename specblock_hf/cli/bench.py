@@ -24,7 +24,7 @@ from ..checkpoints.saving import save_text_whole
 from ..data.suites import load_prompts, own_prompts
 from ..drafting.plan import DraftingPlan
 from ..evaluation.benchmark import Benchmark, ResultFolder, Row, Unit, evenly
-from ..evaluation.methods import TREES, Method, MethodLoader
+from ..evaluation.methods import TRANSFORMERS_OWN, TREES, Method, MethodLoader, name_of
 from ..evaluation.plans import apply_plans, choose_plans
 from ..evaluation.plots import draw_benchmark, require_matplotlib
 from ..evaluation.report import markdown
@@ -168,6 +168,8 @@ def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Seque
     drafters = drafter_paths(args)
     given = {"target": target.name_or_path, "prompts": args.prompts, "gsm8k": args.gsm8k}
     given |= {f"drafter {name}": path for name, path in drafters.items()}
+    others = (name.partition(":") for name in args.methods)
+    given |= {f"{kind} {name_of(model)}": model for kind, _, model in others if kind in TRANSFORMERS_OWN}
     hardware = (
         f"{torch.get_num_threads()} {platform.machine()} CPU thread(s), {torch.backends.cpu.get_cpu_capability()}"
     )
@@ -184,16 +186,12 @@ def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Seque
         "gsm8k": args.gsm8k and name_of(args.gsm8k),
         "files": {name: state for name, path in given.items() if path and (state := state_of(path))},
         "temperatures": args.temperature,
-        **{name: vars(args)[name] for name in ("max_new_tokens", "limit", "repeats", "seed", "dtype")},
+        **{name: vars(args)[name] for name in ("max_new_tokens", "limit", "repeats", "seed")},
+        "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config._attn_implementation,
         "hardware": hardware,
         "versions": {"torch": version("torch"), "transformers": version("transformers")},
     }
-
-
-def name_of(path: str) -> str:
-    """The name of a file or folder; a Hub id as it is."""
-    return Path(path).resolve().name if Path(path).exists() else path
 
 
 def state_of(path: str) -> str | None:

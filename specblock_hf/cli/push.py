@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from ..checkpoints.card import TRAINING, TRAINING_FACTS, CardFacts
 from ..checkpoints.files import DrafterFiles
 from ..checkpoints.hub import CARD, files_to_publish, publish
-from ..checkpoints.provenance import published
+from ..checkpoints.provenance import published_setting
 from ..drafters.auto import AutoDrafter
 from ..drafters.layouts import layout_of
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         if args.training:
             # As a card may show hyperparameters: of paths the last component.
             read = _read(args.training).items()
-            recorded["training"] = {name: published(said) if isinstance(said, str) else said for name, said in read}
+            recorded["training"] = {name: published_setting(said) for name, said in read}
         facts = CardFacts(
             license=args.license,
             language=tuple(args.language),

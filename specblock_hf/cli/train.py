@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints.card import TRAINING, TRAINING_FACTS, CardFacts
-from ..checkpoints.provenance import published, recorded_command
+from ..checkpoints.provenance import published, published_setting, recorded_command
 from ..checkpoints.saving import save_text_whole
 from ..data.examples import Example, load_examples, split_examples
 from ..data.template import PromptStyle
@@ -164,13 +164,11 @@ def training_facts(
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "report_to")}
     chosen = {"config": args.config, "objective": args.objective, "init_from": args.init_from}
     settings |= {name: value for name, value in chosen.items() if value}
-    lists = {name: " ".join(map(str, value)) for name, value in settings.items() if isinstance(value, list | tuple)}
-    names = {name: published(value) for name, value in settings.items() if isinstance(value, str)}
     return CardFacts(
         data=f"{len(train):,} answers of the target itself ({tokens:,} answer tokens) from `{published(args.data)}`; "
         f"{len(held_out):,} others were held out",
         command=recorded_command(sys.argv),
-        training=settings | lists | names,
+        training={name: published_setting(value) for name, value in settings.items()},
     )
 
 
@@ -210,6 +208,9 @@ def _make_drafter(
 
     if args.init_from:
         drafter = AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
+        # What was measured with it, and for what it was trained, does not hold for what becomes of it.
+        drafter.config.acceptance = None
+        drafter.config.target_name_or_path = target.config.name_or_path or drafter.config.target_name_or_path
         changes = read_pairs(args.config, [f.name for f in dataclasses.fields(drafter.config)], "--config")
         if not changes:
             return drafter

@@ -219,8 +219,8 @@ class TreeDrafter(ABC):
 
     def add_callback(self, callback: DraftingCallback) -> None:
         """Let a [`DraftingCallback`] listen to every call that begins from now on."""
+        callback.on_add(self)  # which may refuse
         self.callbacks = (*self.callbacks, callback)
-        callback.on_add(self)
 
     def remove_callback(self, callback: DraftingCallback) -> None:
         """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -47,6 +48,10 @@ _WORDS = {
     "best_first": "best-first tree",
     "fixed": "fixed tree",
 }
+
+
+TRANSFORMERS_OWN = ("assistant", "dflash_native")
+"""Methods that a model is named with, after a colon."""
 
 
 def in_words(name: str) -> str:
@@ -115,10 +120,10 @@ class MethodLoader:
             return Method(name, "plain")
         if name == "prompt_lookup":
             return Method(name, "transformers", {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS})
-        if name.startswith("assistant:"):
-            return Method(name, "transformers", self._assistant(name.removeprefix("assistant:")))
-        if name.startswith("dflash_native:"):
-            return Method(name, "transformers", self._dflash(name.removeprefix("dflash_native:")))
+        kind, _, model = name.partition(":")
+        if kind in TRANSFORMERS_OWN:
+            options = self._assistant(model) if kind == "assistant" else self._dflash(model)
+            return Method(f"{kind}:{name_of(model)}", "transformers", options)
         drafter = self._drafter(name)
         kind = drafter.config.model_type if name != "lookup" else name
         return Method(name, kind, {"assistant_model": drafter}, drafter)
@@ -166,6 +171,11 @@ class MethodLoader:
         if tree:
             grow_as(drafter, tree)
         return drafter
+
+
+def name_of(path: str) -> str:
+    """The name of a file or folder; a Hub id as it is."""
+    return Path(path).resolve().name if Path(path).exists() else path
 
 
 def grow_as(drafter: TreeDrafter, tree: str) -> None:

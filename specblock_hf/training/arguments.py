@@ -72,6 +72,9 @@ class DrafterTrainingArguments:
             raise ValueError(
                 "Two optimisers would each take the scale of fp16 out of the gradients; train in bf16 or with AdamW."
             )
+        for name in ("log_steps", "save_steps", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; for never give more steps than the run has.")
         if self.gradient_accumulation < 1:
             raise ValueError(
                 f"gradient_accumulation is {self.gradient_accumulation}; a step takes at least one batch."

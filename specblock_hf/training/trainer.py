@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -37,6 +38,10 @@ from .metrics import merge_outputs, report_of
 from .optimizers import make_optimizers
 from .target_views import TargetView
 from .termination import Terminated, Termination
+
+
+MOST_UNSOUND = 10
+"""Steps in a row whose gradients are not finite before a run ends; single ones are left out."""
 
 
 class ObjectiveModule(nn.Module):
@@ -100,7 +105,7 @@ class DrafterTrainer:
         prepared = self.accelerator.prepare(ObjectiveModule(drafter, self.objective), *make_optimizers(drafter, args))
         self.module, *self.optimizers = prepared
         self.clock = PhaseClock(self.accelerator.device)
-        self.step = self.tokens_seen = 0
+        self.step = self.tokens_seen = self.unsound = 0
         self.seconds = 0.0
         self.draft_ids = draft_ids_of(drafter, self.table.vocab_size)
 
@@ -113,7 +118,7 @@ class DrafterTrainer:
         """Linear warm-up, then a cosine to zero."""
         warmup = max(1, round(self.args.warmup_ratio * self.total_steps))
         if step < warmup:
-            return self.args.learning_rate * (step + 1) / warmup
+            return self.args.learning_rate * min(1.0, (step + 1) / warmup)
         progress = (step - warmup) / max(1, self.total_steps - warmup)
         return self.args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -155,13 +160,13 @@ class DrafterTrainer:
                     self.log(window, time.perf_counter() - started, bar)
                     started, window = time.perf_counter(), []
                 # Before the evaluation, which may take longer than whoever ends a process waits.
-                if self.step % args.save_steps == 0 or self.is_over or termination.asked:
+                if self.step % args.save_steps == 0 or self.evaluation_is_due or termination.asked:
                     self.save()
-                if termination.asked:
-                    raise Terminated(self.step)
-                if self.evaluate and self.evaluation_is_due:
+                if self.evaluate and self.evaluation_is_due and not termination.asked:
                     self.log_evaluation()
                     started = time.perf_counter()
+                if termination.asked:
+                    raise Terminated(self.step)
                 if self.is_over:
                     break
         self.module.eval()
@@ -192,6 +197,8 @@ class DrafterTrainer:
         """
         The batches of every step from `step` on, those of all processes together; without end where the clock decides.
         """
+        if self.is_over:
+            return
         count = self.batches_a_step
         stream = batches_from(self.examples, self.args.batch_tokens, self.args.seed, step * count)
         for _ in itertools.count() if self.args.max_seconds else range(step, self.total_steps):
@@ -222,15 +229,35 @@ class DrafterTrainer:
         norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
         if isinstance(norm, DTensor):  # of sharded weights
             norm = norm.full_tensor()
-        with self.drafter.lock:
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate(self.place)
-                optimizer.step()
+        if self.is_sound(norm):
+            with self.drafter.lock:
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.learning_rate(self.place)
+                    optimizer.step()
         self.module.zero_grad()
         self.clock.lap("update")
         self.tokens_seen += self.answer_tokens(batches)
         return outputs | {"grad_norm": norm.detach()}
+
+    def is_sound(self, norm: torch.Tensor) -> bool:
+        """
+        Whether a step with a gradient of this norm can be taken. One that is not finite would make every weight so.
+
+        Raises:
+            ValueError: None of the last `MOST_UNSOUND` could be.
+        """
+        if self.args.mixed_precision == "fp16" or math.isfinite(norm):  # the scaler of fp16 looks at it itself
+            self.unsound = 0
+            return True
+        self.unsound += 1
+        if self.unsound >= MOST_UNSOUND:
+            raise ValueError(
+                f"the gradients of the last {MOST_UNSOUND} steps were not finite, the last of them step "
+                f"{self.step + 1}; lower --learning-rate, or leave out the answers that the target itself has no "
+                "finite states for. The same command goes on from the newest checkpoint."
+            )
+        return False
 
     def sized_step(self, share: float) -> list[list[int]]:
         """The batches of a step, of the first epoch's with the most places (0) to those with the fewest (1)."""
@@ -328,6 +355,8 @@ class DrafterTrainer:
         if self.accelerator.is_main_process:
             state = {"optimizer": optimizer, "step": self.step, "tokens_seen": self.tokens_seen}
             state |= {"batches_a_step": self.batches_a_step, "seconds": self.seconds, "made_by": self.args.optimizer}
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
             final, aside = self.folder / f"checkpoint-{self.step}", self.folder / "checkpoint.partial"
             with save_folder_whole(final, partial=aside) as partial:
                 self.save_drafter(partial, weights)
@@ -381,6 +410,8 @@ class DrafterTrainer:
         self.draft_ids = draft_ids_of(self.drafter, self.table.vocab_size)
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         self.seconds = state.get("seconds", 0.0)  # checkpoints of before runs had a limit of time
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accelerator:
@@ -399,12 +430,14 @@ def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accel
             raise ValueError(f"report_to names {name!r}, which is not installed here; install it or leave it out.")
     # Before parts of the objective join, their weights have no gradient, which is an error in processes that meet.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # While the main process measures, the others wait.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to or None,
         project_dir=args.output_dir,
-        kwargs_handlers=[unused],
+        kwargs_handlers=[unused, patient],
     )
     if args.report_to:
         accelerator.init_trackers("specblock", config={"arguments": json.dumps(vars(args))})

@@ -118,6 +118,13 @@ def test_weak_signals_teach_nothing():
     assert bandit.values == {"head": 0.0, "full": 0.0}
 
 
+def test_a_signal_of_nothing_teaches_nothing():
+    bandit = eager(epsilon=(1.0, 1.0), min_signal=0.0)
+    bandit.step(0.0, 64, 2.0)
+    assert bandit.step(9.0, 64, 1.0).reward == pytest.approx(1.0)
+    assert bandit.values == {"head": 0.0, "full": 0.0}
+
+
 @given(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 50))
 def test_without_exploration_the_largest_positive_gain_is_taken(head, full, signal):
     bandit = eager()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from copy import deepcopy
@@ -20,6 +21,7 @@ from training_for_tests import tiny_drafter
 from specblock_hf import JoinedDrafter, LookupDrafter, SpecBlockDrafter
 from specblock_hf.adaptation import AdaptationBandit, FallMonitor, OnlineAdaptationCallback, UpdateSettings
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.drafting.drafter import DraftingCallback
 
 
 FIRST_BLOCK = SpecBlockObjective(num_blocks=1)
@@ -320,8 +322,38 @@ def test_other_drafters_learn_as_well(name):
 
 
 def test_an_unknown_drift_is_refused():
+    drafter = baseline("medusa")
     with pytest.raises(ValueError, match="drift of a MedusaDrafter"):
-        adapted(baseline("medusa"))
+        adapted(drafter)
+    assert drafter.callbacks == ()
+
+
+def test_a_call_that_ends_after_its_callback_was_removed_changes_nothing():
+    drafter = tiny_drafter()
+    callback = adapted(drafter, every=1, settings=FAST)
+
+    class Removes(DraftingCallback):
+        def on_verify(self, call, tree, scored) -> None:
+            if callback in drafter.callbacks:
+                drafter.remove_callback(callback)
+
+    serve(drafter, 1)
+    callback.wait()
+    before, updates = weights_of(drafter), callback.updates
+    drafter.add_callback(Removes())
+    serve(drafter, 1)
+    assert callback.updates == updates == 1 and callback.failure is None
+    assert same(before, weights_of(drafter))
+
+
+def test_a_state_is_taken_of_no_update_under_way(monkeypatch):
+    drafter = tiny_drafter()
+    callback = adapted(drafter, every=1, background=True, settings=FAST)
+    serve(drafter, 1)
+    held = []
+    monkeypatch.setattr(callback, "wait", lambda: held.append(callback._lock._by_process[os.getpid()]._is_owned()))
+    callback.load_state_dict(callback.state_dict())
+    assert held == [True, True]
 
 
 def test_several_threads_may_serve_while_it_learns():
@@ -395,8 +427,10 @@ def test_no_draft_sees_half_of_an_update():
 
 def test_one_callback_serves_one_drafter():
     callback = adapted(tiny_drafter())
+    other = tiny_drafter()
     with pytest.raises(ValueError, match="adapts a drafter already"):
-        tiny_drafter().add_callback(callback)
+        other.add_callback(callback)
+    assert other.callbacks == ()
 
 
 @pytest.mark.parametrize(

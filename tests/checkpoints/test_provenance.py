@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from test_loading import small_drafter
 
 from specblock_hf import cli
 from specblock_hf.checkpoints import provenance
-from specblock_hf.checkpoints.provenance import RECORDED, recorded_command
+from specblock_hf.checkpoints.provenance import RECORDED, published_setting, recorded_command
+from specblock_hf.training.arguments import DrafterTrainingArguments
 
 
 TRAIN = "specblock train --data answers.jsonl --output run --objective num_blocks=2 --learning-rate 1e-3 --cpu"
@@ -57,6 +59,21 @@ def test_what_is_recorded_are_options_that_there_are(capsys):
             cli.main([command, "--help"])
         words = capsys.readouterr().out.replace("[", " ").replace("]", " ").split()
         assert {f"--{option}" for option in options} <= set(words)
+
+
+def test_whatever_decides_a_run_is_recorded():
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(DrafterTrainingArguments)}
+    assert fields - RECORDED["train"].keys() == {"output-dir", "report-to"}
+
+
+def test_settings_are_published_without_paths():
+    said = {"config": ["target_name_or_path=/home/ann/x", "block_size=3"], "betas": (0.9, 0.95), "init_from": "/a/b"}
+    assert {name: published_setting(value) for name, value in (said | {"seed": 0}).items()} == {
+        "config": "target_name_or_path block_size=3",
+        "betas": "0.9 0.95",
+        "init_from": "b",
+        "seed": 0,
+    }
 
 
 def test_packages_without_metadata_are_left_out(monkeypatch):

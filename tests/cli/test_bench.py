@@ -110,6 +110,15 @@ def test_nothing_written_says_where_files_lie(folders, tmp_path, capsys):
     assert name_of("org/drafter") == "org/drafter" and state_of("org/drafter") is None
 
 
+def test_models_of_transformers_own_methods_go_by_their_names(folders, tmp_path):
+    run(folders, tmp_path / "out", methods=f"assistant:{folders['target']}")
+    home = str(Path(folders["target"]).parent)
+    assert not any(home in file.read_text() for file in (tmp_path / "out").iterdir())
+    conditions = json.loads((tmp_path / "out" / "setting.json").read_text())["conditions"]
+    assert conditions["methods"] == ["vanilla", "assistant:target"] and "assistant target" in conditions["files"]
+    assert conditions["dtype"] == "float32"
+
+
 def test_other_files_of_the_same_name_are_refused_in_the_same_folder(folders, tmp_path, capsys):
     own = tmp_path / "specblock"
     shutil.copytree(folders["specblock"], own)  # which keeps times: this is the same drafter

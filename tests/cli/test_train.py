@@ -150,6 +150,19 @@ def test_a_run_may_start_from_a_drafter_of_another_layout(train, tmp_path, capsy
         torch.testing.assert_close(weight, start.state_dict()[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [[], ["--config", "draft_vocab_size=20"]])
+def test_nothing_that_was_measured_with_the_start_is_said_of_what_becomes_of_it(
+    train, answers, tmp_path, capsys, changes
+):
+    shutil.copytree(answers / "target", tmp_path / "target")
+    start = tiny_drafter(rank_top_k=12, acceptance=[[8, 1, 0, 3.0, 3.0]], target_name_or_path="org/base")
+    start.save_pretrained(tmp_path / "start")
+    options = ["--target", tmp_path / "target", "--held-out", 0, *changes]
+    assert train("--init-from", tmp_path / "start", *options) == 0, capsys.readouterr().err
+    config = AutoDrafter.from_pretrained(tmp_path / "run" / "final").config
+    assert config.acceptance is None and config.target_name_or_path == str(tmp_path / "target")
+
+
 def test_a_start_may_get_another_shape_and_vocabulary(train, tmp_path, capsys):
     start = tiny_drafter(rank_top_k=12)
     start.save_pretrained(tmp_path / "start")

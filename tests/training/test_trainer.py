@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
 from specblock_hf.training.target_views import view_target
 from specblock_hf.training.termination import Terminated
-from specblock_hf.training.trainer import DrafterTrainer
+from specblock_hf.training.trainer import DrafterTrainer, make_accelerator
 
 
 def examples_of(lengths):
@@ -150,6 +151,12 @@ def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
     assert rates[:40] == sorted(rates[:40]) and rates[40:] == sorted(rates[40:], reverse=True)
 
 
+def test_the_clock_never_takes_the_rate_above_its_peak(tmp_path):
+    trainer = tiny_trainer(tmp_path, epochs=15, max_seconds=60.0, learning_rate=0.5, warmup_ratio=0.03)
+    rates = [trainer.learning_rate(trainer.total_steps * share / 500) for share in range(501)]
+    assert max(rates) == 0.5
+
+
 def test_batches_follow_from_the_step(tmp_path):
     trainer = tiny_trainer(tmp_path, epochs=2.5)
     whole = list(trainer.batches_from(0))
@@ -216,6 +223,42 @@ def test_a_run_of_limited_time_follows_the_clock(tmp_path, monkeypatch):
     assert again.step == 2 and again.seconds == 8.0
     again.train()
     assert again.step == 5
+    over = tiny_trainer(tmp_path / "parts", **options)
+    over.train_step = lambda batches: pytest.fail("a step was taken when the time was over")
+    over.train()
+
+
+@pytest.mark.parametrize("broken", [1, 12])
+def test_gradients_that_are_not_finite_move_no_weight(broken, tmp_path):
+    trainer, steps = tiny_trainer(tmp_path, epochs=4, log_steps=1), []
+    real = trainer.drafter.loss
+
+    def loss(*args, **kwargs):
+        out = real(*args, **kwargs)
+        steps.append(trainer.step)
+        return out | {"loss": out["loss"] * (math.nan if 2 <= trainer.step < 2 + broken else 1.0)}
+
+    trainer.drafter.loss = loss
+    if broken == 1:
+        trainer.train()
+        weights = load_file(tmp_path / "final" / "model.safetensors")
+    else:
+        with pytest.raises(ValueError, match="of the last 10 steps were not finite, the last of them step 12; lower"):
+            trainer.train()
+        weights = load_file(trainer.checkpoints()[-1] / "model.safetensors")
+        assert not (tmp_path / "final").exists()
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("name", ["log_steps", "save_steps", "eval_steps"])
+def test_never_is_said_otherwise(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} is 0; for never give more steps than the run has"):
+        arguments(tmp_path, **{name: 0})
+
+
+def test_processes_wait_for_the_one_that_measures(tmp_path):
+    handlers = make_accelerator(arguments(tmp_path), cpu=True).init_handler
+    assert handlers.timeout >= timedelta(days=1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -262,6 +305,23 @@ def test_sigterm_ends_a_run_after_its_step(tmp_path):
     second.train()
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_sigterm_during_an_evaluation_ends_a_run_that_is_saved(at, tmp_path):
+    def evaluate(drafter):
+        if first.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"tau_8": 2.5}
+
+    first = tiny_trainer(tmp_path, evaluate=evaluate, save_steps=200, eval_steps=4)
+    with pytest.raises(Terminated, match=f"after step {at}, which is saved"):
+        first.train()
+    second = tiny_trainer(tmp_path, evaluate=lambda drafter: {"tau_8": 2.5}, save_steps=200, eval_steps=4, seed=2)
+    second.resume()
+    assert second.step == at
+    second.train()
+    assert [row["step"] for row in log_of(tmp_path) if "loss" not in row] == [4, 8, 12]
 
 
 @pytest.mark.parametrize("save_steps", [4, 200])
