@@ -45,8 +45,10 @@ def generate_without_hook(
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
         stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
 
+    asked = {"synced_gpus": kwargs.get("synced_gpus")}
+
     def decode(model: PreTrainedModel, input_ids: torch.LongTensor, *, generation_config, **inputs: Any):
-        check_request(model, drafter, generation_config.get_generation_mode(drafter), generation_config, {})
+        check_request(model, drafter, generation_config.get_generation_mode(drafter), generation_config, asked)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         return generate_with_drafter(

@@ -149,6 +149,9 @@ def _own_way(given: dict[str, Any]) -> str | None:
     """Why a call decodes in a way of its own; `None` if it leaves that to `generate()`."""
     if given.get("assistant_model") is not None:
         return "it names an assistant of its own."
+    config = given.get("generation_config")
+    if config is not None and config.is_assistant:
+        return "it drafts for another target, which rolls its cache back."
     if given.get("custom_generate") is not None:
         return "it brings a decoding method of its own."
     return None

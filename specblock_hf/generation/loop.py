@@ -64,12 +64,14 @@ def decode(
     tell(callbacks, "on_generate_begin", call)
     drafts = _drafts(target, drafter, choice, lent, bool(callbacks))
     chunks = target.prefill()
-    scored, pairs = next(chunks)
-    for chunk in chunks:
-        if pairs.tokens.shape[1]:  # a mask may hide all of a chunk
-            drafts.extend(pairs)
-            tell(callbacks, "on_prompt", call, pairs)
-        scored, pairs = chunk
+    # Until the first token is chosen nobody has seen anything of the call.
+    with refusing(drafter):
+        scored, pairs = next(chunks)
+        for chunk in chunks:
+            if pairs.tokens.shape[1]:  # a mask may hide all of a chunk
+                drafts.extend(pairs)
+                tell(callbacks, "on_prompt", call, pairs)
+            scored, pairs = chunk
     # The first token comes from a tree that is nothing but the prompt's last token.
     tree = DraftTree.root(pairs.tokens[:, -1])
     read = choice.observe(tree, scored.logits, scored.rows)

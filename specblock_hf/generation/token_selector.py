@@ -73,8 +73,11 @@ _ROW_WISE: dict[type[LogitsProcessor], str | None] = {
 _ROW_WISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 
 
-# Of these, what remembers how it was called.
-_REMEMBERS = (logits_process.SynthIDTextWatermarkLogitsProcessor,)
+# Of these, what remembers how it was called: guidance has a cache of its own, which grows by a token with every call.
+_REMEMBERS = (
+    logits_process.SynthIDTextWatermarkLogitsProcessor,
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 
 class TokenChoice:
@@ -107,7 +110,7 @@ class TokenChoice:
         batch_size = input_ids.shape[0]
         if batch_size > 1:
             _check_batch(logits_processor, stopping_criteria, streamer)
-        self._processors = logits_processor
+        self._processors, self._device = logits_processor, input_ids.device
         self._rows = [
             _RowChoice(
                 input_ids[row : row + 1],
@@ -189,12 +192,13 @@ class TokenChoice:
 
     def warp(self, logits: torch.Tensor) -> torch.Tensor:
         """A drafter's logits `[..., D]`, over any vocabulary, as the request warps the target's; in float32."""
-        scores = logits.flatten(0, -2).to(copy=True, dtype=torch.float32)
+        # Processors may hold tensors, which lie where the prompt does.
+        scores = logits.flatten(0, -2).to(self._device, copy=True, dtype=torch.float32)
         for processor in self._processors:
             if isinstance(processor, _WARPERS):
                 # They take the text only because every processor does.
                 scores = processor(None, scores)
-        return scores.view(logits.shape)
+        return scores.view(logits.shape).to(logits.device)
 
     def stop(self, row: int, token: int) -> bool:
         """Emit a token and tell whether it is the last one of its row; see [`Verifier`]."""

@@ -14,6 +14,10 @@ from filelock import FileLock, Timeout
 from ..data.examples import as_messages, prompt_key
 
 
+PATIENCE = 5.0
+"""Seconds in which another process of the same run has looked through this one's file."""
+
+
 class AnswerFile:
     """
     The rows that one process writes: what is in the file when [`~AnswerFile.append`] returns is on the disk.
@@ -33,7 +37,7 @@ class AnswerFile:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{self.path}.lock")
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=PATIENCE)
         except Timeout as error:
             raise ValueError(
                 f"another process is writing {self.path}; wait until it has ended, or name another folder."

@@ -30,12 +30,12 @@ class SlotLayer(cache_utils.DynamicLayer):
         self.capacity = capacity
         self.end = 0
 
-    def allocate(self, slots: int, like: torch.Tensor) -> None:
-        """Make the buffers for rows as `like` `[B, heads, T, head_dim]`."""
-        shape = (slots, like.shape[1], self.capacity)
+    def allocate(self, slots: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make the buffers for rows as these `[B, heads, T, head_dim]`; latent attention has values of their own."""
         # Not empty: what is masked is still multiplied by 0, and that must not be nan.
-        self.keys = like.new_zeros(*shape, like.shape[3])
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = (
+            like.new_zeros(slots, like.shape[1], self.capacity, like.shape[3]) for like in (keys, values)
+        )
         self.is_initialized = True
 
     def update(
@@ -97,7 +97,7 @@ class SlotCache:
         self.visible[at, columns] = mask
         for layer, new in zip(self.cache.layers, read.layers, strict=False):
             if not layer.is_initialized:
-                layer.allocate(len(self.visible), new.keys)
+                layer.allocate(len(self.visible), new.keys, new.values)
             layer.keys[at, :, columns] = new.keys
             layer.values[at, :, columns] = new.values
             layer.end = self.end

@@ -323,6 +323,11 @@ def check_cache(cache: Any, batch_size: int, returns_cache: bool) -> None:
             f"the cache is a {type(cache).__name__} whose rows a draft tree cannot rearrange; pass a "
             "DynamicCache or a StaticCache that is not offloaded, or none."
         )
+    if any(vars(layer).get("record_past") for layer in cache.layers):
+        raise ValueError(
+            "this cache records the past of its layers, so that somebody can crop it after the call, and a drafted "
+            "call rolls that back itself; pass one without activate_past_recording(), or drop assistant_model."
+        )
     attends = [type(layer) for layer in cache.layers if isinstance(layer, cache_utils.CacheLayerMixin)]
     if type(cache) is StaticCache and not _STATIC_LAYERS.issuperset(attends):
         raise ValueError(

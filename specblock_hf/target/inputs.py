@@ -184,14 +184,29 @@ class TargetInputs:
         if inputs.get(CACHE) is None and not self.cached:
             # A target that would begin with a cache of its own may begin with this one, in which nothing is either.
             inputs[CACHE] = self.cache
+        if end == self.new:
+            self._check_positions(inputs.get("position_ids"))
         return inputs | self._off
+
+    def _check_positions(self, prepared: torch.LongTensor | None) -> None:
+        """Refuse targets that give the prompt other positions than they were given, from which a tree's go on."""
+        if self._kwargs.get("position_ids") is None:
+            return
+        last = self._kwargs["position_ids"][..., -1:]
+        # Without any a forward counts columns.
+        own = torch.full_like(last, self.cached + self.new - 1) if prepared is None else prepared[..., -1:]
+        if bool((own.to(last.device) != last).any()):
+            raise ValueError(
+                f"{type(self._target).__name__} puts this prompt at other positions than generate() does, where a "
+                "draft tree could not follow it; drop assistant_model."
+            )
 
     def of_tree(self, nodes: int, rows: list[int]) -> dict[str, Any]:
         """For a tree of so many nodes in these rows of the batch, beside its ids, positions, mask and cache."""
         kept = {}
         for name in OF_TOKENS:
             if self._kwargs.get(name) is not None:
-                last = self._kwargs[name][rows, -1:].expand(-1, nodes)
+                last = self._kwargs[name][rows, -1:].expand(-1, nodes).to(self._target.device)
                 kept[name] = torch.zeros_like(last) if name == "mm_token_type_ids" else last
         return self._off | kept
 

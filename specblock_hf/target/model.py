@@ -25,7 +25,7 @@ from .inputs import TargetInputs
 from .masks import TreeMasks, layer_windows, likeliest_chain
 from .prompt import PromptPairs
 from .recurrent import Lag, cut, kept_columns
-from .support import check_length, rope_limits
+from .support import check_length, check_rows, rope_limits
 from .token_outputs import TokenOutputs
 from .twin import stepwise
 
@@ -84,6 +84,7 @@ class TargetModel:
         self._rows = list(range(input_ids.shape[0]))
         self._index: torch.LongTensor | None = None  # `_rows` on the device, once some have been retired
         self._returns_cache = returns_cache
+        check_rows(target, len(self._rows))
         self._inputs = inputs = TargetInputs(target, input_ids, model_kwargs, mask_length, returns_cache)
         self.cache, mask, width = inputs.cache, inputs.mask, inputs.cached + inputs.new
         visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
@@ -108,7 +109,11 @@ class TargetModel:
         self._outputs = TokenOutputs(wanted, len(self._rows), windows, last_chunk)
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
         # After the taps, which all that reads has. A twin would not hand states and attentions out.
-        self._reader, self._trees = target, RoundsModel(stepwise(target), None if wanted else prepacked)
+        try:
+            self._reader, self._trees = target, RoundsModel(stepwise(target), None if wanted else prepacked)
+        except ValueError:
+            self._taps.remove()
+            raise
 
     @property
     def device(self) -> torch.device:

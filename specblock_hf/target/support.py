@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,6 +138,23 @@ def _check_adapter(target: PreTrainedModel) -> None:
                 "own before the prompt, which shift every position of a draft tree; drop assistant_model, or use an "
                 "adapter of weights such as LoRA."
             )
+
+
+def check_rows(target: PreTrainedModel, batch_size: int) -> None:
+    """
+    Refuse batches of which each row has an adapter of its own: rows that have ended are not read any more.
+
+    Raises:
+        ValueError: In one sentence: what, why and what to do.
+    """
+    if batch_size == 1 or not vars(target).get("peft_config"):
+        return
+    hooks = (hook for part in target.modules() for hook in part._forward_pre_hooks.values())
+    if any(isinstance(hook, partial) and "adapter_names" in hook.keywords for hook in hooks):
+        raise ValueError(
+            f"this call names an adapter for each row of {type(target).__name__}'s batch, and rows of a drafted batch "
+            "end at different rounds; call generate() for each prompt, or drop assistant_model."
+        )
 
 
 def _warn(target: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 
 from specblock_hf.compat import CACHE
 from specblock_hf.drafting.attachment import attachment_of
+from specblock_hf.target.features import FeatureTaps
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
@@ -96,6 +97,24 @@ def test_calls_that_a_drafter_cannot_serve_run_as_without_it(target, name, caplo
     ((said, count),) = attachment.statistics.left_alone.items()
     assert reason in said and count == 2 and attachment.statistics.served == 0
     assert len([record for record in caplog.records if reason in record.message]) == 1
+
+
+def test_a_target_that_hides_its_states_decodes_without_the_drafter(target, monkeypatch):
+    plain = target.generate(prompt_of(7), **GREEDY)
+    unheard = nn.Identity()
+    monkeypatch.setattr(FeatureTaps, "_hook", lambda *_: unheard.register_forward_hook(lambda *_: None))
+    with tiny_drafter().attach(target) as attachment:
+        assert torch.equal(target.generate(prompt_of(7), **GREEDY), plain)
+    ((reason, count),) = attachment.statistics.left_alone.items()
+    assert count == 1 and "uncompiled" in reason
+
+
+def test_what_drafts_for_another_target_is_left_alone(target):
+    big = deepcopy(target)
+    plain = big.generate(prompt_of(7), **GREEDY)
+    with tiny_drafter().attach(target) as attachment:
+        assert torch.equal(big.generate(prompt_of(7), **GREEDY, assistant_model=target), plain)
+    assert {*attachment.statistics.left_alone} == {"it drafts for another target, which rolls its cache back."}
 
 
 def test_other_assistants_and_methods_go_first(target):

@@ -4,15 +4,19 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import wraps
 
+import peft
 import pytest
 import torch
+from batches_for_tests import garbage, padded_batch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter
 from fresh_import_for_tests import HOOKED
 from test_loop import GREEDY, KeepingStreamer, oracle, plain_text
 from transformers import (
+    DynamicCache,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +25,8 @@ from transformers import (
 )
 
 import specblock_hf
+from specblock_hf import DraftingPlan
+from specblock_hf.compat import CACHE
 from specblock_hf.generation.hook import is_installed
 
 
@@ -60,6 +66,64 @@ def test_a_drafter_for_another_target_is_refused(llama):
     refused_before_any_token(
         llama, GarbageDrafter(VOCAB + 1), r"^this drafter is for a target of another vocabulary; load"
     )
+
+
+def test_a_cache_that_somebody_will_crop_is_refused():
+    target = tiny_target("mistral")
+    cache = DynamicCache(config=target.config)
+    cache.activate_past_recording()
+    sentence = r"^this cache records the past of its layers, .* or drop assistant_model\.$"
+    with pytest.raises(ValueError, match=sentence):
+        target.generate(prompt_of(5), max_new_tokens=4, assistant_model=GarbageDrafter(VOCAB), **{CACHE: cache})
+    assert cache.get_seq_length() == 0
+    assert all(layer.record_past for layer in cache.layers)
+
+
+def test_a_target_that_counts_positions_its_own_way_is_refused():
+    target = deepcopy(tiny_target("llama"))
+    prepare = target.prepare_inputs_for_generation
+
+    def one_further(*args, **kwargs):  # as PaliGemma's does
+        inputs = prepare(*args, **kwargs)
+        return inputs | {"position_ids": inputs["position_ids"] + 1}
+
+    target.prepare_inputs_for_generation = one_further
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM puts this prompt at other positions than generate\(\)"):
+        target.generate(prompt_of(5), max_new_tokens=4, assistant_model=GarbageDrafter(VOCAB, (2,)))
+    assert not any(part._forward_hooks for part in target.modules())
+    # Without positions a forward counts columns, which is the same where there is no padding.
+    target.prepare_inputs_for_generation = lambda *args, **kwargs: prepare(*args, **kwargs) | {"position_ids": None}
+    output = target.generate(prompt_of(5), max_new_tokens=4, do_sample=False, assistant_model=GarbageDrafter(VOCAB))
+    assert torch.equal(output, target.generate(prompt_of(5), max_new_tokens=4, do_sample=False))
+    batch = padded_batch((5, 3))
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM puts this prompt at other positions than generate\(\)"):
+        target.generate(**batch, max_new_tokens=4, pad_token_id=0, assistant_model=garbage(2))
+
+
+def test_a_batch_with_an_adapter_for_each_row_is_refused():
+    target = deepcopy(tiny_target("llama"))
+    model = peft.get_peft_model(target, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False), "a")
+    model.add_adapter("b", peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+    model.eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    batch = padded_batch((5, 3))
+    with pytest.raises(ValueError, match=r"^this call names an adapter for each row of LlamaForCausalLM's batch"):
+        model.generate(**batch, **options, adapter_names=["a", "b"], assistant_model=garbage(2))
+    for options["adapter_names"] in (["a"], ["b"]):
+        plain = model.generate(input_ids=prompt_of(5), **options)
+        drafted = model.generate(input_ids=prompt_of(5), **options, assistant_model=GarbageDrafter(VOCAB))
+        assert torch.equal(drafted, plain)
+
+
+def test_guidance_remembers_how_it_was_called():
+    target, drafter = tiny_target("llama"), GarbageDrafter(VOCAB)
+    drafter.can_sample = True
+    for rule in ("token", "block"):
+        drafter.drafting_plan = DraftingPlan(4, 1, draft_sampling="sampled", verification=rule)
+        sentence = r"^UnbatchedClassifierFreeGuidanceLogitsProcessor may remember how it was called"
+        with pytest.raises(ValueError, match=sentence):
+            target.generate(prompt_of(5), max_new_tokens=4, do_sample=True, guidance_scale=1.5, assistant_model=drafter)
+        assert not drafter.states
 
 
 def test_targets_that_cannot_score_a_tree_are_refused(monkeypatch):

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
+from filelock import FileLock
 from test_saving import room_for
 
 from specblock_hf.data.examples import as_messages, prompt_key, read_rows
+from specblock_hf.regeneration import answer_file
 from specblock_hf.regeneration.answer_file import AnswerFile
 
 
@@ -65,7 +69,24 @@ def test_a_full_disk_costs_no_answer_that_is_there(tmp_path):
     assert list(read_rows(tmp_path)) == [row("a"), row("b"), row("c")]
 
 
-def test_two_processes_do_not_write_one_file(tmp_path):
+def test_a_process_that_looks_through_ones_file_is_waited_for(tmp_path):
+    lock = FileLock(f"{AnswerFile(tmp_path).path}.lock")
+    held = threading.Event()
+
+    def look() -> None:
+        with lock:
+            held.set()
+            time.sleep(0.2)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    held.wait()
+    AnswerFile(tmp_path)
+    looking.join()
+
+
+def test_two_processes_do_not_write_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(answer_file, "PATIENCE", 0.01)
     first = AnswerFile(tmp_path, 0, 1)
     with pytest.raises(ValueError, match="another process is writing .*answers-00000-of-00001.jsonl; wait until it"):
         AnswerFile(tmp_path, 0, 1)

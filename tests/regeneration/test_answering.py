@@ -10,6 +10,7 @@ import torch
 from conftest import KINDS, VOCAB, prompt_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
+from targets_for_tests import TargetKind, make_target
 from transformers import LlamaConfig
 
 from specblock_hf.regeneration import answering, slot_cache
@@ -68,6 +69,12 @@ def test_greedy_answers_equal_generate(kind, slots, spare, refill, monkeypatch):
     expected = {name: cut(answer, stop_ids) for name, answer in whole.items()}
     assert len({len(answer) for answer in expected.values()}) >= 3
     assert answers(target, prompts(), slots, 14, stop_ids) == expected
+
+
+def test_a_latent_cache_has_values_of_another_width():
+    target = make_target(TargetKind("deepseek_v3"))
+    whole = {p.name: plain(target, p, 6) for p in prompts()}
+    assert answers(target, prompts(), 3, 6, set()) == whole
 
 
 def test_slots_are_refilled_and_at_last_dropped(llama, monkeypatch):

@@ -396,8 +396,8 @@ def test_time_steps_of_a_forward_that_was_replaced():
     forward = target.forward
     target.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     with pytest.raises(ValueError, match="was replaced by another, .* whose time steps a draft cannot have .*; load"):
-        target.generate(prompt_of(5), **GREEDY, assistant_model=garbage(1))
-    assert not target.model._forward_hooks
+        target.generate(prompt_of(5), **GREEDY, assistant_model=garbage(1, (1, 2)))
+    assert not any(part._forward_hooks for part in target.modules())
 
 
 def walk_of(*tokens: list[int], stopped=()) -> Walk:
