@@ -197,7 +197,9 @@ class Gains:
     fill: float = 1.0
     rounds: int = 0
 
-    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float]) -> float:
+    def add(
+        self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], ease: float = 1.0
+    ) -> float:
         """
         Args:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
@@ -205,6 +207,7 @@ class Gains:
             verified (`int`): How many of them there were that seemed worth it; others add nothing and cost nothing.
                 With those that were read again.
             prior (sequence of `float`): Expected tokens of each band.
+            ease (`float`, *optional*, defaults to 1.0): How much more is right of such a text than of others.
 
         Returns:
             `float`: What the prior expected of the round.
@@ -215,9 +218,10 @@ class Gains:
             kept[band_of(rank + 1)] += 1
         for band in range(bands):  # what is known of larger trees does not fade because nobody draws them
             self.hits[band] = self.hits[band] * fade + kept[band]
-            self.trials[band] = self.trials[band] * fade + 1
+            self.trials[band] = self.trials[band] * fade + ease
         expected = sum(prior[:bands])
-        self.way_hits, self.way_prior = self.way_hits * fade + len(ranks), self.way_prior * fade + expected
+        self.way_hits = self.way_hits * fade + len(ranks)
+        self.way_prior = self.way_prior * fade + ease * expected
         self.fill += (verified / asked - self.fill) * max(1 / 8, 1 / (self.rounds + 1))
         self.rounds += 1
         return expected

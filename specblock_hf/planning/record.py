@@ -205,11 +205,13 @@ class Record:
         self.latest[kind] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
         usual = gains.expected(prior, self._scale(offer, way))[band_of(seen.choice.nodes)]
+        # What one way accepts of an easy text says nothing for it beside another that had a hard one.
+        ease = self.levels[kind].at(self.times[kind])
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
             read = len(row) if seen.columns is None else seen.columns - 1
-            expected = gains.add(ranks, seen.choice.nodes, read, prior)
+            expected = gains.add(ranks, seen.choice.nodes, read, prior, ease)
             self.levels[kind].add(len(ranks), usual, self.times[kind], weight)
             self.claims.add(row, self.now)
             if kind:
