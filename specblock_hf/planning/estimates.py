@@ -197,9 +197,7 @@ class Gains:
     fill: float = 1.0
     rounds: int = 0
 
-    def add(
-        self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], ease: float = 1.0
-    ) -> float:
+    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], ease: float = 1.0) -> float:
         """
         Args:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
