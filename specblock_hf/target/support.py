@@ -149,7 +149,7 @@ def check_rows(target: PreTrainedModel, batch_size: int) -> None:
     """
     if batch_size == 1 or not vars(target).get("peft_config"):
         return
-    hooks = (hook for part in target.modules() for hook in part._forward_pre_hooks.values())
+    hooks = (hook for part in target.modules() for hook in vars(part)["_forward_pre_hooks"].values())
     if any(isinstance(hook, partial) and "adapter_names" in hook.keywords for hook in hooks):
         raise ValueError(
             f"this call names an adapter for each row of {type(target).__name__}'s batch, and rows of a drafted batch "

@@ -307,8 +307,9 @@ def test_the_doctor_finds_a_drafter_and_says_how_to_use_it(hub, client, tmp_path
     )
     assert "pass enable_thinking=False to apply_chat_template" in said and "use it here? " in said
     assert said.endswith(
-        "\n\nfrom specblock_hf import AutoDrafter\n"
+        "\n\nfrom specblock_hf import AutoDrafter, JoinedDrafter, LookupDrafter\n"
         'drafter = AutoDrafter.from_pretrained("lab/tiny-specblock", target=target, dtype=target.dtype)\n'
+        "drafter = JoinedDrafter(drafter, LookupDrafter(target.config))\n"
         "output = target.generate(**inputs, assistant_model=drafter)\n"
     )
     assert "pass enable_thinking=False" in client(hub_client.spoken, "find", "org/tiny")[1].replace("\n    ", " ")

@@ -200,10 +200,11 @@ METHODS = {
     "feature_layers_for": (("target",), {}),
     "loss": (("batch", "objective"), {"progress": 0.5, "generator": "generator"}),
     "parameters_of": (("head",), {}),
+    "rounds_model": (("weights",), {}),
 }
 OWN = {"controller", "last_statistics", "attach"}
 OF_ALL_PARTS = {"add_callback", "begin", "callbacks", "check_target", "extend", "label", "propose", "remove_callback"}
-OF_ALL_PARTS |= {"begin_fixed", "deepest", "find", "has_fixed_rounds", "look_ups"}
+OF_ALL_PARTS |= {"begin_fixed", "deepest", "find", "has_fixed_rounds", "look_ups", "with_network"}
 
 
 def test_nobody_forgets_what_a_joined_drafter_says():
