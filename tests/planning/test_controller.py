@@ -15,6 +15,7 @@ from plan_service_for_tests import SETTING, Nature, SimulatedService
 
 from specblock_hf.calibration.costs import CostCurves
 from specblock_hf.planning.controller import PlanController
+from specblock_hf.planning.estimates import band_of
 from specblock_hf.planning.offers import LOOKUPS, Choice, Offer, Round, Way
 from specblock_hf.planning.record import FIRST_SHARE, SHARE, Record
 
@@ -348,3 +349,23 @@ def test_what_is_not_captured_yet_teaches_no_times_and_is_tried_again():
     assert set(record.verify.sizes) == {1} and not record.draft and not record.spent
     # What it accepted counts.
     assert sum(gains.rounds for gains in record.gains.values()) == 9
+
+
+def test_what_a_way_accepts_of_an_easy_text_is_not_all_its_own():
+    """One forward serves both texts, two forwards the easy one alone."""
+    record, one, two = Record(), Choice(7, Way(1)), Choice(12, Way(2, 4))
+    for choice, kept, rounds in ((one, 4, 30), (two, 5, 20), (None, 0, 0), (one, 1, 60)):
+        if choice is None:
+            record.forget_text()
+        for _ in range(rounds):
+            row = [(-1.0, node < kept) for node in range(choice.nodes)]
+            record.observe(OFFER, Round(choice, [row], choice.nodes + 1, 1.0 + kept, True, 0.0, 0.005, 0.025))
+    record.forget_text()
+    added = [
+        record.gains[f"{choice.way.name} 0"].expected(OFFER.prior(choice.way, 0), record._scale(OFFER, choice.way))[
+            band_of(choice.nodes)
+        ]
+        for choice in (one, two)
+    ]
+    recorded = [OFFER.drafts(choice.way, choice.nodes) for choice in (one, two)]
+    assert added[1] / added[0] == pytest.approx(recorded[1] / recorded[0], rel=0.25)
