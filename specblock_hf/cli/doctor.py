@@ -22,15 +22,14 @@ from .models import add_model_arguments, ask, encode, load_models
 
 
 PASTE = """
-from specblock_hf import AutoDrafter
-drafter = AutoDrafter.from_pretrained("{name}", target=target, dtype=target.dtype)
+from specblock_hf import AutoDrafter{names}
+drafter = AutoDrafter.from_pretrained("{name}", target=target, dtype=target.dtype){joined}
 output = target.generate(**inputs, assistant_model=drafter)"""
 
-PASTE_JOINED = """
-from specblock_hf import AutoDrafter, JoinedDrafter, LookupDrafter
-drafter = AutoDrafter.from_pretrained("{name}", target=target, dtype=target.dtype)
-drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
-output = target.generate(**inputs, assistant_model=drafter)"""
+WITH_LOOKUPS = {
+    "names": ", JoinedDrafter, LookupDrafter",
+    "joined": "\ndrafter = JoinedDrafter(drafter, LookupDrafter(target.config))",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print("interrupted before there was a verdict; what is said above holds", file=sys.stderr)
         raise
     if found is not None:
-        print((PASTE_JOINED if args.lookup else PASTE).format(name=found.name))
+        print(PASTE.format(name=found.name, **WITH_LOOKUPS if args.lookup else dict.fromkeys(WITH_LOOKUPS, "")))
     return int(speedup <= 1 or not drafts)
 
 

@@ -7,10 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +19,6 @@ from conftest import VOCAB, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_saving import FULL, contents, room_for
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
 
 from specblock_hf import SpecBlockDrafter, cli
@@ -32,7 +27,6 @@ from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
 from specblock_hf.training.target_views import view_target
-from specblock_hf.training.termination import Terminated
 from specblock_hf.training.trainer import DrafterTrainer, make_accelerator
 
 
@@ -230,12 +224,11 @@ def test_a_run_of_limited_time_follows_the_clock(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken", [1, 12])
 def test_gradients_that_are_not_finite_move_no_weight(broken, tmp_path):
-    trainer, steps = tiny_trainer(tmp_path, epochs=4, log_steps=1), []
+    trainer = tiny_trainer(tmp_path, epochs=4, log_steps=1)
     real = trainer.drafter.loss
 
     def loss(*args, **kwargs):
         out = real(*args, **kwargs)
-        steps.append(trainer.step)
         return out | {"loss": out["loss"] * (math.nan if 2 <= trainer.step < 2 + broken else 1.0)}
 
     trainer.drafter.loss = loss
@@ -261,157 +254,11 @@ def test_processes_wait_for_the_one_that_measures(tmp_path):
     assert handlers.timeout >= timedelta(days=1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_that_is_taken_up_ends_with_the_same_weights(optimizer, tmp_path):
-    """Interrupted between two checkpoints, and begun anew with other weights and another draft vocabulary."""
-    whole = tiny_trainer(tmp_path / "whole", optimizer=optimizer)
-    whole.train()
-    first = tiny_trainer(tmp_path / "parts", optimizer=optimizer)
-    steps = first.train_step
-
-    def interrupted(indices):
-        if first.step == 7:
-            raise KeyboardInterrupt
-        return steps(indices)
-
-    first.train_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    second = tiny_trainer(tmp_path / "parts", seed=2, optimizer=optimizer)
-    second.train()
-    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert [row["step"] for row in log_of(tmp_path / "parts")] == [2, 4, 6, 8, 10, 12]
-
-
-def test_sigterm_ends_a_run_after_its_step(tmp_path):
-    whole = tiny_trainer(tmp_path / "whole")
-    whole.train()
-    first = tiny_trainer(tmp_path / "parts")
-    steps, before = first.train_step, signal.getsignal(signal.SIGTERM)
-
-    def terminated(batches):
-        if first.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return steps(batches)
-
-    first.train_step = terminated
-    with pytest.raises(Terminated, match="after step 7, which is saved; the same command goes on from there"):
-        first.train()
-    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "parts" / "final").exists()
-    second = tiny_trainer(tmp_path / "parts", seed=2)
-    second.resume()
-    assert second.step == 7
-    second.train()
-    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.mark.parametrize("at", [4, 12])
-def test_sigterm_during_an_evaluation_ends_a_run_that_is_saved(at, tmp_path):
-    def evaluate(drafter):
-        if first.step == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {"tau_8": 2.5}
-
-    first = tiny_trainer(tmp_path, evaluate=evaluate, save_steps=200, eval_steps=4)
-    with pytest.raises(Terminated, match=f"after step {at}, which is saved"):
-        first.train()
-    second = tiny_trainer(tmp_path, evaluate=lambda drafter: {"tau_8": 2.5}, save_steps=200, eval_steps=4, seed=2)
-    second.resume()
-    assert second.step == at
-    second.train()
-    assert [row["step"] for row in log_of(tmp_path) if "loss" not in row] == [4, 8, 12]
-
-
-@pytest.mark.parametrize("save_steps", [4, 200])
-def test_a_run_that_ends_in_its_last_evaluation_has_nothing_to_train(tmp_path, save_steps):
-    def evaluate(drafter):
-        raise KeyboardInterrupt
-
-    first = tiny_trainer(tmp_path, evaluate=evaluate, save_steps=save_steps)
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    second = tiny_trainer(tmp_path, evaluate=lambda drafter: {"tau_8": 2.5}, save_steps=save_steps, seed=2)
-    second.train_step = lambda batches: pytest.fail("a step was taken again")
-    second.train()
-    assert [row for row in log_of(tmp_path) if "loss" not in row] == [
-        {"step": 12, "tokens": second.tokens_seen, "tau_8": 2.5}
-    ]
-    assert (tmp_path / "final" / "model.safetensors").is_file()
-
-
-def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
-    """Also without any checkpoint, and where a kill has cut the last line off."""
-    trainer = tiny_trainer(tmp_path)
-    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"st')
-    trainer.resume()
-    assert trainer.step == 0 and (tmp_path / "log.jsonl").read_text() == ""
-    trainer.step = 4
-    trainer.save()
-    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 4, "tau_8": 1}\n{"step": 6}\n{"step"')
-    other = tiny_trainer(tmp_path)
-    other.resume()
-    assert other.step == 4
-    assert log_of(tmp_path) == [{"step": 2}, {"step": 4}, {"step": 4, "tau_8": 1}]
-
-
-@pytest.mark.parametrize("room", [0, 2000, 30_000])
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, room):
-    trainer = tiny_trainer(tmp_path)
-    trainer.step = 4
-    trainer.save()
-    before = contents(tmp_path)
-    for step in (4, 6):  # over one that is there, and beside it
-        trainer.step = step
-        with pytest.raises(FULL), room_for(room):
-            trainer.save()
-        assert contents(tmp_path) == before
-    other = tiny_trainer(tmp_path)
-    other.resume()
-    assert other.step == 4
-
-
-def test_a_half_written_checkpoint_is_not_taken_up(tmp_path):
-    trainer = tiny_trainer(tmp_path)
-    trainer.step = 4
-    trainer.save()
-    (tmp_path / "checkpoint.partial").mkdir()
-    (tmp_path / "checkpoint.partial" / "model.safetensors").write_bytes(b"torn")
-    other = tiny_trainer(tmp_path)
-    other.resume()
-    other.step = 8
-    other.save()
-    assert [p.name for p in other.checkpoints()] == ["checkpoint-4", "checkpoint-8"]
-    assert not (tmp_path / "checkpoint.partial").exists()
-
-
 def test_nothing_to_train_on_is_refused(tmp_path):
     drafter = tiny_drafter()
     table = TokenTable.of(tiny_target("llama"))
     with pytest.raises(ValueError, match="there is no conversation to train on; give more answers"):
         DrafterTrainer(drafter, table, [], lambda indices: [], arguments(tmp_path))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_sigkill_at_random_steps_changes_nothing(tmp_path):
-    script = Path(__file__).parent / "killed_training.py"
-    tests = str(script.parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((tests, os.environ.get("PYTHONPATH", "")))}
-    run = subprocess.run(
-        [sys.executable, script, tmp_path, "6"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    whole, killed = (tmp_path / name for name in ("whole", "killed"))
-    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (whole, killed)]
-    assert weights[0] == weights[1]
-    times = {"seconds_per_step", "shares"}
-    logs = [[{k: v for k, v in row.items() if k not in times} for row in log_of(f)] for f in (whole, killed)]
-    assert logs[0] == logs[1]
-    assert [row["step"] for row in logs[1] if "loss" in row] == list(range(1, 25))
-    assert [row["step"] for row in logs[1] if "tau" in row] == [4, 8, 12, 16, 20, 24]
-    assert len({row["loss"] for row in logs[1] if "loss" in row}) > 20
-    assert sorted(p.name for p in killed.glob("checkpoint*")) == ["checkpoint-21", "checkpoint-24"]
 
 
 @pytest.fixture
