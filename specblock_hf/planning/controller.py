@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 EVERY = 6
 """Rounds after which what pays most is worked out again; in the first ones of a record and after a lesson at once."""
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -176,16 +176,19 @@ class Level:
 @dataclass
 class Gains:
     """
-    How many tokens the nodes of each band add in the long run, when they are drafted one way.
+    How many tokens the nodes of each band add, drafted one way, where a text is as easy as the prior says.
+
+    How easy texts are is learned from all ways: what one way accepted of hard texts says nothing against it beside
+    another that had easy ones, however long ago that was.
 
     A tree that was cut to its n likeliest nodes tells exactly what any smaller cut would have accepted, so every round
     teaches all bands up to its own size. Beyond them the prior is scaled by how the known bands compare with it.
 
     Args:
         hits (`list[float]`): Accepted nodes of each band, fading by `STEADY` in rounds that could have accepted some.
-        trials (`list[float]`): Those rounds, fading alike.
+        trials (`list[float]`): Those rounds, each times how easy its text was, fading alike.
         way_hits (`float`): Accepted nodes of all bands, fading alike.
-        way_prior (`float`): How many the prior would have had accepted.
+        way_prior (`float`): How many the prior would have had accepted of such texts.
         fill (`float`): Verified nodes, and tokens read again, as a share of the nodes that were allowed.
         rounds (`int`): All of them.
     """
@@ -197,7 +200,7 @@ class Gains:
     fill: float = 1.0
     rounds: int = 0
 
-    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], ease: float = 1.0) -> float:
+    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], ease: float = 1.0) -> None:
         """
         Args:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
@@ -205,10 +208,7 @@ class Gains:
             verified (`int`): How many of them there were that seemed worth it; others add nothing and cost nothing.
                 With those that were read again.
             prior (sequence of `float`): Expected tokens of each band.
-            ease (`float`, *optional*, defaults to 1.0): How much more is right of such a text than of others.
-
-        Returns:
-            `float`: What the prior expected of the round.
+            ease (`float`, *optional*, defaults to 1.0): How much more is right of such a text than the prior says.
         """
         fade, bands = 0.5 ** (1 / STEADY), band_of(asked) + 1
         kept = [0] * len(BANDS)
@@ -217,22 +217,19 @@ class Gains:
         for band in range(bands):  # what is known of larger trees does not fade because nobody draws them
             self.hits[band] = self.hits[band] * fade + kept[band]
             self.trials[band] = self.trials[band] * fade + ease
-        expected = sum(prior[:bands])
         self.way_hits = self.way_hits * fade + len(ranks)
-        self.way_prior = self.way_prior * fade + ease * expected
+        self.way_prior = self.way_prior * fade + ease * sum(prior[:bands])
         self.fill += (verified / asked - self.fill) * max(1 / 8, 1 / (self.rounds + 1))
         self.rounds += 1
-        return expected
 
-    def expected(self, prior: Sequence[float], scale: float) -> list[float]:
+    def expected(self, prior: Sequence[float]) -> list[float]:
         """
-        Tokens that trees of up to each band's nodes add in the long run.
+        Tokens that trees of up to each band's nodes add where a text is as easy as the prior says.
 
         Args:
             prior (sequence of `float`): Expected tokens of each band.
-            scale (`float`): How what is drafted this way or another compares with the prior.
         """
-        own = (self.way_hits + WAY_WEIGHT * scale) / (self.way_prior + WAY_WEIGHT)
+        own = (self.way_hits + WAY_WEIGHT) / (self.way_prior + WAY_WEIGHT)
         total, sums = 0.0, []
         for hits, trials, expected in zip(self.hits, self.trials, prior, strict=True):
             total += (hits + BAND_WEIGHT * own * expected) / (trials + BAND_WEIGHT)

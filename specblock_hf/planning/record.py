@@ -25,7 +25,7 @@ from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 FIRST_SHARE, SHARE = 6.0, 0.015
 """What may be spent on rounds that only teach: in plain steps, and as a share of the time."""
 
-SETTLED_SHARE = 0.5
+SETTLED_SHARE = 0.25
 """Of that share, where something pays already: the next best is less to find than whether anything pays at all."""
 
 LONGEST = 8.0
@@ -138,7 +138,7 @@ class Record:
         share (`list[float]`): Of rounds in which look-ups promise so much.
         claims (`Claims`): What the drafter's probabilities are worth.
         hits (`float`): Accepted nodes of all ways that the drafter ran in, fading.
-        prior (`float`): How many the prior expected.
+        prior (`float`): How many were expected of their ways where texts are as easy as the prior says.
         rate (`float`): Tokens a second of the way that pays most.
         times (`list[float]`): How long look-ups alone, and drafter, have been in use: in rounds, others counting less.
         latest (`list[int]`): Their last rounds.
@@ -204,15 +204,14 @@ class Record:
         weight = min(max(self.now - self.latest[kind], 1), LESSON_WEIGHT)
         self.latest[kind] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
-        usual = gains.expected(prior, self._scale(offer, way))[band_of(seen.choice.nodes)]
-        # What one way accepts of an easy text says nothing for it beside another that had a hard one.
-        ease = self.levels[kind].at(self.times[kind])
+        expected, scale = gains.expected(prior)[band_of(seen.choice.nodes)], self._scale(offer, way)
+        ease = scale * self.levels[kind].at(self.times[kind])
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
             read = len(row) if seen.columns is None else seen.columns - 1
-            expected = gains.add(ranks, seen.choice.nodes, read, prior, ease)
-            self.levels[kind].add(len(ranks), usual, self.times[kind], weight)
+            gains.add(ranks, seen.choice.nodes, read, prior, ease)
+            self.levels[kind].add(len(ranks), scale * expected, self.times[kind], weight)
             self.claims.add(row, self.now)
             if kind:
                 fade = 0.5 ** (1 / 256)
@@ -263,15 +262,15 @@ class Record:
         scale, level = self._scale(offer, way), self.levels[kind].at(self.times[kind])
         for found, share in enumerate(shares):
             gains = self.gains.get(f"{way.name} {found}", UNTRIED)
-            added = gains.expected(offer.prior(way, found), scale)
+            added = gains.expected(offer.prior(way, found))
             fill = gains.fill if gains.rounds or way.forwards or found else 0.0
             seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
-            tokens = [1 + slowest * level * added[band_of(nodes)] for nodes in sizes]
+            tokens = [1 + slowest * scale * level * added[band_of(nodes)] for nodes in sizes]
             columns.append([(share, here, draft + rest) for here, rest in zip(tokens, seconds, strict=True)])
         return list(zip(*columns, strict=True))
 
     def _scale(self, offer: Offer, way: Way) -> float:
-        """How what the drafter drafts one way or another compares with its figures in the long run."""
+        """How easy texts are in the long run for what the drafter drafts, one way or another."""
         doubt = TRUST if offer.trusted else 1.0
         return (self.hits + doubt) / (self.prior + doubt) if way.forwards else 1.0
 

@@ -77,7 +77,7 @@ def test_a_cut_tree_tells_what_smaller_ones_accept():
     for _ in range(400):
         # Ranks 0 and 6 of seven nodes: the first band and the fourth (6 and 7).
         gains.add([0, 6], 7, 7, prior)
-    sums = gains.expected(prior, 1.0)
+    sums = gains.expected(prior)
     place = BANDS.index(7)
     assert sums[0] == pytest.approx(1, abs=0.2) and sums[place] == pytest.approx(2, abs=0.6)
     # Beyond seven nodes the prior, scaled by what came true of it below: 2 of 1.5.
@@ -94,13 +94,13 @@ def test_nodes_that_there_were_not_add_nothing():
 
 def test_few_rounds_say_little_of_a_way():
     gains, prior = Gains(), [0.5] * len(BANDS)
-    before = gains.expected(prior, 1.0)
+    before = gains.expected(prior)
     assert before == pytest.approx([0.5 * count for count in range(1, len(BANDS) + 1)])
     for _ in range(3):
         gains.add([], 15, 15, prior)
     place = BANDS.index(15)
     # Three rounds that accepted nothing of three tokens each leave most of what was expected.
-    assert 0.85 * before[place] < gains.expected(prior, 1.0)[place] < before[place]
+    assert 0.85 * before[place] < gains.expected(prior)[place] < before[place]
 
 
 def test_a_text_is_compared_with_the_long_run_for_as_long_as_it_is_recent():
