@@ -22,7 +22,8 @@ from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.drafting.drafter import DraftState, TreeDrafter
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.plan import Limits
-from specblock_hf.prepacking import PrepackedWeights, RoundsModel
+from specblock_hf.prepacking import PrepackedWeights
+from specblock_hf.rounds_model import RoundsModel
 from specblock_hf.trees.tree import DraftTree
 
 

@@ -32,6 +32,7 @@ from specblock_hf.drafters.joined import JoinedDrafter
 from specblock_hf.drafters.lookup import FoundText
 from specblock_hf.drafters.specblock import drafting as specblock
 from specblock_hf.drafters.specblock.modeling import SpecBlockModel
+from specblock_hf.drafting import plan as drafting_plan
 from specblock_hf.drafting.pairs import Pairs
 from specblock_hf.drafting.statistics import GenerationStatistics
 from specblock_hf.generation import loop as generation
@@ -97,13 +98,14 @@ def parts(target: torch.nn.Module) -> list[tuple[Any, str, str]]:
         (specblock.SpecBlockDrafter, "_chain_outputs", "draft: heads and top-k"),
         (specblock, "best_first", "draft: growing"),
         (specblock, "rank_guided", "draft: growing"),
-        (specblock, "limit_starts", "draft: choosing starts"),
+        (drafting_plan, "limit_starts", "draft: choosing starts"),
         (DraftTree, "merge_duplicates", "draft: merging, pruning"),
         (DraftTree, "prune", "draft: merging, pruning"),
         (TargetModel, "score", "verify: inputs"),
         (TreeMasks, "mask", "verify: mask"),
         (type(target), "forward", "verify: target"),
-        (TokenChoice, "see", "host: argmax"),
+        (TokenChoice, "observe", "host: processors"),
+        (TargetModel, "greedy_walk", "host: walk"),
         (generation, "sample_and_walk", "host: walk"),
         (TokenChoice, "stop", "host: stopping"),
         (TargetModel, "commit", "host: commit"),

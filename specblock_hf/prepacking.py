@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -160,47 +160,6 @@ def _fits(layer: nn.Linear, kinds: list[torch.dtype]) -> bool:
         and weight.is_contiguous()
         and weight.shape[1] * weight.element_size() % 8 == 0
     )
-
-
-class RoundsModel(Generic[Model]):
-    """
-    What reads the trees of a call, or drafts them: a model, or after some rounds a twin of it with prepacked weights.
-
-    Args:
-        model (`nn.Module`): A target, or the network of a drafter.
-        weights ([`PrepackedWeights`], *optional*): May replace it after some rounds.
-    """
-
-    def __init__(self, model: Model, weights: PrepackedWeights | None):
-        self.model = model
-        self._layers = fitting(model) if weights is not None else []
-        self._weights = weights if weights is not None and weights.has_room(self._layers) else None
-        self._version, self._changed = 0, False
-        self._twin: Model | None = None
-
-    @property
-    def prepacked(self) -> bool:
-        """Whether the last round had prepacked weights."""
-        return self._twin is not None
-
-    @property
-    def settled(self) -> bool:
-        """Whether later rounds will run as the last one did, and take as long."""
-        return self._weights is None and not self._changed
-
-    def next(self) -> Model:
-        """Of the next round."""
-        weights, self._changed = self._weights, False
-        if weights is not None and (weights.knows(self._layers) or not weights.waits(self.model)):
-            self._version = self._version_now()
-            self._twin = prepacked_twin(self.model, self._layers, weights)
-            self._weights, self._changed = None, True
-        elif self._twin is not None and self._version != self._version_now():
-            self._twin = None
-        return self._twin or self.model
-
-    def _version_now(self) -> int:
-        return version_of(layer.weight for layer in self._layers)
 
 
 def prepacked_twin(model: Model, layers: Sequence[nn.Linear], weights: PrepackedWeights) -> Model | None:

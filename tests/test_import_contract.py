@@ -24,8 +24,8 @@ FLOORS = (
     {"generation"},
     {"target", "drafters"},
     {"drafting"},
-    {"trees", "regeneration", "planning"},
-    {"data", "checkpoints", "prepacking"},
+    {"trees", "regeneration", "planning", "rounds_model"},
+    {"data", "checkpoints", "prepacking", "grouped_attention"},
     {"compat", "devices", "locks", "twins", "version"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}

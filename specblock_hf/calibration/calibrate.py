@@ -326,7 +326,7 @@ class _Probe:
 
     def _finish_round(self, scorer: TargetModel, tree: DraftTree, scored: Scored, turn: int) -> Pairs:
         """Every other row keeps the tree's first node, in the next turn the others."""
-        argmax, drafted = scored.logits.argmax(-1).tolist(), tree.tokens[:, -1].tolist()
+        argmax, drafted = scored.logits.float().argmax(-1).tolist(), tree.tokens[:, -1].tolist()
 
         def select(row: int, node: int) -> int:
             return argmax[row][node] if node or (row + turn) % 2 == 0 else drafted[row]

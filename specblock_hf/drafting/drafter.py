@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig
 
 from ..locks import DrafterLock
 from ..planning.controller import PlanController
-from ..prepacking import PrepackedWeights, RoundsModel
+from ..prepacking import PrepackedWeights
+from ..rounds_model import RoundsModel
 from .attachment import Attachment, attach
 from .pairs import Pairs, Scored, TokenTable
 

@@ -152,7 +152,8 @@ class TokenChoice:
             row.forget()
         read = [tree.tokens, tree.parents]
         if self.is_greedy:
-            read.append(logits.argmax(-1).to(tree.tokens.device))
+            # As plain decoding, which makes float32 of them; on a CPU argmax takes five times as long in bfloat16.
+            read.append(logits.float().argmax(-1).to(tree.tokens.device))
         tokens, parents, *best = torch.cat(read).cpu().split([len(part) for part in read])
         if best:
             self._argmax = dict(zip(rows, best[0].tolist(), strict=True))

@@ -245,7 +245,7 @@ def choose(logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor
         temperatures (`torch.Tensor` of shape `[R]`): 0 takes the likeliest token.
         draws (`torch.Tensor` of shape `[R]`): Uniform in [0, 1).
     """
-    chosen = logits.argmax(-1)
+    chosen = logits.float().argmax(-1)  # bfloat16's takes a CPU five times as long
     sampled = temperatures > 0
     if bool(sampled.any()):
         distribution = (logits[sampled].float() / temperatures[sampled, None]).softmax(-1)

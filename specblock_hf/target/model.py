@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from ..compat import CACHE
 from ..devices import on_device, without_cudnn_attention
 from ..drafting.pairs import Pairs, Scored, TokenTable
-from ..prepacking import PrepackedWeights, RoundsModel, version_of
+from ..prepacking import PrepackedWeights, version_of
+from ..rounds_model import RoundsModel
 from ..trees.tree import DraftTree
 from .cache import TargetCache
 from .features import FeatureTaps, columns_of, spread
@@ -110,7 +111,7 @@ class TargetModel:
         self._taps = FeatureTaps(target.get_decoder(), feature_layers)
         # After the taps, which all that reads has. A twin would not hand states and attentions out.
         try:
-            self._reader, self._trees = target, RoundsModel(stepwise(target), None if wanted else prepacked)
+            self._reader, self._trees = target, RoundsModel(stepwise(target), prepacked, alone=bool(wanted))
         except ValueError:
             self._taps.remove()
             raise

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ...drafting.drafter import CPU_BUDGET, DraftState, Scope, TreeDrafter
 from ...drafting.pairs import Pairs
 from ...drafting.plan import DraftingPlan, Limits
-from ...prepacking import PrepackedWeights, RoundsModel
+from ...prepacking import PrepackedWeights
+from ...rounds_model import RoundsModel
 from ...trees.expansion import BlockOutputs, Starts, best_first
 from ...trees.sampling import SampledGrowth, gumbel_draw, private_generator, shape_for
 from ...trees.tree import DraftTree

@@ -118,7 +118,8 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
             starts = following
             path = self._path_to(starts, path, state)
             hidden = self._later_block(state, hidden, starts, path, positions, first_width)
-        return limits.cut(tree.merge_duplicates())
+        # One block alone spells nothing twice.
+        return limits.cut(tree.merge_duplicates() if forward else tree)
 
     def _drawn_tree(
         self, state: BlockState, roots: DraftTree, hidden: torch.Tensor, positions: torch.LongTensor, limits: Limits

@@ -1,0 +1,55 @@
+# Copyright 2026 The specblock_hf authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the rounds of a call run instead of a model whose forwards are made for prompts: the same numbers, sooner."""
+
+from __future__ import annotations
+
+from typing import Generic
+
+from .grouped_attention import grouped_twin
+from .prepacking import PrepackedWeights, fitting, prepacked_twin, version_of
+from .twins import Model
+
+
+class RoundsModel(Generic[Model]):
+    """
+    What reads the trees of a call, or drafts them: a model as [`grouped_twin`] has it, and after some rounds a twin of
+    that with prepacked weights.
+
+    Args:
+        model (`nn.Module`): A target, or the network of a drafter.
+        weights ([`PrepackedWeights`], *optional*): May be used after some rounds.
+        alone (`bool`, *optional*, defaults to `False`): The model itself is to be read, and no twin.
+    """
+
+    def __init__(self, model: Model, weights: PrepackedWeights | None, alone: bool = False):
+        weights = None if alone else weights
+        self.model, self._grouped = model, model if alone else grouped_twin(model)
+        self._layers = fitting(model) if weights is not None else []
+        self._weights = weights if weights is not None and weights.has_room(self._layers) else None
+        self._version, self._changed = 0, False
+        self._twin: Model | None = None
+
+    @property
+    def prepacked(self) -> bool:
+        """Whether the last round had prepacked weights."""
+        return self._twin is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether later rounds will run as the last one did, and take as long."""
+        return self._weights is None and not self._changed
+
+    def next(self) -> Model:
+        """Of the next round."""
+        weights, self._changed = self._weights, False
+        if weights is not None and (weights.knows(self._layers) or not weights.waits(self.model)):
+            self._version = self._version_now()
+            self._twin = prepacked_twin(self._grouped, self._layers, weights)
+            self._weights, self._changed = None, True
+        elif self._twin is not None and self._version != self._version_now():
+            self._twin = None
+        return self._twin or self._grouped
+
+    def _version_now(self) -> int:
+        return version_of(layer.weight for layer in self._layers)
