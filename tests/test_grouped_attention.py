@@ -109,11 +109,11 @@ def test_rounds_are_read_by_it_and_prompts_are_not(kind, prepacks, heard):
 def test_drafters_attend_by_it(heard):
     target = tiny_target("llama")
     drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config, num_hidden_layers=2, block_size=2)).eval()
-    drafter.drafting_plan, before = DraftingPlan(5, 2), parts_of(drafter)
+    drafter.drafting_plan, before = DraftingPlan(5, 2), parts_of(drafter.layers)
     text = target.generate(prompt_of(6), assistant_model=drafter, **GREEDY)
     rounds = drafter.last_statistics.rounds
     # Four layers of the target, two of the drafter in each of two forwards, or in one before the last tokens.
-    assert 8 * rounds - 8 <= len(heard) <= 8 * rounds and before == parts_of(drafter)
+    assert 8 * rounds - 8 <= len(heard) <= 8 * rounds and before == parts_of(drafter.layers)
     assert torch.equal(text, target.generate(prompt_of(6), **GREEDY))
 
 
