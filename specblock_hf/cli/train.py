@@ -47,6 +47,7 @@ from .models import load_target
 from .options import add_fields, read_pairs
 
 
+KIND = "specblock"
 TOP_K = 64  # the target's likeliest tokens that the drafter learns from
 
 
@@ -56,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-map", help="spread the target over devices, such as `auto`; one process only")
     parser.add_argument("--data", required=True, help="answers as `specblock regenerate` writes them")
     kinds = trainable_drafters()
-    parser.add_argument(
-        "--drafter", choices=sorted(kinds), default="specblock", help="its kind (default: %(default)s)"
-    )
+    parser.add_argument("--drafter", choices=sorted(kinds), help=f"its kind (default: that of --init-from, or {KIND})")
     parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
     parser.add_argument(
         "--draft-vocab-size", type=int, default=16384, help="tokens that the drafter can say (default: %(default)s)"
@@ -208,6 +207,12 @@ def _make_drafter(
 
     if args.init_from:
         drafter = AutoDrafter.from_pretrained(args.init_from, target=target, dtype=torch.float32)
+        asked = type(drafter) if args.drafter is None else trainable_drafters()[args.drafter][0]
+        if not isinstance(drafter, asked):
+            raise ValueError(
+                f"{args.init_from} is a {type(drafter).__name__} and no {asked.__name__}, which --drafter "
+                f"{args.drafter} asks for; leave one of the two out."
+            )
         # What was measured with it, and for what it was trained, does not hold for what becomes of it.
         drafter.config.acceptance = None
         drafter.config.target_name_or_path = target.config.name_or_path or drafter.config.target_name_or_path
@@ -218,7 +223,7 @@ def _make_drafter(
             raise ValueError(f"A {type(drafter).__name__} keeps its shape; leave --config out.")
         size = changes.get("draft_vocab_size")
         return reshape(drafter, changes, target, None if size is None else chosen(size))
-    kind, fields = trainable_drafters()[args.drafter]
+    kind, fields = trainable_drafters()[args.drafter or KIND]
     known = [f.name for f in dataclasses.fields(kind.config_class)]
     if issubclass(kind, DraftHead):
         fields = fields | {"draft_vocab_size": min(args.draft_vocab_size, vocab_size)}

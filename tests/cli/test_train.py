@@ -175,6 +175,13 @@ def test_a_start_may_get_another_shape_and_vocabulary(train, tmp_path, capsys):
     assert "draft vocabulary: 20 of 32 tokens" in capsys.readouterr().out
 
 
+def test_a_start_is_of_the_kind_that_is_asked_for(train, tmp_path, capsys):
+    tiny_drafter(rank_top_k=12).save_pretrained(tmp_path / "start")
+    assert train("--init-from", tmp_path / "start", "--drafter", "eagle3") == 2
+    assert "is a SpecBlockDrafter and no Eagle3Drafter, which --drafter eagle3 asks for" in capsys.readouterr().err
+    assert train("--init-from", tmp_path / "start", "--drafter", "specblock") == 0, capsys.readouterr().err
+
+
 def test_a_start_without_a_head_of_its_own_keeps_its_shape(train, tmp_path, capsys):
     assert train("--drafter", "dflash") == 0, capsys.readouterr().err
     final = tmp_path / "run" / "final"
