@@ -225,7 +225,8 @@ def train(args: argparse.Namespace) -> list[Task]:
     sizes = ["--batch-tokens", "16384", "--learning-rate", "1e-3", "--epochs", f"{args.epochs}"]
     sizes += ["--save-steps", "50" if args.train_seconds else "200", "--eval-steps", "400"]
     if args.tiny:
-        sizes = ["--batch-tokens", "256", "--learning-rate", "1e-3", "--epochs", "1", "--draft-vocab-size", "64"]
+        sizes = ["--batch-tokens", "256", "--learning-rate", "1e-3", "--epochs", "1"]
+        sizes += [] if args.init_from else ["--draft-vocab-size", "64"]
         sizes += ["--eval-examples", "2", "--held-out", "0.2", "--mixed-precision", "no", "--save-steps", "2"]
     if args.train_seconds:
         sizes += ["--max-seconds", f"{args.train_seconds}", "--eval-steps", f"{10**9}"]

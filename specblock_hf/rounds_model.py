@@ -24,7 +24,8 @@ class RoundsModel(Generic[Model]):
 
     def __init__(self, model: Model, weights: PrepackedWeights | None, alone: bool = False):
         weights = None if alone else weights
-        self.model, self._grouped = model, model if alone else grouped_twin(model)
+        self.model, self._alone = model, alone
+        self._grouped: Model | None = None
         self._layers = fitting(model) if weights is not None else []
         self._weights = weights if weights is not None and weights.has_room(self._layers) else None
         self._version, self._changed = 0, False
@@ -42,6 +43,8 @@ class RoundsModel(Generic[Model]):
 
     def next(self) -> Model:
         """Of the next round."""
+        if self._grouped is None:  # not before the prompt, which may leave things on the model's parts
+            self._grouped = self.model if self._alone else grouped_twin(self.model)
         weights, self._changed = self._weights, False
         if weights is not None and (weights.knows(self._layers) or not weights.waits(self.model)):
             self._version = self._version_now()

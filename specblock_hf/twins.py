@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from copy import copy
-from typing import TypeVar
+from functools import wraps
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -47,6 +49,19 @@ def copied(model: Model, parts: set[nn.Module], why: str) -> Model:
         twin._modules = {name: child if child is None else own(child) for name, child in part._modules.items()}
         for hooks in _HOOKS:
             setattr(twin, hooks, OrderedDict(vars(part)[hooks]))
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            mine = vars(twin)[hooks]
+            mine |= {number: _hears_of(hook, part) for number, hook in mine.items()}
         return twin
 
     return own(model)
+
+
+def _hears_of(hook: Callable, part: nn.Module) -> Callable:
+    """A hook knows the part that it was put on, and may write to that."""
+
+    @wraps(hook)
+    def hears(twin: nn.Module, *more: Any) -> Any:
+        return hook(part, *more)
+
+    return hears

@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     settings = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
     warm_up(target, tokenizer, drafter, prompts[0][1])
     if not args.plan:
-        print(describe_calibration(calibrate(target, drafter, progress=not args.quiet)))
+        figures = calibrate(target, drafter, progress=not args.quiet)
+        print(describe_calibration(figures, drafter.acceptance_measured))
     comparisons = []
     for number, (category, text) in enumerate(prompts):
         print(f"\n=== {number + 1}/{len(prompts)} {category}: {text}\n")
@@ -180,15 +181,16 @@ def describe_setting(target: PreTrainedModel) -> str:
     )
 
 
-def describe_calibration(calibration: Calibration) -> str:
-    """The chosen plan, what it should bring, and how well the measurements agree."""
+def describe_calibration(calibration: Calibration, measured: bool = True) -> str:
+    """The chosen plan, what it should bring, by a measured acceptance or not, and how well the measurements agree."""
     plan, spread = calibration.plan, f"measurements spread by {calibration.spread:.0%}"
     if plan.tree_budget == 0:
         return f"calibrated: no tree pays here, so generate() runs without drafts ({spread})"
+    assumed = "" if measured else ", if it accepts what is usual: its checkpoint records nothing"
     starts = "" if plan.num_forwards == 1 else f" from up to {plan.max_starts or 'all'} starts"
     return (
         f"calibrated: {plan.tree_budget} drafted nodes, {plan.num_forwards} drafter forward(s) a round{starts}; "
-        f"expected speedup {calibration.speedup:.2f} ({spread})"
+        f"expected speedup {calibration.speedup:.2f}{assumed} ({spread})"
     )
 
 

@@ -79,9 +79,14 @@ def measure(
     prompt = PROMPTS[1][1]
     warm_up(target, tokenizer, drafter, prompt)
     if not args.plan:
-        print(describe_calibration(calibrate(target, drafter, progress=not args.quiet)), flush=True)
+        calibrated = calibrate(target, drafter, progress=not args.quiet)
+        print(describe_calibration(calibrated, drafter.acceptance_measured), flush=True)
     prompt_ids = encode(tokenizer, prompt, target.device)
     settings = {"stream": False, "do_sample": False, "max_new_tokens": args.max_new_tokens}
+    if target.device.type == "cuda":
+        # What is captured is captured in the first answers of some length, a second a size.
+        for _ in range(2):
+            ask(target, tokenizer, prompt_ids, drafter, **settings)
     plain = ask(target, tokenizer, prompt_ids, **settings)
     step = plain.seconds / plain.new_tokens
     print(f"one plain step: {1000 * step:.1f} ms", flush=True)
@@ -90,6 +95,8 @@ def measure(
     plan = drafter.drafting_plan
     drafts = not isinstance(plan, DraftingPlan) or plan.tree_budget > 0
     print(f"plan in effect: {figures.plan}")
+    if target.device.type == "cpu":
+        print(f"prepacked weights: {'yes' if figures.prepacked else 'no'}")
     print("\n".join(diagnose(step, figures, speedup, drafts)))
     return speedup, drafts
 

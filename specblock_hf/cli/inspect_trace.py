@@ -18,7 +18,7 @@ from ..evaluation.trace_page import trace_page
 from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of
 from .demo import PROMPTS
-from .models import add_dtype, dtype_named, encode, load_target
+from .models import add_device, add_dtype, dtype_named, encode, load_target
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -39,6 +39,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add("--lookup", action="store_true", help="add continuations found in the text so far to the trees")
     add_dtype(group)
+    add_device(group)
     add("--html", metavar="FILE", help="write a page that steps through the rounds of the answer")
     add("--picture", nargs="+", default=[], metavar="FILE", help="draw the trees too: .svg or .png")
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for picture in args.picture:
         check_format(picture)
     target, tokenizer = load_target(args.target, dtype_named(args.dtype))
-    target.eval()
+    target = target.eval().to(args.device)
     names = [args.drafter] + ([args.against] if args.against else [])
     if len(args.plan) > len(names):
         raise ValueError(f"there are {len(args.plan)} plans for {len(names)} drafter(s); give one for each, or fewer.")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from ..checkpoints.loading import auto_class
 from ..data.examples import render_prompt
+from ..data.template import template_that_thinks
 from ..devices import best_device, timed
 from ..drafters.auto import AutoDrafter
 from ..drafters.joined import JoinedDrafter
@@ -35,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: Collection[
         positional (collection of `str`, *optional*, defaults to `()`):
             Which of `target` and `drafter` are named without dashes.
     """
-    defaults = {"target": f"{DEFAULT_TARGET}, from a wheel", "drafter": "the one for the default target"}
+    defaults = {"target": f"{DEFAULT_TARGET}, from a wheel", "drafter": "the one of the default target"}
     for name, default in defaults.items():
         words = f"folder or Hub id (default: {default})"
         if name in positional:
@@ -53,7 +54,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: Collection[
         type=int,
         nargs=3,
         metavar=("NODES", "FORWARDS", "STARTS"),
-        help="how much a round drafts (default: calibrated, or the drafter's own)",
+        help="how much a round drafts, 0 starts being all (default: calibrated, or the drafter's own)",
+    )
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="let the target think before it answers, or not (default: as its chat template has it)",
     )
     add_dtype(parser)
     add_device(parser)
@@ -98,16 +104,24 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
 
     Raises:
         ImportError: No drafter is named and the default one is not there.
-        ValueError: The drafter is for another target.
+        ValueError: The drafter is for another target, or none is named for one that is.
     """
+    if args.target and not args.drafter:
+        raise ValueError(
+            f"no drafter is named for {args.target}; `specblock find {args.target}` lists those that there are, and "
+            f"`specblock doctor {args.target}` times the one that fits."
+        )
     drafter_path = args.drafter or find_default_drafter()
     target, tokenizer = load_target(args.target, dtype_named(args.dtype))
+    if args.thinking is not None:
+        tokenizer.chat_template = template_that_thinks(tokenizer, args.thinking)
     # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
     drafter = AutoDrafter.from_pretrained(drafter_path, target=target, dtype="auto").eval().to(args.device)
     if args.lookup:
         drafter = JoinedDrafter(drafter, LookupDrafter(target.config))
     if args.plan:
-        drafter.drafting_plan = DraftingPlan(*args.plan)
+        nodes, forwards, starts = args.plan
+        drafter.drafting_plan = DraftingPlan(nodes, forwards, starts or None)
     return target.to(args.device), tokenizer, drafter
 
 

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     find_for(args)
     target, tokenizer, drafter = load_models(args)
     if not args.plan:
-        print(describe_calibration(calibrate(target, drafter, progress=not args.quiet)))
+        figures = calibrate(target, drafter, progress=not args.quiet)
+        print(describe_calibration(figures, drafter.acceptance_measured))
     build_app(target, tokenizer, drafter).launch(
         server_name=args.host, server_port=args.port, quiet=args.quiet, show_error=True
     )

@@ -47,7 +47,7 @@ from .models import load_target
 from .options import add_fields, read_pairs
 
 
-KIND = "specblock"
+KIND, DRAFT_VOCAB_SIZE = "specblock", 16384
 TOP_K = 64  # the target's likeliest tokens that the drafter learns from
 
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", choices=sorted(kinds), help=f"its kind (default: that of --init-from, or {KIND})")
     parser.add_argument("--init-from", help="drafter of any layout to start from instead of random weights")
     parser.add_argument(
-        "--draft-vocab-size", type=int, default=16384, help="tokens that the drafter can say (default: %(default)s)"
+        "--draft-vocab-size", type=int, help=f"tokens that a new drafter can say (default: {DRAFT_VOCAB_SIZE})"
     )
     parser.add_argument(
         "--config",
@@ -213,6 +213,11 @@ def _make_drafter(
                 f"{args.init_from} is a {type(drafter).__name__} and no {asked.__name__}, which --drafter "
                 f"{args.drafter} asks for; leave one of the two out."
             )
+        if args.draft_vocab_size is not None:
+            raise ValueError(
+                "--draft-vocab-size is for new drafters; with --init-from say --config "
+                f"draft_vocab_size={args.draft_vocab_size}."
+            )
         # What was measured with it, and for what it was trained, does not hold for what becomes of it.
         drafter.config.acceptance = None
         drafter.config.target_name_or_path = target.config.name_or_path or drafter.config.target_name_or_path
@@ -226,7 +231,7 @@ def _make_drafter(
     kind, fields = trainable_drafters()[args.drafter or KIND]
     known = [f.name for f in dataclasses.fields(kind.config_class)]
     if issubclass(kind, DraftHead):
-        fields = fields | {"draft_vocab_size": min(args.draft_vocab_size, vocab_size)}
+        fields = fields | {"draft_vocab_size": min(args.draft_vocab_size or DRAFT_VOCAB_SIZE, vocab_size)}
     config = kind.config_class.for_target(target.config, **(fields | read_pairs(args.config, known, "--config")))
     drafter = kind(config)
     if not isinstance(drafter, DraftHead):  # it predicts with the target's own head

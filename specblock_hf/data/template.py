@@ -18,6 +18,28 @@ _TURN = [{"role": "user", "content": "Hello"}]
 _SWITCH = "enable_thinking"
 """What chat templates call it."""
 
+_UNTOLD = {
+    thinks: f"{{% if {_SWITCH} is not defined %}}{{% set {_SWITCH} = {str(thinks).lower()} %}}{{% endif %}}"
+    for thinks in (True, False)
+}
+"""Before a template: what it takes for said where nothing is."""
+
+
+def template_that_thinks(tokenizer: PreTrainedTokenizerBase, thinks: bool) -> str:
+    """
+    The chat template of a tokenizer, by which the target thinks before it answers, or does not, unless it is told to.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Not changed.
+        thinks (`bool`): Whether it does.
+
+    Raises:
+        ValueError: The template has no switch for it.
+    """
+    if PromptStyle.of(tokenizer).thinking is None:
+        raise ValueError(f"this tokenizer's chat template has no {_SWITCH} to set; leave --thinking out.")
+    return _UNTOLD[thinks] + tokenizer.chat_template
+
 
 class PromptStyle(NamedTuple):
     """
@@ -42,6 +64,8 @@ class PromptStyle(NamedTuple):
             tokenizer.apply_chat_template(_TURN, tokenize=False, add_generation_prompt=True, **said)
             for said in ({}, {_SWITCH: True}, {_SWITCH: False})
         )
+        for told in _UNTOLD.values():
+            template = template.removeprefix(told)
         return cls(hashlib.sha256(template.encode()).hexdigest()[:16], None if on == off else usual == on)
 
     @classmethod
@@ -61,10 +85,11 @@ class PromptStyle(NamedTuple):
         found = PromptStyle.of(tokenizer)
         if None not in (self.thinking, found.thinking) and self.thinking != found.thinking:
             trained, does = ("with", "does not think") if self.thinking else ("without", "thinks")
+            said = ", and --thinking to commands" if self.thinking else ", and --no-thinking to commands"
             return (
                 f"This drafter was trained on answers {trained} thinking, and with this tokenizer's chat template the "
-                f"target {does} unless it is told to; pass {_SWITCH}={self.thinking} to apply_chat_template, or fewer "
-                "tokens are accepted."
+                f"target {does} unless it is told to; pass {_SWITCH}={self.thinking} to apply_chat_template"
+                f"{said}, or fewer tokens are accepted."
             )
         if None not in (self.chat_template, found.chat_template) and self.chat_template != found.chat_template:
             return (

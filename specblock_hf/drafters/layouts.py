@@ -45,8 +45,8 @@ def layout_of(config: Mapping[str, Any], name: object) -> Layout | None:
             return layout
     raise ValueError(
         f"{name} is not a drafter in a known layout (architectures {architectures}, model_type {model_type!r}); "
-        "SpecBlock drafters of this library or its paper's authors can be loaded, and EAGLE-3 drafters as SafeAILab, "
-        "SGLang or speculators write them, DFlash, JetSpec and DSpark as published."
+        "drafters of this library can be loaded, SpecBlock ones of its paper's authors, EAGLE-3 ones as SafeAILab, "
+        "SGLang, speculators or DeepSpec write them, and DFlash, JetSpec and DSpark as published."
     )
 
 

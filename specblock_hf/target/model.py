@@ -112,7 +112,7 @@ class TargetModel:
         # After the taps, which all that reads has. A twin would not hand states and attentions out.
         try:
             self._reader, self._trees = target, RoundsModel(stepwise(target), prepacked, alone=bool(wanted))
-        except ValueError:
+        except BaseException:
             self._taps.remove()
             raise
 

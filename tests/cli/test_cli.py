@@ -34,6 +34,7 @@ from specblock_hf import (
     cli,
 )
 from specblock_hf.cli import default_target, demo, doctor
+from specblock_hf.cli import models as cli_models
 from specblock_hf.cli import models as terminal
 from specblock_hf.cli.doctor import describe_reading, diagnose
 from specblock_hf.cli.models import Answer
@@ -294,6 +295,32 @@ def test_generate_streams_one_answer(models_on_disk, capsys):
     assert re.search(r"\n5 tokens, \d+\.\d a second, tau \d\.\d\d\n$", output)
 
 
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_a_target_without_a_drafter_is_refused_before_it_is_loaded(command, models_on_disk, capsys, monkeypatch):
+    monkeypatch.setattr(cli_models, "load_target", None)
+    options = ["--prompt", "ab"] if command == "generate" else []
+    assert cli.main([command, "--target", models_on_disk[0], *options]) == 2
+    assert f"no drafter is named for {models_on_disk[0]}; `specblock find" in capsys.readouterr().err
+
+
+def test_a_template_that_cannot_think_is_not_told_to(models_on_disk, capsys):
+    target, drafter = models_on_disk
+    assert cli.main(["generate", "--target", target, "--drafter", drafter, "--prompt", "ab", "--no-thinking"]) == 2
+    assert "has no enable_thinking to set; leave --thinking out." in capsys.readouterr().err
+
+
+def test_a_plan_may_have_all_starts(models_on_disk, capsys):
+    cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12", "--plan", "6", "2", "0"])
+    assert "\nplan in effect: 6 nodes by 2 forward(s), as given\n" in capsys.readouterr().out
+
+
+def test_what_is_expected_by_an_assumed_acceptance_is_said_to_be():
+    figures = SimpleNamespace(plan=DraftingPlan(6, 1), spread=0.01, speedup=1.5)
+    lines = [demo.describe_calibration(figures, measured) for measured in (True, False)]
+    assert "expected speedup 1.50 (measurements" in lines[0]
+    assert "expected speedup 1.50, if it accepts what is usual: its checkpoint records nothing (" in lines[1]
+
+
 def test_doctor_checks_and_judges(models_on_disk, capsys):
     status = cli.main(["doctor", *models_on_disk, "--max-new-tokens", "12", "--plan", "6", "1", "4"])
     output = capsys.readouterr().out
@@ -302,7 +329,7 @@ def test_doctor_checks_and_judges(models_on_disk, capsys):
     reads = "SpecBlockDrafter + LookupDrafter reads what leaves layer 2, layer 2, layer 1 of the target's 4 layers"
     assert f"compatible: yes ({reads})\n" in output
     assert re.search(r"one round: \d+\.\d ms \(draft \d+\.\d, verify \d+\.\d, host \d+\.\d; \d+ nodes\)", output)
-    assert "\nplan in effect: 6 nodes by 1 forward(s), as given\n" in output
+    assert "\nplan in effect: 6 nodes by 1 forward(s), as given\nprepacked weights: no\n" in output  # too small for it
     assert ("use it here? yes" in output) == (status == 0) and ("use it here? no" in output) == (status == 1)
 
 

@@ -46,7 +46,8 @@ def train(answers, tmp_path, monkeypatch):
     def run(*options: object) -> int:
         fixed = ["train", "--target", answers / "target", "--data", answers / "data", "--output", tmp_path / "run"]
         fixed += ["--epochs", 1, "--batch-tokens", 60, "--learning-rate", 0.01, "--held-out", 0.3, "--log-steps", 1]
-        fixed += ["--eval-budgets", 4, 8, "--mixed-precision", "no", "--cpu", "--draft-vocab-size", DRAFT_VOCAB]
+        fixed += ["--eval-budgets", 4, 8, "--mixed-precision", "no", "--cpu"]
+        fixed += [] if "--init-from" in options else ["--draft-vocab-size", DRAFT_VOCAB]
         return cli.main([str(option) for option in (*fixed, *options)])
 
     return run
@@ -179,6 +180,8 @@ def test_a_start_is_of_the_kind_that_is_asked_for(train, tmp_path, capsys):
     tiny_drafter(rank_top_k=12).save_pretrained(tmp_path / "start")
     assert train("--init-from", tmp_path / "start", "--drafter", "eagle3") == 2
     assert "is a SpecBlockDrafter and no Eagle3Drafter, which --drafter eagle3 asks for" in capsys.readouterr().err
+    assert train("--init-from", tmp_path / "start", "--draft-vocab-size", 20) == 2
+    assert "with --init-from say --config draft_vocab_size=20." in capsys.readouterr().err
     assert train("--init-from", tmp_path / "start", "--drafter", "specblock") == 0, capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import pytest
 from models_for_tests import tiny_tokenizer
 
 from specblock_hf import BlockDiffusionConfig, Eagle3Config, SpecBlockConfig
-from specblock_hf.data.template import PromptStyle
+from specblock_hf.data.template import PromptStyle, template_that_thinks
 
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -51,6 +51,28 @@ def test_a_tokenizers_style():
 def test_another_mode_is_told(thinking, template, advice):
     found = PromptStyle(None, thinking).advice(tokenizer_with(template))
     assert found is None if advice is None else re.search(advice, found)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("template", [THINKS, ANSWERS])
+def test_a_template_that_is_told_once_for_all(template, thinks):
+    tokenizer = tokenizer_with(template)
+    before = PromptStyle.of(tokenizer)
+    told = tokenizer_with(template_that_thinks(tokenizer, thinks))
+    assert PromptStyle.of(told) == (before.chat_template, thinks) and tokenizer.chat_template == template
+    turn = [{"role": "user", "content": "Hello"}]
+    for said, expected in (({}, thinks), ({"enable_thinking": True}, True), ({"enable_thinking": False}, False)):
+        texts = [
+            chosen.apply_chat_template(turn, tokenize=False, **options)
+            for chosen, options in ((told, said), (tokenizer, {"enable_thinking": expected}))
+        ]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("template", [None, PLAIN])
+def test_a_template_without_a_switch_is_told_nothing(template):
+    with pytest.raises(ValueError, match=r"has no enable_thinking to set; leave --thinking out\."):
+        template_that_thinks(tokenizer_with(template), True)
 
 
 def test_another_template_is_told():

@@ -242,7 +242,8 @@ class OtherDFlashLayout(Layout):
     def read_config(
         self, config: Fields, name: object, tensors: Tensors, target: PreTrainedConfig | None = None
     ) -> BlockDiffusionConfig:
-        known = ", ".join((*DFlashLayout.architectures, *DSparkLayout.architectures))
+        layouts = (DFlashLayout, DSparkLayout, SpecForgeDSparkLayout)
+        known = ", ".join(name for layout in layouts for name in layout.architectures)
         raise ValueError(
             f"{name} is a variant of DFlash that is not known (architectures {config.get('architectures')}); load one "
             f"of {known}."
