@@ -96,6 +96,7 @@ class AutoPilot(Pilot):
         super().__init__(DraftingPlan(0, 1))
         self._controller, self._setting, self._offer = controller, setting, offer
         self._choice, self._may_draft = Choice(0), False
+        self._remaining: Sequence[int] = ()
         self._behind = True  # the drafter has not taken in the prompt
         self._unread: deque[tuple[Round, Sequence[Any], Clock, int]] = deque()
 
@@ -127,6 +128,7 @@ class AutoPilot(Pilot):
     def limits(self, remaining: Sequence[int], room: int | None, depth: int | None) -> Limits:
         self._read()
         self._choice = choice = self._controller.next(self._setting, self._offer)
+        self._remaining = remaining
         self.plan = DraftingPlan(choice.nodes, max(choice.way.forwards, 1), choice.way.starts, choice.min_probability)
         limits = super().limits(remaining, room, depth)
         self._may_draft = any(limits.nodes)
@@ -148,7 +150,9 @@ class AutoPilot(Pilot):
     ) -> None:
         nodes = walk.nodes.tolist()
         going = [row for row, is_active in enumerate(active) if is_active]
-        whole = [row for row in going if not walk.stopped[row]] if self._choice.nodes else []
+        # Where a row may end, it would count only if little were accepted.
+        free = [row for row in going if self._remaining[row] > tree.max_depth + 1 and not walk.stopped[row]]
+        whole = free if self._choice.nodes else []
         # From CUDA they come when they come, and are looked at when the times have come too. The next round may be
         # drafted into the same memory.
         parents, log_probs = (

@@ -200,7 +200,15 @@ class Gains:
     fill: float = 1.0
     rounds: int = 0
 
-    def add(self, ranks: Sequence[int], asked: int, verified: int, prior: Sequence[float], ease: float = 1.0) -> None:
+    def add(
+        self,
+        ranks: Sequence[int],
+        asked: int,
+        verified: int,
+        prior: Sequence[float],
+        ease: float = 1.0,
+        rows: int = 1,
+    ) -> None:
         """
         Args:
             ranks (sequence of `int`): Of the accepted nodes, by likelihood among those of their tree, from 0.
@@ -209,8 +217,9 @@ class Gains:
                 With those that were read again.
             prior (sequence of `float`): Expected tokens of each band.
             ease (`float`, *optional*, defaults to 1.0): How much more is right of such a text than the prior says.
+            rows (`int`, *optional*, defaults to 1): Of the batch; together they are a round.
         """
-        fade, bands = 0.5 ** (1 / STEADY), band_of(asked) + 1
+        fade, bands = 0.5 ** (1 / (STEADY * rows)), band_of(asked) + 1
         kept = [0] * len(BANDS)
         for rank in ranks:
             kept[band_of(rank + 1)] += 1

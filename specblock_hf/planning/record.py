@@ -18,7 +18,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
-from .estimates import OLD, WAY_WEIGHT, WINDOW, Claims, Gains, Level, Times, VerifyTimes, band_of
+from .estimates import OLD, STEADY, WAY_WEIGHT, WINDOW, Claims, Gains, Level, Times, VerifyTimes, band_of
 from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 
 
@@ -191,30 +191,31 @@ class Record:
             return
         way = seen.choice.way if seen.drafted else LOOKUPS
         found = bisect_right(FOUND, seen.found) if offer.finds else 0
+        drafts = _is_drafters(way, found)
         if seen.usual and seen.settled:
             self.draft.setdefault(way.name, Times()).add(seen.draft, self.now)
-        self.times = [time + (1 if kind == (way.forwards > 0) else SLOWER) for kind, time in enumerate(self.times)]
+        self.times = [time + (1 if kind == drafts else SLOWER) for kind, time in enumerate(self.times)]
         self.share = [share + ((place == found) - share) / 32 for place, share in enumerate(self.share)]
         self.grown = max(self.grown, seen.nodes - 1)
         if seen.rows:
             self._accept(offer, seen, way, found)
 
     def _accept(self, offer: Offer, seen: Round, way: Way, found: int) -> None:
-        kind = way.forwards > 0
-        weight = min(max(self.now - self.latest[kind], 1), LESSON_WEIGHT)
+        kind = _is_drafters(way, found)
+        weight = min(max(self.now - self.latest[kind], 1), LESSON_WEIGHT) / len(seen.rows)
         self.latest[kind] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
-        expected, scale = gains.expected(prior)[band_of(seen.choice.nodes)], self._scale(offer, way)
+        expected, scale = gains.expected(prior)[band_of(seen.choice.nodes)], self._scale(offer, kind)
         ease = scale * self.levels[kind].at(self.times[kind])
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
             ranks = [rank for rank, node in enumerate(order) if row[node][1]]
             read = len(row) if seen.columns is None else seen.columns - 1
-            gains.add(ranks, seen.choice.nodes, read, prior, ease)
+            gains.add(ranks, seen.choice.nodes, read, prior, ease, len(seen.rows))
             self.levels[kind].add(len(ranks), scale * expected, self.times[kind], weight)
             self.claims.add(row, self.now)
             if kind:
-                fade = 0.5 ** (1 / 256)
+                fade = 0.5 ** (1 / (STEADY * len(seen.rows)))
                 self.hits, self.prior = self.hits * fade + len(ranks), self.prior * fade + expected
 
     def decide(self, offer: Offer) -> tuple[Choice, Choice | None]:
@@ -258,21 +259,21 @@ class Record:
     def _parts(self, offer: Offer, way: Way, shares: Sequence[float], sizes: Sequence[int]) -> list[Parts]:
         """For each number of nodes, and for all that look-ups may promise: its share, tokens and seconds."""
         columns, draft, slowest = [], self.draft_seconds(way), share_of_slowest(self.batch_size)
-        kind = way.forwards > 0
-        scale, level = self._scale(offer, way), self.levels[kind].at(self.times[kind])
         for found, share in enumerate(shares):
+            kind = _is_drafters(way, found)
+            ease = self._scale(offer, kind) * self.levels[kind].at(self.times[kind])
             gains = self.gains.get(f"{way.name} {found}", UNTRIED)
             added = gains.expected(offer.prior(way, found))
             fill = gains.fill if gains.rounds or way.forwards or found else 0.0
             seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
-            tokens = [1 + slowest * scale * level * added[band_of(nodes)] for nodes in sizes]
+            tokens = [1 + slowest * ease * added[band_of(nodes)] for nodes in sizes]
             columns.append([(share, here, draft + rest) for here, rest in zip(tokens, seconds, strict=True)])
         return list(zip(*columns, strict=True))
 
-    def _scale(self, offer: Offer, way: Way) -> float:
+    def _scale(self, offer: Offer, drafts: bool) -> float:
         """How easy texts are in the long run for what the drafter drafts, one way or another."""
         doubt = TRUST if offer.trusted else 1.0
-        return (self.hits + doubt) / (self.prior + doubt) if way.forwards else 1.0
+        return (self.hits + doubt) / (self.prior + doubt) if drafts else 1.0
 
     def _choice(self, offer: Offer, best: Prospect) -> Choice:
         plain = _ms(self.verify.plain)
@@ -368,6 +369,11 @@ class Record:
             "levels": [Level(**level) for level in values["levels"]],
         }
         return cls(**(values | parts))
+
+
+def _is_drafters(way: Way, found: int) -> bool:
+    """Whether what is accepted is the drafter's merit: in joined trees it is the look-ups' where they promise most."""
+    return way.forwards > 0 and found < len(FOUND)
 
 
 def _ms(seconds: float) -> str:

@@ -102,6 +102,27 @@ def test_the_controller_hears_what_a_recurrent_target_reads_again(family):
     assert bool(again) == (family != "lfm2") and all(seen.columns > seen.nodes for seen in again)
 
 
+def test_rounds_in_which_a_row_may_end_say_nothing_of_acceptance():
+    """They would be heard of only where little was accepted."""
+    drafter, depths, left = tiny_drafter(), [], 14 - 1
+    drafter.controller = Scripted(SMALL)
+
+    class Depths(DraftingCallback):
+        def on_draft(self, call, tree):
+            depths.append(tree.max_depth)
+
+    drafter.add_callback(Depths())
+    tiny_target("llama").generate(
+        prompt_of(6), assistant_model=drafter, do_sample=False, max_new_tokens=14, eos_token_id=None
+    )
+    said = []
+    for seen, depth in zip(drafter.controller.heard, depths, strict=False):
+        assert bool(seen.rows) == (left > depth + 1)
+        said.append(bool(seen.rows))
+        left -= int(seen.emitted)
+    assert said[0] and not said[-1]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("lengths", [(7,), (7, 3, 5)], ids=len)

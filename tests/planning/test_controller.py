@@ -382,3 +382,23 @@ def test_what_a_way_accepted_of_hard_texts_does_not_rest_on_it_when_texts_become
 def _beside_the_prior(record, choice):
     gains, recorded = record.gains[f"{choice.way.name} 0"], OFFER.drafts(choice.way, choice.nodes)
     return gains.expected(OFFER.prior(choice.way, 0))[band_of(choice.nodes)] / recorded
+
+
+def test_what_look_ups_promise_says_nothing_of_the_drafter():
+    record, offer = Record(), replace(OFFER, finds=True)
+    seen = Round(Choice(7, Way(1)), [[(-1.0, True)] * 7], 8, 8.0, True, 3.0, 0.005, 0.025)
+    record.observe(offer, seen)
+    assert (record.hits, record.prior, record.levels[0].hits, record.levels[1].hits) == (0.0, 0.0, 7.0, 0.0)
+    record.observe(offer, replace(seen, found=1.0))
+    assert record.hits == 7.0 < record.levels[1].hits and record.levels[0].hits == 7.0
+
+
+def test_a_batch_is_heard_as_one_text():
+    one, eight = Record(), Record()
+    seen = Round(Choice(7, Way(1)), [[(-1.0, node < 2) for node in range(7)]], 8, 3.0, True, 0.0, 0.005, 0.025)
+    for _ in range(20):
+        one.observe(OFFER, seen)
+        eight.observe(OFFER, replace(seen, rows=seen.rows * 8))
+    levels = [record.levels[1] for record in (one, eight)]
+    assert levels[1].hits == pytest.approx(levels[0].hits, rel=1e-6)
+    assert eight.hits == pytest.approx(8 * one.hits, rel=0.02)

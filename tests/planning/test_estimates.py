@@ -92,6 +92,14 @@ def test_nodes_that_there_were_not_add_nothing():
     assert gains.trials[:5] == [1] * 4 + [0] and gains.hits[:2] == [1, 0] and gains.fill == 2 / 7
 
 
+def test_the_rows_of_a_batch_are_one_round():
+    one, four, prior = Gains(), Gains(), [0.5] * len(BANDS)
+    for gains, rows in ((one, 1), (four, 4)):
+        for _ in range(64 * rows):
+            gains.add([0], 3, 3, prior, rows=rows)
+    assert four.hits[0] == pytest.approx(4 * one.hits[0], rel=0.01)
+
+
 def test_few_rounds_say_little_of_a_way():
     gains, prior = Gains(), [0.5] * len(BANDS)
     before = gains.expected(prior)
