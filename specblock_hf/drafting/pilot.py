@@ -127,9 +127,11 @@ class AutoPilot(Pilot):
 
     def limits(self, remaining: Sequence[int], room: int | None, depth: int | None) -> Limits:
         self._read()
-        self._choice = choice = self._controller.next(self._setting, self._offer)
-        self._remaining = remaining
-        self.plan = DraftingPlan(choice.nodes, max(choice.way.forwards, 1), choice.way.starts, choice.min_probability)
+        choice, self._remaining = self._controller.next(self._setting, self._offer), remaining
+        if choice is not self._choice:
+            forwards = max(choice.way.forwards, 1)
+            self.plan = DraftingPlan(choice.nodes, forwards, choice.way.starts, choice.min_probability)
+            self._choice = choice
         limits = super().limits(remaining, room, depth)
         self._may_draft = any(limits.nodes)
         waits = not choice.nodes and max(limits.depth) > 0
@@ -155,9 +157,8 @@ class AutoPilot(Pilot):
         whole = free if self._choice.nodes else []
         # From CUDA they come when they come, and are looked at when the times have come too. The next round may be
         # drafted into the same memory.
-        parents, log_probs = (
-            part.to("cpu", non_blocking=part.is_cuda, copy=True) for part in (tree.parents, tree.log_probs)
-        )
+        parts = (tree.parents, tree.log_probs) if whole else ()
+        copies = [part.to("cpu", non_blocking=part.is_cuda, copy=True) for part in parts]
         drafted = bool(self._choice.nodes and self._offer.ways and not state.left_out)
         seen = Round(
             self._choice,
@@ -175,7 +176,7 @@ class AutoPilot(Pilot):
             columns=columns if self._choice.nodes and columns > tree.tokens.shape[1] else None,
         )
         self._behind = not drafted
-        rows = [(parents[row], set(nodes[row]), log_probs[row]) for row in whole]
+        rows = [(copies[0][row], set(nodes[row]), copies[1][row]) for row in whole]
         self._unread.append((seen, rows, clock, len(clock)))
 
     def _read(self) -> None:

@@ -70,12 +70,13 @@ class Times:
         # What was measured long ago may have been on a busier machine, or a quieter one.
         self.samples = [*self.samples[1 - WINDOW :], seconds] if now - self.seen <= OLD else [seconds]
         self.seen = now
+        vars(self).pop("quiet", None)
 
     def age(self, now: int) -> int:
         """Rounds since the last sample; many if there are too few."""
         return now - self.seen if len(self.samples) >= FEW else OLD
 
-    @property
+    @cached_property
     def quiet(self) -> float:
         """The lower quartile; of one to three samples the least."""
         return sorted(self.samples)[len(self.samples) // 4]
