@@ -16,6 +16,7 @@ import torch
 from ..planning.controller import PlanController, Setting
 from ..planning.estimates import MULTIPLE
 from ..planning.offers import Choice, Offer, Round, Way
+from ..trees.paths import path_sums_on_host
 from .drafter import DraftState, TreeDrafter
 from .plan import DraftingPlan, Limits, round_limits
 from .statistics import Clock
@@ -150,10 +151,10 @@ class AutoPilot(Pilot):
         columns: int,
         settled: bool,
     ) -> None:
-        nodes = walk.nodes.tolist()
+        nodes, lengths, stopped = walk.nodes.tolist(), walk.lengths.tolist(), walk.stopped.tolist()
         going = [row for row, is_active in enumerate(active) if is_active]
         # Where a row may end, it would count only if little were accepted.
-        free = [row for row in going if self._remaining[row] > tree.max_depth + 1 and not walk.stopped[row]]
+        free = [row for row in going if self._remaining[row] > tree.max_depth + 1 and not stopped[row]]
         whole = free if self._choice.nodes else []
         # From CUDA they come when they come, and are looked at when the times have come too. The next round may be
         # drafted into the same memory.
@@ -164,7 +165,7 @@ class AutoPilot(Pilot):
             self._choice,
             rows=(),
             nodes=tree.tokens.shape[1],
-            emitted=sum(map(int, walk.lengths[going])) / len(going),
+            emitted=sum(lengths[row] for row in going) / len(going),
             drafted=drafted,
             found=state.promised,
             draft=0.0,
@@ -202,13 +203,11 @@ class AutoPilot(Pilot):
 
 def _paths(parents: Sequence[int], kept: set[int], log_probs: Sequence[float]) -> list[tuple[float, bool]]:
     """Log2 of each drafted node's path probability, and whether it was kept."""
-    sums, paths = [0.0] * len(parents), []
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            # As far down as anybody asks.
-            sums[node] = max(sums[parent] + min(log_probs[node], 0.0) * 1.4426950408889634, -100.0)
-            paths.append((sums[node], node in kept))
-    return paths
+    # As far down as anybody asks.
+    sums = (max(total * 1.4426950408889634, -100.0) for total in path_sums_on_host(parents, log_probs))
+    return [
+        (total, node in kept) for node, (total, parent) in enumerate(zip(sums, parents, strict=True)) if parent >= 0
+    ]
 
 
 def fixed_plan(plan: DraftingPlan | str | None, drafter: TreeDrafter, device: torch.device) -> DraftingPlan:

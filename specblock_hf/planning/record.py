@@ -180,7 +180,8 @@ class Record:
         self.now += 1
         if seen.settled:
             self.verify.add(seen.nodes if seen.columns is None else seen.columns, seen.rest, self.now)
-        took = min(seen.draft + seen.rest, LONGEST * self.verify.plain) if 1 in self.verify.sizes else 0.0
+        plain = self.verify.sizes.get(1)
+        took = min(seen.draft + seen.rest, LONGEST * plain.quiet) if plain else 0.0
         self.seconds += took * (SETTLED_SHARE if seen.choice.nodes else 1.0)
         if seen.choice.learns and self.rate and seen.settled:
             tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
@@ -229,11 +230,11 @@ class Record:
         if plain is None or len(plain.samples) < 2:
             return Choice(0), Choice(0, why="a plain step is measured first")
         prospects = self._prospects(offer)
-        rate, best = self.rate or 1 / self.verify.plain, None
+        rate = self.rate or 1 / self.verify.plain
         for _ in range(3):
-            before, best = best, max(prospects, key=lambda prospect: prospect.worth(rate))
+            before, best = rate, max(prospects, key=lambda prospect: prospect.worth(rate))
             rate = best.rate(rate)
-            if best is before:
+            if abs(rate - before) < 0.01 * before:
                 break
         self.rate = rate
         choice = self._choice(offer, best)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..devices import on_device
 from .distributions import DraftDistributions
-from .paths import PATH_FACTOR, path_counts, path_sums
+from .paths import PATH_FACTOR, path_counts, path_sums, path_sums_on_host
 
 
 FOUND = -2
@@ -203,12 +203,23 @@ class DraftTree:
         """
         if min_probability == 0 or self.distributions is not None:
             return self
-        unlikely = self.cumulative_log_probs() < math.log(min_probability)
         if multiple > 1:
-            wide = -(-int((~unlikely).sum(1).max()) // multiple) * multiple
-            return self.prune(wide - 1) if wide < unlikely.shape[1] else self
-        tree = self._drop(unlikely)
+            return self._likeliest_of_each(math.log(min_probability), multiple)
+        tree = self._drop(self.cumulative_log_probs() < math.log(min_probability))
         return tree.pack() if trim else tree._take(tree._packed())
+
+    def _likeliest_of_each(self, least: float, multiple: int) -> DraftTree:
+        """
+        Each row's nodes of a cumulative log-prob of `least` or more, filled up to a multiple, in the order that they
+        have.
+        """
+        rows = [path_sums_on_host(*row) for row in zip(self.parents.tolist(), self.log_probs.tolist(), strict=True)]
+        wide = -(-max(sum(total >= least for total in sums) for sums in rows) // multiple) * multiple
+        if wide >= self.tokens.shape[1]:
+            return self
+        # No node scores above its parent, and a stable sort leaves the parent first in ties.
+        kept = [sorted(sorted(range(len(sums)), key=lambda node: -sums[node])[:wide]) for sums in rows]
+        return replace(self._take(on_device(kept, self.tokens.device)), height=min(self.max_depth, wide - 1))
 
     def limit_depth(self, depths: int | Sequence[int]) -> DraftTree:
         """
