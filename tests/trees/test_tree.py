@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specblock_hf.trees.distributions import DraftDistributions
+from specblock_hf.trees.paths import path_sums_on_host
 from specblock_hf.trees.tree import DraftTree
 
 
@@ -396,3 +397,24 @@ def test_padding_leaves_the_nodes_alone(batch, added):
     assert torch.equal(seen[:, :size, :size], tree.ancestors())
     assert torch.equal(seen[:, size:], torch.eye(size + added, dtype=torch.bool)[size:].expand(len(batch), -1, -1))
     assert not seen[:, :size, size:].any() and (padded.cumulative_log_probs()[:, size:] == -INF).all()
+
+
+@QUICK
+@given(batches(), st.floats(1e-6, 1.0), st.integers(2, 5))
+def test_what_is_kept_of_each_row_is_what_pruning_keeps(batch, at_least, multiple):
+    tree = tree_of(batch)
+    totals = tree.cumulative_log_probs()
+    for row in range(len(tree.parents)):
+        on_host = path_sums_on_host(tree.parents[row].tolist(), tree.log_probs[row].tolist())
+        assert on_host == pytest.approx(totals[row].tolist(), abs=1e-4)
+    kept = tree.keep_likely(at_least, multiple=multiple)
+    worth = int((totals >= math.log(at_least)).sum(1).max())
+    wide = min(-(-worth // multiple) * multiple, tree.tokens.shape[1])
+    assert kept.tokens.shape[1] == wide and kept.max_depth <= tree.max_depth
+    if wide < tree.tokens.shape[1]:
+        pruned = tree.prune(wide - 1)
+        assert torch.allclose(
+            kept.cumulative_log_probs().sort(1).values, pruned.cumulative_log_probs().sort(1).values, atol=1e-5
+        )
+        for row in kept.parents.tolist():
+            assert all(parent < node for node, parent in enumerate(row))
