@@ -22,6 +22,7 @@ from specblock_hf.compat import SHARED_KEYS_ON_CPUS
 from specblock_hf.grouped_attention import NAME, grouped_twin
 
 
+pytestmark = pytest.mark.skipif(not SHARED_KEYS_ON_CPUS, reason="this torch copies shared keys")
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
 
 
@@ -79,8 +80,6 @@ def test_what_is_no_tree_goes_to_transformers_own(monkeypatch):
 @pytest.fixture
 def heard(monkeypatch):
     """Rows of the queries that were asked with."""
-    if not SHARED_KEYS_ON_CPUS:
-        pytest.skip("this torch copies shared keys")
     rows = []
 
     def spy(module, query, *args, **kwargs):

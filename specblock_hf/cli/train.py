@@ -231,7 +231,8 @@ def _make_drafter(
     kind, fields = trainable_drafters()[args.drafter or KIND]
     known = [f.name for f in dataclasses.fields(kind.config_class)]
     if issubclass(kind, DraftHead):
-        fields = fields | {"draft_vocab_size": min(args.draft_vocab_size or DRAFT_VOCAB_SIZE, vocab_size)}
+        size = DRAFT_VOCAB_SIZE if args.draft_vocab_size is None else args.draft_vocab_size
+        fields = fields | {"draft_vocab_size": min(size, vocab_size)}
     config = kind.config_class.for_target(target.config, **(fields | read_pairs(args.config, known, "--config")))
     drafter = kind(config)
     if not isinstance(drafter, DraftHead):  # it predicts with the target's own head

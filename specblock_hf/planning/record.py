@@ -137,7 +137,7 @@ class Record:
         gains (`dict[str, Gains]`): What is accepted, by the way and what look-ups promise.
         share (`list[float]`): Of rounds in which look-ups promise so much.
         claims (`Claims`): What the drafter's probabilities are worth.
-        hits (`float`): Accepted nodes of all ways that the drafter ran in, fading.
+        hits (`float`): Accepted nodes of all ways that the drafter ran in, where they are its merit, fading.
         prior (`float`): How many were expected of their ways where texts are as easy as the prior says.
         rate (`float`): Tokens a second of the way that pays most.
         times (`list[float]`): How long look-ups alone, and drafter, have been in use: in rounds, others counting less.
@@ -234,7 +234,7 @@ class Record:
         for _ in range(3):
             before, best = rate, max(prospects, key=lambda prospect: prospect.worth(rate))
             rate = best.rate(rate)
-            if abs(rate - before) < 0.01 * before:
+            if abs(rate - before) < 0.01 * before:  # the best at a rate is the best at one so near
                 break
         self.rate = rate
         choice = self._choice(offer, best)

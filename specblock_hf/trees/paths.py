@@ -38,6 +38,9 @@ def path_sums_on_host(parents: Sequence[int], log_probs: Sequence[float]) -> lis
     Args:
         parents (sequence of `int`): -1 for the root, -2 for padding; parents come before their children.
         log_probs (sequence of `float`): Of each node given its parent. What is none counts as impossible.
+
+    Returns:
+        `list[float]`: One for each node, natural logarithms.
     """
     sums = []
     for parent, log_prob in zip(parents, log_probs, strict=True):

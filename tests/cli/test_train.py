@@ -176,6 +176,11 @@ def test_a_start_may_get_another_shape_and_vocabulary(train, tmp_path, capsys):
     assert "draft vocabulary: 20 of 32 tokens" in capsys.readouterr().out
 
 
+def test_a_vocabulary_of_no_tokens_is_not_the_default_one(train, capsys):
+    assert train("--draft-vocab-size", 0) == 2
+    assert "draft_vocab_size" in capsys.readouterr().err
+
+
 def test_a_start_is_of_the_kind_that_is_asked_for(train, tmp_path, capsys):
     tiny_drafter(rank_top_k=12).save_pretrained(tmp_path / "start")
     assert train("--init-from", tmp_path / "start", "--drafter", "eagle3") == 2
