@@ -131,6 +131,28 @@ class Pairs:
         read = None if self.read is None else [self.read[row] for row in rows]
         return self.each(picked, lengths=self.lengths[index], read=read)
 
+    def part(self, first: int, count: int) -> Pairs:
+        """At most `count` columns from the one with this number on."""
+        return self.each(
+            lambda values: values[:, first : first + count],
+            lengths=(self.lengths - first).clamp(0, count),
+            read=None if self.read is None else [row[first : first + count] for row in self.read],
+        )
+
+    def split(self, count: int) -> tuple[Pairs | None, Pairs]:
+        """Each row's last `count` pairs at most, after those before them if there are any."""
+        width = self.tokens.shape[1] - count
+        if width <= 0:
+            return None, self
+        before = (self.lengths - count).clamp_min(0)
+        columns = before[:, None] + torch.arange(count, device=before.device)
+
+        def taken(values: torch.Tensor) -> torch.Tensor:
+            return values.take_along_dim(columns.to(values.device).view(*columns.shape, *[1] * (values.ndim - 2)), 1)
+
+        last = self.each(taken, lengths=self.lengths - before, read=None)
+        return self.each(lambda values: values[:, :width], lengths=before, read=None), last
+
     def each(self, change: Callable[[torch.Tensor], torch.Tensor], **more: Any) -> Pairs:
         """With `change` of everything that is there for every pair, and what else is said."""
         return replace(

@@ -97,20 +97,25 @@ def test_rows_of_a_batch_are_drafted_alone(name):
             assert_same_paths(paths_of(tree, row), paths_of(expected))
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", BASELINES)
 @torch.no_grad()
-def test_a_prompt_in_chunks(name, monkeypatch):
+def test_a_prompt_in_chunks(name, rows, monkeypatch):
     monkeypatch.setattr("specblock_hf.drafters.common.block.PREFILL_PAIRS", 4)
     monkeypatch.setattr("specblock_hf.drafters.parallelspec.drafting.PREFILL_PAIRS", 4)
     assert PREFILL_PAIRS > 24  # what is compared with was not in chunks
     drafter, told = baseline(name), Told(2, 24)
-    limits = Limits((12,) * 2, (9,) * 2, num_forwards=FORWARDS[name])
-    state = drafter.begin(told.table, 2, 24)
-    drafter.extend(state, pairs_for(drafter, told, (0, 0), (5, 2)))
-    tree = drafter.propose(state, pairs_for(drafter, told, (5, 2), (17, 4)), limits)
+    limits = Limits((12,) * rows, (9,) * rows, num_forwards=FORWARDS[name])
+
+    def pairs(first, last):
+        return pairs_for(drafter, told, first[:rows], last[:rows], range(rows))
+
+    state = drafter.begin(told.table, rows, 24)
+    drafter.extend(state, pairs((0, 0), (5, 2)))
+    tree = drafter.propose(state, pairs((5, 2), (17, 4)), limits)
     monkeypatch.undo()
-    whole = drafter.propose(drafter.begin(told.table, 2, 24), pairs_for(drafter, told, (0, 0), (17, 4)), limits)
-    for row in range(2):
+    whole = drafter.propose(drafter.begin(told.table, rows, 24), pairs((0, 0), (17, 4)), limits)
+    for row in range(rows):
         assert_same_paths(paths_of(tree, row), paths_of(whole, row))
 
 

@@ -8,7 +8,9 @@ from copy import deepcopy
 
 import pytest
 import torch
+from baselines_for_tests import pairs_for
 from conftest import prompt_of, tiny_target
+from training_for_tests import Told
 
 from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
 from specblock_hf.drafters.common.registry import trainable_drafters
@@ -73,3 +75,31 @@ def test_small_trees_are_sizes_that_matrices_are_multiplied_by(name):
     plans = [*drafter.plans_to_measure(), *(DraftingPlan(int(nodes), 1) for nodes, *_ in drafter.typical_acceptance)]
     plans += [drafter.default_plan(torch.device("cpu"))]
     assert all((plan.tree_budget + 1) % 4 == 0 or plan.tree_budget == 5 for plan in plans if plan.tree_budget < 59)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("specblock", {}), ("specblock", {"num_hidden_layers": 1}), ("eagle3", {"qk_norm": True})]
+    + [("eagle3", {"norm_before_residual": True}), ("parallelspec", {})],
+)
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_a_prompt_leaves_the_keys_that_a_forward_leaves_and_nothing_else_is_computed(name, fields, rows):
+    drafter, told = drafter_of(name, draft_vocab_size=24, **fields).eval(), Told(3, 20)
+    for weight in drafter.parameters():
+        weight.data.normal_(std=0.3)
+    computed = []
+    drafter.layers[-1].mlp.register_forward_hook(lambda *_: computed.append(True))
+    state, forwarded = (drafter.begin(told.table, rows, 20) for _ in range(2))
+    for first, last in (((0, 0, 0), (5, 2, 9)), ((5, 2, 9), (7, 9, 9))):
+        pairs = pairs_for(drafter, told, first[:rows], last[:rows], range(rows))
+        drafter.extend(state, pairs)
+        assert not computed
+        drafter._commit(forwarded, pairs, drafter)
+        assert computed.pop() and not computed
+    assert forwarded.cache.keys[-1].any()
+    for ours, theirs in zip(
+        state.cache.keys + state.cache.values, forwarded.cache.keys + forwarded.cache.values, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert (state.calls, state.forward_rows) == (forwarded.calls, forwarded.forward_rows)

@@ -38,6 +38,22 @@ def test_padding_between_pairs_goes(read):
     assert whole.host_tokens() == [[1, 2, 3, 5], [4, 6, 7, 8]]
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_columns_and_the_last_pairs_of_each_row(read):
+    whole = pairs_of([[1, 2, 3, 4, 5], [6, 7], []], 0, read, True)
+    part = whole.part(1, 3)
+    assert part.host_tokens() == [[2, 3, 4], [7], []] and part.lengths.tolist() == [3, 1, 0]
+    assert part.positions[0].tolist() == [1, 2, 3] and part.given_embeds.shape == (3, 3, 3)
+    assert whole.part(4, 3).host_tokens() == [[5], [], []]
+
+    before, last = whole.split(3)
+    assert before.host_tokens() == [[1, 2], [], []] and before.tokens.shape == (3, 2)
+    assert last.host_tokens() == [[3, 4, 5], [6, 7], []] and last.tokens.shape == (3, 3)
+    assert last.positions.tolist() == [[2, 3, 4], [0, 1, 2], [0, 1, 2]]
+    assert all(feature[..., 0].abs().equal(last.tokens.abs().float()) for feature in last.features)
+    assert whole.split(5) == (None, whole)
+
+
 def test_one_part_is_itself_and_rows_without_padding_stay_as_they_are():
     part = pairs_of([[1, 2]])
     assert Pairs.joined([part]) is part

@@ -6,7 +6,7 @@ What drafters have in common that attend to every committed pair: taking pairs i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,21 +58,18 @@ class BlockState(DraftState):
         """Columns that a forward attends to which adds so many to the committed ones."""
         return self.longest + columns
 
-    def advance(self, pairs: Pairs, columns: int = 1, first: int = 0, count: int | None = None) -> None:
+    def advance(self, pairs: Pairs, columns: int = 1) -> None:
         """
         Count pairs as committed.
 
         Args:
-            pairs ([`Pairs`]): Some of them.
+            pairs ([`Pairs`]): Those; of a batch of one none is padding.
             columns (`int`, *optional*, defaults to 1): Of each pair.
-            first (`int`, *optional*, defaults to 0): The first of them.
-            count (`int`, *optional*): How many they are, padding included. All if not given.
         """
-        count = pairs.tokens.shape[1] if count is None else count
         if isinstance(self.committed, int):
-            self.committed += count * columns
+            self.committed += pairs.tokens.shape[1] * columns
         else:
-            self.committed = self.committed + (pairs.host_lengths() - first).clamp(0, count) * columns
+            self.committed = self.committed + pairs.host_lengths() * columns
 
     def keep_rows(self, places: Sequence[int]) -> None:
         super().keep_rows(places)
@@ -118,9 +115,8 @@ class FixedBlockState(BlockState):
     def width_with(self, columns: int) -> int:
         return self.columns
 
-    def advance(self, pairs: Pairs, columns: int = 1, first: int = 0, count: int | None = None) -> None:
-        count = pairs.tokens.shape[1] if count is None else count
-        self.lengths.add_((pairs.lengths - first).clamp(0, count) * columns)
+    def advance(self, pairs: Pairs, columns: int = 1) -> None:
+        self.lengths.add_(pairs.lengths * columns)
 
     def reset(self) -> None:
         super().reset()
@@ -136,7 +132,7 @@ class BlockDrafter(NetworkDrafter):
     A drafter whose network keeps keys and values of K slots (`config.block_size`; 1 for EAGLE-3) for every committed
     pair. The network's `forward(embeds, conditions, positions, mask, cache)` turns rows into states `[B, R, K, d]`,
     and `project_features` makes the conditions of committed pairs. The conditions of later rows are states that the
-    forward returned.
+    forward returned. `keep_keys`, with the forward's arguments, is a forward of which nobody reads the states.
     """
 
     state_class: type[Any] = BlockState  # what `begin` makes
@@ -158,46 +154,32 @@ class BlockDrafter(NetworkDrafter):
         return FixedBlockState.empty(self, self.columns_per_pair, self.own_table(table), batch_size, max_length, width)
 
     def extend(self, state: BlockState, pairs: Pairs) -> None:
-        for _ in self._commit(state, pairs):
-            pass
+        for first in range(0, pairs.tokens.shape[1], PREFILL_PAIRS):
+            self._commit(state, pairs.part(first, PREFILL_PAIRS), self.keep_keys)
 
     def _first_block(self, state: BlockState, pairs: Pairs) -> tuple[DraftTree, torch.Tensor, torch.LongTensor]:
         """Take `pairs` in; a tree of roots, and the states `[B, 1, K, d]` and positions `[B, 1]` of the last pairs."""
-        hidden, positions = self._last_rows(self._commit(state, pairs, state.network), pairs)
-        return self.root_of(pairs), hidden, positions
-
-    def _commit(
-        self, state: BlockState, pairs: Pairs, forward: Callable[..., torch.Tensor] | None = None
-    ) -> Iterator[torch.Tensor]:
-        """
-        Forwards over new pairs, which leave their keys behind; yields the states `[B, T', K, d]` chunk by chunk.
-        """
-        size, total = self.columns_per_pair, pairs.tokens.shape[1]
-        embeds = replace(pairs, table=state.table).embeds().to(self.device, self.dtype)
-        for first in range(0, total, PREFILL_PAIRS):
-            rows = slice(first, min(first + PREFILL_PAIRS, total))
-            count = rows.stop - rows.start
-            features = torch.cat([f[:, rows].to(self.device, self.dtype) for f in pairs.features], dim=-1)
-            offsets, width = state.offsets, state.width_with(count * size)
-            state.advance(pairs, size, first, count)
-            state.cache.seek(offsets, width)
-            mask = committed_mask(count, size, offsets, width, self.device)
-            positions = pairs.positions[:, rows].to(self.device)
-            state.calls += 1
-            state.forward_rows += len(embeds) * count
-            yield (forward or self)(embeds[:, rows], self.project_features(features), positions, mask, state.cache)
-
-    def _last_rows(self, chunks: Iterator[torch.Tensor], pairs: Pairs) -> tuple[torch.Tensor, torch.LongTensor]:
-        """The states `[B, 1, K, d]` and the position `[B, 1]` of every row's last pair."""
+        before, pairs = pairs.split(PREFILL_PAIRS)
+        if before is not None:
+            self.extend(state, before)
+        hidden = self._commit(state, pairs, state.network or self)
         last = (pairs.lengths - 1).clamp_min(0).to(self.device)
-        hidden, first = None, 0
-        for chunk in chunks:
-            # Rows end in different chunks; a row that ended before keeps what it had.
-            here = (last - first).clamp(0, chunk.shape[1] - 1)
-            picked = chunk[torch.arange(len(chunk), device=self.device), here].unsqueeze(1)
-            hidden = picked if hidden is None else torch.where((last >= first)[:, None, None, None], picked, hidden)
-            first += chunk.shape[1]
-        return hidden, pairs.positions.to(self.device).gather(1, last.unsqueeze(1))
+        hidden = hidden[torch.arange(len(hidden), device=self.device), last].unsqueeze(1)
+        return self.root_of(pairs), hidden, pairs.positions.to(self.device).gather(1, last.unsqueeze(1))
+
+    def _commit(self, state: BlockState, pairs: Pairs, forward: Callable[..., Any]) -> Any:
+        """What a forward over at most `PREFILL_PAIRS` new pairs returns, which leaves their keys behind."""
+        size, count = self.columns_per_pair, pairs.tokens.shape[1]
+        embeds = replace(pairs, table=state.table).embeds().to(self.device, self.dtype)
+        features = torch.cat([f.to(self.device, self.dtype) for f in pairs.features], dim=-1)
+        offsets, width = state.offsets, state.width_with(count * size)
+        state.advance(pairs, size)
+        state.cache.seek(offsets, width)
+        mask = committed_mask(count, size, offsets, width, self.device)
+        state.calls += 1
+        state.forward_rows += len(embeds) * count
+        positions = pairs.positions.to(self.device)
+        return forward(embeds, self.project_features(features), positions, mask, state.cache)
 
     def _path_to(self, starts: Starts, path: BlockPath | None, state: BlockState) -> BlockPath:
         """What new starts see, given the path of the block before; `None` for the first."""

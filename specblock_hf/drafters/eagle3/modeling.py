@@ -29,7 +29,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from ...checkpoints.loading import StrictPreTrainedModel
 from ...compat import CACHE
 from ...drafting.pairs import TokenTable
-from ..common.cache import BlockCache, masked_or_causal
+from ..common.cache import BlockCache, keys_and_values, masked_or_causal
 from ..common.head import DraftHead
 from ..common.path_attention import PathCache
 from .configuration import Eagle3Config
@@ -71,8 +71,7 @@ class Eagle3Layer(nn.Module):
         cache: BlockCache | PathCache | None,
     ) -> torch.Tensor:
         """`[B, R, d]` and `[B, R, d]` to `[B, R, d]`."""
-        normed = self.hidden_norm(conditions)
-        inputs = torch.cat([self.input_layernorm(token_embeds), normed], dim=-1)
+        inputs, normed = self._inputs(token_embeds, conditions)
         if isinstance(cache, PathCache) and cache.holds_pairs:
             attended = self._attend_on_path(inputs, position_embeddings, cache)
         else:
@@ -84,6 +83,23 @@ class Eagle3Layer(nn.Module):
             )
         hidden = (normed if self.norm_before_residual else conditions) + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def keep_keys(
+        self,
+        token_embeds: torch.Tensor,
+        conditions: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cache: BlockCache,
+    ) -> None:
+        """What rows leave in the cache, and nothing else."""
+        attention, (inputs, _) = self.self_attn, self._inputs(token_embeds, conditions)
+        norm = [attention.k_norm] if attention.config.qk_norm else []
+        cache.update(*keys_and_values(attention, inputs, position_embeddings, *norm), attention.layer_idx)
+
+    def _inputs(self, token_embeds: torch.Tensor, conditions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention reads `[B, R, 2 d]`, and the normed conditions."""
+        normed = self.hidden_norm(conditions)
+        return torch.cat([self.input_layernorm(token_embeds), normed], dim=-1), normed
 
     def _attend_on_path(
         self, inputs: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: PathCache
@@ -185,3 +201,14 @@ class Eagle3Model(DraftHead, StrictPreTrainedModel):
         position_embeddings = self.rotary_emb(token_embeds, position_ids)
         hidden = self.layers[0](token_embeds, conditions, position_embeddings, attention_mask, cache)
         return (self.norm(hidden) if self.config.norm_output else hidden).unsqueeze(2)
+
+    def keep_keys(
+        self,
+        token_embeds: torch.Tensor,
+        conditions: torch.Tensor,
+        position_ids: torch.LongTensor,
+        attention_mask: torch.BoolTensor | None,
+        cache: BlockCache,
+    ) -> None:
+        """[`Eagle3Model.forward`], whose arguments these are, of rows of which nobody reads the states."""
+        self.layers[0].keep_keys(token_embeds, conditions, self.rotary_emb(token_embeds, position_ids), cache)

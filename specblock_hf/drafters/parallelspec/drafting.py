@@ -62,7 +62,7 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
     columns_per_pair = 1  # keys and values of masks are dropped
 
     def propose(self, state: BlockState, pairs: Pairs, limits: Limits) -> DraftTree:
-        before, last = _split(pairs, PREFILL_PAIRS)
+        before, last = pairs.split(PREFILL_PAIRS)
         if before is not None:
             self.extend(state, before)
         return self.product_tree(self.root_of(pairs), self._forward_with_masks(state, last), limits)
@@ -114,21 +114,3 @@ class ParallelSpecDrafter(BlockDrafter, ParallelSpecModel):
             unknown = self.mask_condition.weight.expand_as(conditions)
             slots.append(self(mask.expand_as(embeds), unknown, positions + slot, cache=cache))
         return torch.cat(slots, dim=2)
-
-
-def _split(pairs: Pairs, count: int) -> tuple[Pairs | None, Pairs]:
-    """Each row's last `count` pairs at most, and those before them, if there are any."""
-    if pairs.tokens.shape[1] <= count:
-        return None, pairs
-    before = (pairs.lengths - count).clamp_min(0)
-    columns = before[:, None] + torch.arange(count, device=before.device)
-    columns = columns.clamp_max(pairs.tokens.shape[1] - 1)
-
-    def taken(values: torch.Tensor) -> torch.Tensor:
-        index = columns.to(values.device)
-        if values.ndim == 3:
-            index = index[..., None].expand(-1, -1, values.shape[-1])
-        return values.gather(1, index)
-
-    last = pairs.each(taken, lengths=pairs.lengths - before, read=None)
-    return replace(pairs, lengths=before, read=None), last

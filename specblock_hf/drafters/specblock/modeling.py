@@ -22,6 +22,8 @@ slot, so that
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -156,6 +158,10 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
                 return OpenBlock(hidden, position_embeddings, keys, values, attention_mask)
             hidden = layer(hidden, **inputs)
         return hidden.view(batch, rows, size, -1)
+
+    def keep_keys(self, *args: Any) -> None:
+        """[`SpecBlockModel.forward`], whose arguments these are, of rows of which nobody reads the states."""
+        self(*args, opens=True)
 
     def read_slots(
         self, block: OpenBlock, texts: torch.LongTensor, rows: torch.LongTensor, slots: torch.LongTensor | int
