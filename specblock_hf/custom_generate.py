@@ -38,8 +38,15 @@ def generate_without_hook(
         **kwargs: Everything else of `generate()`.
 
     Raises:
-        ValueError: As with the hook, for what cannot be decoded exactly.
+        ValueError: As with the hook, for what cannot be decoded exactly; and for what needs the tokenizer elsewhere.
     """
+    configs = [config for config in (kwargs.get("generation_config"), target.generation_config) if config is not None]
+    if kwargs.get("token_healing") or any(config.stop_strings or config.token_healing for config in configs):
+        raise ValueError(
+            "custom_generate hands no tokenizer on, which token_healing and the stop_strings of a generation "
+            "configuration need; give stop_strings and tokenizer to the call itself, or import specblock_hf and pass "
+            "assistant_model=."
+        )
     if stop_strings is not None:
         # A callable `custom_generate` loses the tokenizer, so the criterion is made here.
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])

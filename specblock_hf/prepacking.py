@@ -101,26 +101,27 @@ class PrepackedWeights:
             layers (iterable of `nn.Linear`): Of a second model of the weights, and its own.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            layers = list(layers)
+            sums = [layer.weight.detach().view(torch.int64).sum(1) for layer in layers]
+            # Another order of columns changes no sums. It comes with one of rows elsewhere, and all are copied anew.
+            if not all(self._is_copied(layer.weight, own) for layer, own in zip(layers, sums, strict=True)):
+                for layer, own in zip(layers, sums, strict=True):
+                    copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+                    self._packed[layer.weight] = Packed(copy, own, version_of([layer.weight]))
             for layer in layers:
-                packed = self._of(layer.weight)
                 layer.__class__ = PrepackedLinear
-                layer.packed = packed
+                layer.packed = self._packed[layer.weight].weight
 
     def has_room(self, layers: Sequence[nn.Linear]) -> bool:
         """Whether there is something to copy, and not too much."""
         weights = {id(layer.weight): layer.weight for layer in layers}
         return 0 < sum(weight.nbytes for weight in weights.values()) <= self.most_bytes
 
-    def _of(self, weight: nn.Parameter) -> torch.Tensor:
-        """The copy of a weight as it is now."""
-        sums = weight.detach().view(torch.int64).sum(1)
-        version = version_of([weight])
+    def _is_copied(self, weight: nn.Parameter, sums: torch.LongTensor) -> bool:
+        """Whether there is a copy of a weight as it is now, with these sums."""
         known = self._packed.get(weight)
-        told = known is not None and (known.version, known.weight.dtype) == (version, weight.dtype)
-        if not told or not torch.equal(known.sums, sums):
-            copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            self._packed[weight] = known = Packed(copy, sums, version)
-        return known.weight
+        told = known is not None and (known.version, known.weight.dtype) == (version_of([weight]), weight.dtype)
+        return told and torch.equal(known.sums, sums)
 
 
 def version_of(weights: Iterable[nn.Parameter]) -> int:
@@ -159,6 +160,7 @@ def _fits(layer: nn.Linear, kinds: list[torch.dtype]) -> bool:
         and weight.nbytes >= LEAST_BYTES
         and weight.is_contiguous()
         and weight.shape[1] * weight.element_size() % 8 == 0
+        and weight.storage_offset() * weight.element_size() % 8 == 0
     )
 
 

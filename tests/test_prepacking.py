@@ -30,7 +30,7 @@ from specblock_hf.drafters.medusa import MedusaDrafter
 from specblock_hf.drafters.parallelspec import ParallelSpecDrafter
 from specblock_hf.drafting.drafter import DraftingCallback, TreeDrafter
 from specblock_hf.drafting.pilot import Pilot
-from specblock_hf.prepacking import PATIENCE, PrepackedLinear, PrepackedWeights, fitting, prepacked_twin
+from specblock_hf.prepacking import PATIENCE, Packed, PrepackedLinear, PrepackedWeights, fitting, prepacked_twin
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
@@ -105,8 +105,7 @@ def test_what_reads_hooks_of_the_target_hears_of_rounds():
 
 def test_copies_are_made_once_some_rounds_have_been_read(monkeypatch):
     target, made = tiny_target("llama"), []
-    known = PrepackedWeights._of
-    monkeypatch.setattr(PrepackedWeights, "_of", lambda self, weight: made.append(1) or known(self, weight))
+    monkeypatch.setattr(prepacking, "Packed", lambda *args: made.append(1) or Packed(*args))
     drafter = a_drafter(0)
     call = {"assistant_model": drafter, **GREEDY}
     # Whether of one call or of several.
@@ -144,12 +143,17 @@ def rescale(target, factor: float, how: str) -> None:
             layer.weight.data = layer.weight.data * factor
         elif how == "rows of the data":
             layer.weight.data.copy_(layer.weight.data.flip(0))
+        elif how == "columns of the data" and layer is fitting(target)[0]:
+            layer.weight.data.copy_(layer.weight.data.flip(0))
+        elif how == "columns of the data":  # whole words, so that no sum of a row is another
+            layer.weight.data.copy_(layer.weight.data.roll(8, 1))
         else:
             layer.weight = nn.Parameter(layer.weight.detach() * factor)
 
 
 @pytest.mark.parametrize(
-    "how", ["in place", "in the data", "by other data", "rows of the data", "by another parameter"]
+    "how",
+    ["in place", "in the data", "by other data", "rows of the data", "columns of the data", "by another parameter"],
 )
 def test_changed_weights_are_noticed(how):
     target, prompt = deepcopy(tiny_target("llama")), prompt_of(6)
@@ -269,6 +273,8 @@ def test_only_plain_weights_in_one_piece_fit():
     assert not fits(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))
     layer = nn.Linear(8, 4)
     layer.weight = nn.Parameter(torch.zeros(8, 4).t())
+    assert not fits(layer)
+    layer.weight = nn.Parameter(torch.zeros(33)[1:].view(4, 8))
     assert not fits(layer)
 
 

@@ -35,12 +35,18 @@ def drafting_plan(
     drafter was given, which is `"auto"` if it was given nothing and its default for the device if it was given `None`.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is something else, or draws on a device that cannot.
     """
     # A field of ours, which a configuration has only where somebody set it.
     plan = vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
     if plan != "auto" and not isinstance(plan, DraftingPlan):
         raise ValueError(f'drafting_plan={plan!r} is no plan; give a DraftingPlan, "auto", or None for the default.')
+    drawn = generation_config.do_sample and plan != "auto" and plan.draft_sampling != "topk"
+    if drawn and device.type == "mps":
+        raise ValueError(
+            'draft_sampling="sampled" draws from float64, which MPS does not have; leave it out, or run the target on '
+            "another device."
+        )
     return plan
 
 

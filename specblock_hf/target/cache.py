@@ -41,6 +41,7 @@ class TargetCache:
         width (`int`): Columns that hold committed tokens, once the prompt has been read.
         visible (`torch.BoolTensor` of shape `[B, width]`, *optional*):
             Columns that count; `None` for all, which stays so until rows grow apart.
+        device (`torch.device`): Where masks are made, which need not be the layers'.
 
     Attributes:
         static (`bool`): The cache does not grow.
@@ -48,8 +49,11 @@ class TargetCache:
         states ([`RecurrentStates`]): Of layers that keep a state beside, or instead of, keys and values.
     """
 
-    def __init__(self, cache: Any, batch_size: int, width: int, visible: torch.BoolTensor | None):
+    def __init__(
+        self, cache: Any, batch_size: int, width: int, visible: torch.BoolTensor | None, device: torch.device
+    ):
         self.cache = cache
+        self._device = device
         self.width = width
         self.visible = visible
         self.static = isinstance(cache, StaticCache)
@@ -291,10 +295,6 @@ class TargetCache:
         """The layers that hold keys and values."""
         layers = self.cache.layers
         return [layer for layer in layers if isinstance(layer, cache_utils.CacheLayerMixin) and layer.keys is not None]
-
-    @property
-    def _device(self) -> torch.device:
-        return self._filled[0].keys.device
 
 
 _STATIC_LAYERS = {cache_utils.StaticLayer, cache_utils.LinearAttentionAndStaticFullAttentionLayer}

@@ -90,7 +90,7 @@ class TargetModel:
         self.cache, mask, width = inputs.cache, inputs.mask, inputs.cached + inputs.new
         visible = None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
         self._chunk_size = inputs.chunk_size(chunk_size, padded=visible is not None)
-        self._committed = TargetCache(self.cache, input_ids.shape[0], width, visible)
+        self._committed = TargetCache(self.cache, input_ids.shape[0], width, visible, self.device)
         self._next_position = inputs.last_positions(self.device) + 1
         self._limits = rope_limits(target)
         self._ahead = int(self._next_position.max()) - width if self._limits else 0

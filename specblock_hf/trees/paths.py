@@ -36,7 +36,8 @@ def path_sums_on_host(parents: Sequence[int], log_probs: Sequence[float]) -> lis
     in less time than an operator takes.
 
     Args:
-        parents (sequence of `int`): -1 for the root, -2 for padding; parents come before their children.
+        parents (sequence of `int`):
+            -1 for the root, -2 for padding; parents come before their children, and nothing is below others.
         log_probs (sequence of `float`): Of each node given its parent. What is none counts as impossible.
 
     Returns:
@@ -44,7 +45,7 @@ def path_sums_on_host(parents: Sequence[int], log_probs: Sequence[float]) -> lis
     """
     sums = []
     for parent, log_prob in zip(parents, log_probs, strict=True):
-        if parent < 0:
+        if parent < 0 or parent >= len(sums):
             sums.append(0.0 if parent == -1 else -math.inf)
         else:
             sums.append(sums[parent] + (min(log_prob, 0.0) if log_prob == log_prob else -math.inf))

@@ -9,10 +9,11 @@ from copy import deepcopy
 import pytest
 import torch
 from baselines_for_tests import pairs_for
+from batches_for_tests import padded_batch
 from conftest import prompt_of, tiny_target
 from training_for_tests import Told
 
-from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter
+from specblock_hf import DraftingPlan, JoinedDrafter, LookupDrafter, compile_rounds
 from specblock_hf.drafters.common.registry import trainable_drafters
 from specblock_hf.generation import loop
 
@@ -103,3 +104,27 @@ def test_a_prompt_leaves_the_keys_that_a_forward_leaves_and_nothing_else_is_comp
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert (state.calls, state.forward_rows) == (forwarded.calls, forwarded.forward_rows)
+
+
+@pytest.mark.parametrize("name", ["specblock", "eagle3", "dflash"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_under_autocast_keys_come_in_another_dtype(name, compiles):
+    target, drafter = tiny_target("llama"), drafter_of(name).eval()
+    call = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    call |= {"inputs": prompt_of(7)} if compiles else padded_batch((4, 12, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = target.generate(**call)
+        if compiles:
+            compile_rounds(target, drafter, max_length=24)
+        assert torch.equal(target.generate(**call, assistant_model=drafter), plain)
+    assert bool(drafter.last_statistics.compiled_rounds) == compiles
+
+
+@pytest.mark.parametrize("name", ["specblock", "falcon"])
+def test_a_default_device_is_not_the_hosts(name):
+    target, drafter = tiny_target("llama"), drafter_of(name).eval()
+    batch = padded_batch((4, 12, 7))
+    call = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 5, "pad_token_id": 0}
+    plain = target.generate(**batch, **call)
+    with torch.device("meta"):
+        assert torch.equal(target.generate(**batch, **call, assistant_model=drafter), plain)

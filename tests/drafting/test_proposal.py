@@ -24,6 +24,8 @@ from specblock_hf.drafting.drafter import DraftState
 from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.plan import Limits
 from specblock_hf.drafting.proposal import scored_nodes, within
+from specblock_hf.planning.controller import PlanController
+from specblock_hf.planning.offers import Choice, Way
 from specblock_hf.trees.distributions import DraftDistributions
 from specblock_hf.trees.tree import DraftTree
 
@@ -210,12 +212,22 @@ FAULTS: dict[str, Callable[[list[int], Limits], DraftTree]] = {
 PARTS = ("tokens", "parents", "log_probs", "origin")
 
 
+PLANS: tuple[DraftingPlan | str, ...] = (DraftingPlan(12, 1), DraftingPlan(12, 1, min_probability=0.01), "auto")
+
+
+@pytest.fixture
+def always_drafts(monkeypatch):
+    """The plan that finds itself, once it has found that unlikely nodes do not pay."""
+    monkeypatch.setattr(PlanController, "next", lambda self, setting, offer: Choice(12, Way(1), 0.01))
+
+
+@pytest.mark.usefixtures("always_drafts")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_broken_tree_costs_nothing_but_time(fault, name):
     target, prompt, text = TARGETS[name](), prompt_of(LENGTH), plain_text(name)
     options = {"max_new_tokens": LIMIT - LENGTH, **GREEDY}  # to the last position that there is
-    for plan in (DraftingPlan(12, 1), DraftingPlan(12, 1, min_probability=0.01)):
+    for plan in PLANS:
         drafter, sizes = Proposer(text, FAULTS[fault]), Sizes()
         drafter.drafting_plan = plan
         drafter.add_callback(sizes)
@@ -223,11 +235,12 @@ def test_a_broken_tree_costs_nothing_but_time(fault, name):
         assert all(tree.tokens.shape[1] <= 13 for tree in sizes.trees)
 
 
+@pytest.mark.usefixtures("always_drafts")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_tree_in_fixed_shapes(fault):
     """Where the device itself walks."""
     target, prompt, text = TARGETS["llama"](), prompt_of(LENGTH), plain_text("llama")
-    for plan in (DraftingPlan(12, 1), DraftingPlan(12, 1, min_probability=0.01)):
+    for plan in PLANS:
         drafter = Proposer(text, FAULTS[fault])
         drafter.drafting_plan = plan
         compile_rounds(target, drafter, max_length=LIMIT, tree_sizes=(4, 8))

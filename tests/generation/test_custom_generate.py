@@ -9,6 +9,7 @@ import torch
 from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
 from test_loop import KeepingStreamer, tokenizer  # noqa: F401
+from transformers import GenerationConfig
 
 import specblock_hf
 from specblock_hf.custom_generate import generate_without_hook
@@ -55,6 +56,15 @@ def test_stop_strings(tokenizer):  # noqa: F811
     assert plain.shape[1] < 37
     drafter = OracleDrafter(VOCAB, text, plan=lambda number: 8)
     assert torch.equal(generate_without_hook(target, drafter, **options), plain)
+
+
+@pytest.mark.parametrize(
+    "options", [{"generation_config": GenerationConfig(stop_strings=["a"])}, {"token_healing": True}]
+)
+def test_what_needs_the_tokenizer_elsewhere_is_refused(options, tokenizer):  # noqa: F811
+    options |= {"inputs": prompt_of(5), "tokenizer": tokenizer, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match=r"^custom_generate hands no tokenizer on.*give stop_strings and tokenizer"):
+        generate_without_hook(tiny_target("llama"), GarbageDrafter(VOCAB), **options)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fresh_import_for_tests import HOOKED
 from test_loop import GREEDY, KeepingStreamer, oracle, plain_text
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,6 +29,7 @@ import specblock_hf
 from specblock_hf import DraftingPlan
 from specblock_hf.compat import CACHE
 from specblock_hf.generation.hook import is_installed
+from specblock_hf.generation.requests import drafting_plan
 
 
 @pytest.mark.parametrize(
@@ -235,3 +237,11 @@ def test_everything_else_passes_through_untouched(options):
         assert run() == hooked
     finally:
         specblock_hf.install()
+
+
+def test_trees_are_not_drawn_where_there_is_no_float64():
+    drafter, device = GarbageDrafter(VOCAB), torch.device("mps")
+    drafter.drafting_plan = DraftingPlan(4, 1, draft_sampling="sampled")
+    assert drafting_plan(drafter, GenerationConfig(do_sample=False), device) is drafter.drafting_plan
+    with pytest.raises(ValueError, match=r"^draft_sampling=\"sampled\" draws from float64, which MPS does not have"):
+        drafting_plan(drafter, GenerationConfig(do_sample=True), device)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import sys
-from copy import deepcopy
+from copy import copy, deepcopy
 from types import FrameType
 
 import pytest
@@ -30,12 +30,24 @@ from specblock_hf.compat import CACHE
 from specblock_hf.target import cache as target_cache
 from specblock_hf.target import cache_layer as target_layer
 from specblock_hf.target import model as target_module
+from specblock_hf.target.cache import TargetCache
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
 PROMPT, ROUND = 11, 4  # tokens of the prompt, and of every round of the oracle below
 ONE = torch.ones(1, PROMPT, dtype=torch.long)
 KINDS = [("llama", "dynamic"), ("llama", "static"), ("mistral", "dynamic"), ("gemma3", "dynamic")]
+
+
+def test_rows_grow_apart_where_layers_are_on_another_device():
+    """The embedding's device has the trees and masks; a device map may part the layers from it."""
+    here, there, cache = torch.device("cpu"), torch.device("meta"), DynamicCache()
+    cache.update(*torch.zeros(2, 2, 1, PROMPT + 2, 4, device=there), 0)
+    for visible in (None, torch.ones(2, PROMPT, dtype=torch.bool)):
+        committed = TargetCache(copy(cache), 2, PROMPT, visible, here)
+        committed.commit(torch.tensor([[0, 1], [0, -1]]), 2)
+        assert committed.visible.device == here
+        assert committed.visible.sum(1).tolist() == [PROMPT + 2, PROMPT + 1]
 
 
 class Stop(BaseException):

@@ -126,7 +126,9 @@ class BlockCache:
             if isinstance(self.offsets, int):
                 store[:, :, self.offsets : self.offsets + new.shape[2]] = new
             else:
-                store.scatter_(2, self.columns_of(new.shape[2])[:, None, :, None].expand_as(new), new)
+                columns = self.columns_of(new.shape[2])[:, None, :, None]
+                # Under autocast they come in another dtype.
+                store.scatter_(2, columns.expand_as(new), new.to(store.dtype))
         return self.keys[layer_idx][:, :, : self.width], self.values[layer_idx][:, :, : self.width]
 
     def columns_of(self, count: int) -> torch.LongTensor:

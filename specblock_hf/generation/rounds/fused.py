@@ -67,7 +67,7 @@ class _Columns:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         for store, new in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
-            store.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
+            store.scatter_(2, self.columns[:, None, :, None].expand_as(new), new.to(store.dtype))
         return self.keys[layer_idx], self.values[layer_idx]
 
 
