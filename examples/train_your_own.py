@@ -16,7 +16,8 @@ import torch
 
 from specblock_hf import AutoDrafter
 from specblock_hf.cli import main
-from specblock_hf.cli.models import load_target
+from specblock_hf.cli.models import encode, load_target
+from specblock_hf.devices import best_device
 
 
 TASKS = (
@@ -93,10 +94,12 @@ if status := main(train):
     sys.exit(status)
 
 # 4. Decode with it. The text is the same as without; how far drafts were right is in the statistics.
-target, tokenizer = load_target(args.target, torch.float32)
+target, tokenizer = load_target(args.target, "auto")
+target = target.to(best_device())
 drafter = AutoDrafter.from_pretrained(args.output / "run" / "final", target=target, dtype="auto")
-inputs = tokenizer("Write three facts about the sun.", return_tensors="pt")
-target.generate(**inputs, assistant_model=drafter, max_new_tokens=64, do_sample=False)
+prompt_ids = encode(tokenizer, "Write three facts about the sun.", target.device)
+settings = {"attention_mask": torch.ones_like(prompt_ids), "max_new_tokens": 64, "do_sample": False}
+target.generate(prompt_ids, assistant_model=drafter, **settings)
 print(drafter.last_statistics.summary())
 
 log = [json.loads(line) for line in (args.output / "run" / "log.jsonl").read_text().splitlines()]

@@ -3,7 +3,8 @@
 """The `specblock` command. A subcommand is a module with `add_arguments(parser)` and `run(args)`, imported on use.
 
 `run` returns the exit status, or `None` for 0. A `ValueError`, `OSError` or `ImportError` that leaves it ends the
-command with its message alone, because that is what the library raises for bad input; the rest keeps its traceback.
+command with its message alone, because that is what the library raises for bad input, and a full device in what to
+lower; the rest keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+import torch
+
 from specblock_command import COMMANDS, command_line
 
 from ..version import __version__
 from .bars import without_bars
+
+
+LOWER = {
+    "train": "lower --batch-tokens, --max-length or --eval-examples",
+    "regenerate": "lower --batch-tokens or --batch-size",
+}
+"""What makes a subcommand need less of a device's memory."""
+LOWER_ELSEWHERE = "give --dtype bfloat16 or another --device"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,10 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name].set_defaults(run=module.run)
     args = parser.parse_args(arguments)
     try:
-        with without_bars():  # of loading and writing weights, which say nothing of how long a command takes
+        with without_bars(args.quiet):  # of loading and writing weights, which say nothing of how long a command takes
             return args.run(args) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"specblock {args.command}: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        words = LOWER.get(args.command, LOWER_ELSEWHERE)
+        print(f"specblock {args.command}: the device's memory is full; {words}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -31,7 +31,8 @@ from ..evaluation.report import markdown
 from ..evaluation.summary import summarise
 from .default_target import find_default_drafter
 from .demo import PROMPTS
-from .models import add_device, add_dtype, dtype_named, encode, load_target
+from .models import add_device, add_dtype, add_thinking, dtype_named, encode, load_target, tell_thinking
+from .options import Extending, refuse_below_one
 
 
 OWN = "specblock"
@@ -73,11 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", nargs="+", action=CommaSeparated, default=[], metavar="NAME", help="humaneval, mtbench, gsm8k")
     add("--gsm8k", metavar="FILE", help="JSON lines of GSM8K, which no package carries")
     add("--prompts", metavar="FILE", help="JSON lines of your own: prompt, question or turns")
-    add("--temperature", type=float, nargs="+", default=[0.0], help="0 is greedy (default: 0)")
+    add("--temperature", type=float, nargs="+", action=Extending, default=[0.0], help="0 is greedy (default: 0)")
     add("--max-new-tokens", type=int, default=128, help="of every answer (default: %(default)s)")
     add("--limit", type=int, help="prompts of each suite, evenly spaced (default: all)")
     add("--repeats", type=int, default=3, help="times that every answer is made (default: %(default)s)")
     add("--seed", type=int, default=0, help="of sampled answers (default: %(default)s)")
+    add_thinking(parser)
     add_dtype(parser)
     add_device(parser)
     add("--output", required=True, metavar="DIR", help="a run that was interrupted goes on there")
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     units = read_units(args)
     target, tokenizer = load_target(args.target, dtype_named(args.dtype))
+    tell_thinking(tokenizer, args.thinking)
     target = target.eval().to(args.device)
     methods = MethodLoader(target, tokenizer, drafter_paths(args)).load(args.methods)
     folder = ResultFolder(args.output)
@@ -133,10 +136,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.suite and args.prompts is None:
         raise ValueError("there is nothing to ask; name a suite with --suite, or a file with --prompts.")
-    for name in ("max_new_tokens", "repeats", "limit"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more.")
+    refuse_below_one(args, "max_new_tokens", "repeats", "limit")
     if min(args.temperature) < 0 or len(set(args.temperature)) < len(args.temperature):
         raise ValueError(f"the temperatures are {args.temperature}; give different ones of 0 (greedy) or more.")
     if args.plots:
@@ -186,7 +186,7 @@ def conditions(args: argparse.Namespace, target: PreTrainedModel, methods: Seque
         "gsm8k": args.gsm8k and name_of(args.gsm8k),
         "files": {name: state for name, path in given.items() if path and (state := state_of(path))},
         "temperatures": args.temperature,
-        **{name: vars(args)[name] for name in ("max_new_tokens", "limit", "repeats", "seed")},
+        **{name: vars(args)[name] for name in ("max_new_tokens", "limit", "repeats", "seed", "thinking")},
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config._attn_implementation,
         "hardware": hardware,
@@ -236,11 +236,12 @@ def all_identical(summary: dict[str, Any]) -> bool:
     )
 
 
-class CommaSeparated(argparse.Action):
+class CommaSeparated(Extending):
     """Values with blanks or with commas between them, as one list."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
-        setattr(namespace, self.dest, [part.strip() for text in values for part in text.split(",") if part.strip()])
+        parts = [part.strip() for text in values for part in text.split(",") if part.strip()]
+        super().__call__(parser, namespace, parts)
 
 
 def named(text: str) -> tuple[str, str]:

@@ -94,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
     add_model_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="for each answer (default: %(default)s)")
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts of your own instead of the six")
+    parser.add_argument(
+        "--prompts", nargs="+", action="extend", metavar="TEXT", help="prompts of your own instead of the six"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

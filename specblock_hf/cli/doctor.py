@@ -10,9 +10,11 @@ import sys
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.calibrate import calibrate
+from ..checkpoints.files import DrafterFiles
 from ..data.template import PromptStyle
 from ..drafters.find import Candidate, find_drafters
 from ..drafters.known import known_drafter
+from ..drafters.layouts import layout_of
 from ..drafting.drafter import TreeDrafter
 from ..drafting.plan import DraftingPlan
 from ..drafting.statistics import GenerationStatistics
@@ -102,13 +104,33 @@ def measure(
 
 
 def find_for(args: argparse.Namespace) -> Candidate | None:
-    """The drafter that there is for the target that the command line names alone, as if it named that, too."""
+    """
+    The drafter that there is for the target that the command line names alone, as if it named that, too.
+
+    Raises:
+        ValueError: There is none, or what is named is a drafter itself.
+    """
     if not args.target or args.drafter:
         return None
-    found = find_drafters(args.target).best()
+    try:
+        found = find_drafters(args.target).best()
+    except ValueError as error:
+        if not _is_drafter(args.target):
+            raise
+        raise ValueError(
+            f"{args.target} is a drafter; name the target first: specblock doctor TARGET {args.target}."
+        ) from error
     args.drafter = found.name
     print(f"found: {found.name} ({found.kind}, layout {found.layout}, for {found.trained_for})")
     return found
+
+
+def _is_drafter(name: str) -> bool:
+    try:
+        layout_of(DrafterFiles.of(name, {}).config, name)
+    except ValueError:
+        return False
+    return True
 
 
 def _style(found: Candidate | None, drafter: TreeDrafter) -> PromptStyle:

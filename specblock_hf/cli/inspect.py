@@ -15,6 +15,7 @@ from ..drafters.auto import AutoDrafter
 from ..drafters.common.configuration import UNRECORDED_LAYER
 from ..drafters.layouts import OURS, layout_of
 from . import inspect_trace as trace
+from .options import given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", action="store_true", help="run the target (default: the default one) and show a draft tree instead"
     )
-    trace.add_arguments(parser.add_argument_group("with --trace"))
+    trace.add_arguments(parser.add_argument_group("of a trace; any of them asks for one"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 1 if it does not fit `--target`, otherwise 0.
     """
-    if args.trace:
+    if args.trace or given(args, trace.add_arguments):
         return trace.run(args)
     drafter = AutoDrafter.from_pretrained(args.drafter, revision=args.revision)
     files = DrafterFiles.of(args.drafter, {"revision": args.revision})

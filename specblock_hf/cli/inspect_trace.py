@@ -18,10 +18,10 @@ from ..evaluation.trace_page import trace_page
 from ..trees.picture import TreePanel, check_format, save_trees
 from .bench import plan_of
 from .demo import PROMPTS
-from .models import add_device, add_dtype, dtype_named, encode, load_target
+from .models import add_device, add_dtype, add_thinking, dtype_named, encode, load_target, tell_thinking
 
 
-def add_arguments(group: argparse._ArgumentGroup) -> None:
+def add_arguments(group: argparse._ActionsContainer) -> None:
     """Add the options that only a trace has."""
     add = group.add_argument
     add("--against", metavar="DRAFTER", help="folder or Hub id of another drafter, traced at the same place")
@@ -38,10 +38,18 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         help="how much a round drafts; a second one is the other drafter's (default: each one's own)",
     )
     add("--lookup", action="store_true", help="add continuations found in the text so far to the trees")
+    add_thinking(group)
     add_dtype(group)
     add_device(group)
     add("--html", metavar="FILE", help="write a page that steps through the rounds of the answer")
-    add("--picture", nargs="+", default=[], metavar="FILE", help="draw the trees too: .svg or .png")
+    add(
+        "--picture",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="draw the trees too: .svg or .png",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     for picture in args.picture:
         check_format(picture)
     target, tokenizer = load_target(args.target, dtype_named(args.dtype))
+    tell_thinking(tokenizer, args.thinking)
     target = target.eval().to(args.device)
     names = [args.drafter] + ([args.against] if args.against else [])
     if len(args.plan) > len(names):

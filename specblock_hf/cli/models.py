@@ -56,13 +56,24 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: Collection[
         metavar=("NODES", "FORWARDS", "STARTS"),
         help="how much a round drafts, 0 starts being all (default: calibrated, or the drafter's own)",
     )
+    add_thinking(parser)
+    add_dtype(parser)
+    add_device(parser)
+
+
+def add_thinking(parser: argparse._ActionsContainer) -> None:
+    """Add `--thinking`, which [`tell_thinking`] is given."""
     parser.add_argument(
         "--thinking",
         action=argparse.BooleanOptionalAction,
         help="let the target think before it answers, or not (default: as its chat template has it)",
     )
-    add_dtype(parser)
-    add_device(parser)
+
+
+def tell_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> None:
+    """Change a tokenizer's chat template to one by which the target thinks, or does not; `None` leaves it as it is."""
+    if thinking is not None:
+        tokenizer.chat_template = template_that_thinks(tokenizer, thinking)
 
 
 def add_dtype(parser: argparse._ActionsContainer, default: str = "auto") -> None:
@@ -113,8 +124,7 @@ def load_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTo
         )
     drafter_path = args.drafter or find_default_drafter()
     target, tokenizer = load_target(args.target, dtype_named(args.dtype))
-    if args.thinking is not None:
-        tokenizer.chat_template = template_that_thinks(tokenizer, args.thinking)
+    tell_thinking(tokenizer, args.thinking)
     # The drafter keeps its checkpoint's dtype: it never decides a token, and half the bytes are half the time.
     drafter = AutoDrafter.from_pretrained(drafter_path, target=target, dtype="auto").eval().to(args.device)
     if args.lookup:

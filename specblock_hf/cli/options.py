@@ -1,6 +1,9 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Dataclasses on a command line: an option for every field, or `NAME=VALUE` for the fields of any one of them."""
+"""
+Dataclasses on a command line: an option for every field, or `NAME=VALUE` for the fields of any one of them. And what
+commands ask of their options.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_type_hints
 
 
@@ -30,11 +33,39 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, required: str) -> No
         if field.name == required:
             parser.add_argument(name, dest=field.name, required=True, help=words)
         elif field.default_factory is not dataclasses.MISSING:
-            parser.add_argument(name, type=get_args(hint)[0], nargs="+", default=field.default_factory(), help=text)
+            default = field.default_factory()
+            parser.add_argument(name, type=get_args(hint)[0], nargs="+", action=Extending, default=default, help=text)
         elif isinstance(field.default, tuple):
             parser.add_argument(name, type=float, nargs=len(field.default), default=field.default, help=text)
         else:
             parser.add_argument(name, type=hint, default=field.default, help=text)
+
+
+class Extending(argparse.Action):
+    """As argparse's `extend`, but the option's first occurrence replaces the default."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        former = vars(namespace)[self.dest]
+        setattr(namespace, self.dest, [*([] if former is self.default else former), *values])
+
+
+def given(args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None]) -> list[str]:
+    """Which of the options that a function adds have other values than their defaults."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name in defaults if vars(args)[name] != defaults[name]]
+
+
+def refuse_below_one(args: argparse.Namespace, *names: str) -> None:
+    """
+    Raises:
+        ValueError: One of these options is given and below 1.
+    """
+    for name in names:
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more.")
 
 
 def descriptions(kind: type) -> dict[str, str]:

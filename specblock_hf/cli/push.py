@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", help="Hub id; made if it is not there")
     parser.add_argument("--card", help="file to use as the card instead of making one")
     parser.add_argument("--license", help="of the weights")
-    parser.add_argument("--language", nargs="+", default=[], help="codes of the training data's languages")
-    parser.add_argument("--dataset", nargs="+", default=[], help="Hub ids or names of the training data")
+    several = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--language", **several, help="codes of the training data's languages")
+    parser.add_argument("--dataset", **several, help="Hub ids or names of the training data")
     parser.add_argument(
         "--training",
         help="JSON file of hyperparameters, such as a training run's arguments.json (default: what `specblock train` "

@@ -20,13 +20,15 @@ from transformers import (
 )
 
 from ..data.suites import SUITES
+from ..data.template import PromptStyle
 from ..regeneration.answer_file import AnswerFile
 from ..regeneration.answering import Answering, Prompt, groups_of, without_refills
 from ..regeneration.prompts import Shares, evaluation_digests, read_prompts
 from ..regeneration.server import ENGINES, Server, ServerAnswering
 from ..target.recurrent import is_recurrent
 from .default_target import DEFAULT_TARGET
-from .models import add_dtype, dtype_named, load_target
+from .models import add_dtype, add_thinking, dtype_named, load_target, tell_thinking
+from .options import given, refuse_below_one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--prompts",
         nargs="+",
+        action="extend",
         required=True,
         metavar="SOURCE",
         help="JSON lines (prompt, question, instruction, messages or conversations), a folder of them, a data set on "
         "the Hub as owner/name[/subset][:split], or sharegpt",
     )
     add("--output", required=True, metavar="DIR", help="folder for the answers; a run there goes on")
+    add_thinking(parser)
     add("--max-new-tokens", type=int, default=320, help="longest answer (default: %(default)s)")
     add("--answers", type=int, default=1, help="answers to every prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="of sampled answers; 0: all are greedy (default: %(default)s)")
@@ -54,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--exclude",
         nargs="+",
+        action="extend",
         default=[],
         metavar="SOURCE",
         help="leave out prompts that stand in these sources, too, or in a package's suite "
@@ -68,19 +73,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     here.add_argument("--device", help="where to run (default: this process's GPU, or cpu)")
     there = parser.add_argument_group("asking a server instead that speaks OpenAI's chat protocol")
     there.add_argument("--server", metavar="URL", help="up to and including /v1")
-    there.add_argument("--model", help="its name for the target (default: the name of --target)")
-    there.add_argument("--engine", choices=list(ENGINES), default="openai", help="what it is (default: %(default)s)")
-    there.add_argument("--api-key", help="bearer token, if it wants one")
-    there.add_argument("--in-flight", type=int, default=64, help="requests at a time (default: %(default)s)")
-    there.add_argument("--tries", type=int, default=8, help="of every request (default: %(default)s)")
+    add_server_arguments(there)
+
+
+def add_server_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options that only a server has."""
+    add = group.add_argument
+    add("--model", help="its name for the target (default: the name of --target)")
+    add("--engine", choices=list(ENGINES), default="openai", help="what it is (default: %(default)s)")
+    add("--api-key", help="bearer token, if it wants one")
+    add("--in-flight", type=int, default=64, help="requests at a time (default: %(default)s)")
+    add("--tries", type=int, default=8, help="of every request (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Answer every prompt that has no answer in the output folder yet."""
     shares = Shares(args.answers, args.temperature, args.greedy_share)
-    if min(args.max_new_tokens, args.batch_size, args.batch_tokens, args.in_flight, args.tries) < 1:
+    refuse_below_one(args, "max_new_tokens", "batch_size", "batch_tokens", "in_flight", "tries", "limit")
+    if args.server is None and (of_a_server := given(args, add_server_arguments)):
         raise ValueError(
-            "--max-new-tokens, --batch-size, --batch-tokens, --in-flight and --tries must each be 1 or more."
+            f"{', '.join(of_a_server)} would be ignored, because no server is asked; name it with --server, or leave "
+            "them out."
         )
     state = PartialState(cpu=args.device == "cpu" or args.server is not None)
     answers = AnswerFile(Path(args.output), state.process_index, state.num_processes)
@@ -100,12 +113,26 @@ def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers:
     else:
         config, tokenizer = AutoConfig.from_pretrained(args.target), AutoTokenizer.from_pretrained(args.target)
         settings = load_settings(args.target, config)
+    tell_thinking(tokenizer, args.thinking)
+    name, context = args.target or DEFAULT_TARGET, config.get_text_config().max_position_embeddings
+    if args.max_new_tokens >= context:
+        raise ValueError(
+            f"--max-new-tokens is {args.max_new_tokens}, which leaves no room for a prompt in the {context} tokens "
+            "that the target can read; give fewer."
+        )
+    answers.claim(
+        {
+            "target": Path(name).as_posix(),  # however a folder's name ends
+            **PromptStyle.of(tokenizer)._asdict(),
+            "max_new_tokens": args.max_new_tokens,
+        }
+    )
     stop_ids = stop_ids_of(settings, tokenizer)
     prompts, left_out = read_prompts(
         args.prompts,
         tokenizer,
         evaluation_digests(args.exclude),
-        config.get_text_config().max_position_embeddings - args.max_new_tokens,
+        context - args.max_new_tokens,
         shares,
         args.limit,
         state.process_index,
@@ -116,9 +143,12 @@ def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers:
     if state.is_main_process:
         tqdm.write(heading(len(prompts), len(missing), left_out, state.num_processes))
     shown = state.is_main_process and not args.quiet
+    cut = 0
     with Progress(len(prompts), len(missing), args.max_new_tokens, shown) as progress:
 
         def finished(pairs: list[tuple[Prompt, list[int]]]) -> None:
+            nonlocal cut
+            cut += sum(stop_ids.isdisjoint(answer[-1:]) for _, answer in pairs)
             answers.append(answer_rows(tokenizer, pairs))
             progress.add(len(pairs))
 
@@ -129,11 +159,12 @@ def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers:
         if args.server is not None:
             server = Server(
                 args.server,
-                args.model or args.target or DEFAULT_TARGET,
+                args.model or name,
                 args.engine,
                 args.api_key,
                 args.in_flight,
                 args.tries,
+                thinking=args.thinking,
             )
             asking = ServerAnswering(server, tokenizer, args.max_new_tokens, stop_ids, args.seed)
             asking.ask(missing, arrived)
@@ -143,6 +174,8 @@ def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers:
             groups = groups_of(missing, args.batch_size, args.batch_tokens, args.max_new_tokens, args.seed)
             for pairs in answer_groups(target, groups, args.max_new_tokens, stop_ids, args.seed, progress.write):
                 finished(pairs)
+    if cut:
+        tqdm.write(f"{cut} of {progress.done} answers stopped at --max-new-tokens {args.max_new_tokens}")
 
 
 def answer_groups(

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +38,12 @@ from ..target.masks import TreeMasks
 from ..training.arguments import DrafterTrainingArguments
 from ..training.batches import batches_of_epoch, draft_vocabulary, padding_share
 from ..training.cpu_attention import NAME as CPU_ATTENTION
-from ..training.estimate import rehearse
+from ..training.estimate import duration, rehearse
 from ..training.initial_weights import reshape, start_from_target
+from ..training.processes import make_accelerator
 from ..training.target_views import FeatureStore, TargetView, view_target
 from ..training.termination import Terminated
-from ..training.trainer import DrafterTrainer, make_accelerator
+from ..training.trainer import DrafterTrainer
 from .models import load_target
 from .options import add_fields, read_pairs
 
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="fields of the drafter's configuration; with --init-from those in which it shall differ",
@@ -72,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="what is trained, by drafter: " + "; ".join(f"{name}: {_known_objective(name)}" for name in kinds),
@@ -88,16 +91,12 @@ def run(args: argparse.Namespace) -> int:
     Train, and leave the drafter in `OUTPUT/final`.
 
     Returns:
-        `int`: 0, or what a shell says of SIGTERM if the run was ended by it.
+        `int`: 0, or what a shell says of the signal if the run was ended by one.
     """
     names = [field.name for field in dataclasses.fields(DrafterTrainingArguments)]
     arguments = DrafterTrainingArguments(**{name: getattr(args, name) for name in names})
     accelerator = make_accelerator(arguments, args.cpu)
     main = accelerator.is_main_process
-    folder = Path(arguments.output_dir)
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
     torch.manual_seed(arguments.seed)
     target, tokenizer = _load_target(args, accelerator)
     table = TokenTable.of(target)
@@ -114,10 +113,29 @@ def run(args: argparse.Namespace) -> int:
     evaluate = _evaluation(args, objective, measured, chains) if measured else None
     if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
+    choices = {
+        "--target": published(target.config.name_or_path),
+        "--init-from": published(args.init_from or "nothing"),
+        "--greedy-only": args.greedy_only,
+    }
     trainer = DrafterTrainer(
-        drafter, table, chosen, views, arguments, evaluate, objective, accelerator, progress=not args.quiet
+        *(drafter, table, chosen, views, arguments, evaluate, objective, accelerator),
+        progress=not args.quiet,
+        choices=choices,
     )
-    rehearsal = rehearse(trainer, target, *(_expected(args, drafter, target, measured) if measured else ()))
+    final = trainer.folder / "final"
+    if trainer.find():
+        if trainer.is_over and (final / TRAINING).is_file():
+            say(f"finished already: {final} is the drafter of its {trainer.step} steps; go on with --init-from it.")
+            accelerator.end_training()
+            return 0
+        say(f"resuming at {_place(trainer)}")
+    if main:
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        (trainer.folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
+        (final / TRAINING).unlink(missing_ok=True)  # of a run that had less time, and goes on
+    measuring = _expected(args, drafter, target, measured) if measured else ()
+    rehearsal = rehearse(trainer, target, args.views is not None, *measuring)
     if main:
         batches = batches_of_epoch(trainer.examples, arguments.batch_tokens, arguments.seed, 0)
         print(f"padding: {padding_share(trainer.examples, batches):.1%} of the batches' places")
@@ -126,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         trainer.train()
     except Terminated as end:
         print(f"specblock train: {end}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        return 128 + end.by
     trained = trainer.whole_drafter().to(target.dtype)
     if main:
         facts = training_facts(args, arguments, chosen, held_out)
@@ -134,6 +152,12 @@ def run(args: argparse.Namespace) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
+
+
+def _place(trainer: DrafterTrainer) -> str:
+    if not trainer.args.max_seconds:
+        return f"step {trainer.step} of {trainer.total_steps}"
+    return f"step {trainer.step}, after {duration(trainer.seconds)} of {duration(trainer.args.max_seconds)}"
 
 
 def finish(
@@ -254,7 +278,7 @@ def _views(
         return lambda indices: view_target(target, [examples[i] for i in indices], layers, TOP_K)
     store = FeatureStore(args.views, examples)
     part = (shared.process_index, shared.num_processes) if shared else (0, 1)
-    store.build(target, layers, TOP_K, part=part, progress=not args.quiet)
+    store.build(target, layers, TOP_K, args.batch_tokens, part, progress=not args.quiet)
     if shared:
         shared.wait_for_everyone()
     return lambda indices: [store[i] for i in indices]
@@ -276,7 +300,9 @@ def _measured(
     if not greedy:
         return None
     views = _views(args, greedy, target, drafter.feature_layers)
-    return Measured(TokenTable.of(target), greedy, views(list(range(len(greedy)))))
+    batches = batches_of_epoch(greedy, args.batch_tokens, seed=0, epoch=0)
+    found = dict(zip(itertools.chain(*batches), itertools.chain(*map(views, batches)), strict=True))
+    return Measured(TokenTable.of(target), greedy, [found[i] for i in range(len(greedy))])
 
 
 def _plans_of_evaluation(args: argparse.Namespace, drafter: PreTrainedModel) -> list[DraftingPlan]:

@@ -7,11 +7,21 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from .template import PromptStyle, template_that_thinks
+
+
+logger = logging.getLogger(__name__)
+
+ANSWERED_BY = "answered_by.json"
+"""The file of a folder of answers that says whose they are: `target`, [`PromptStyle`]'s fields, `max_new_tokens`."""
 
 
 @dataclass
@@ -47,7 +57,7 @@ def read_rows(path: str | Path) -> Iterator[dict]:
         path (`str` or `Path`): File, or folder with files `*.jsonl` or `*.jsonl.gz`.
 
     Raises:
-        ValueError: A line is not JSON; the message names it.
+        ValueError: A line is not a JSON object; the message names it.
     """
     path = Path(path)
     if path.is_dir():
@@ -57,11 +67,17 @@ def read_rows(path: str | Path) -> Iterator[dict]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}, line {number} is not JSON ({error}); repair or remove that line."
                 ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f'{path}, line {number} is not a JSON object like {{"prompt": "Hello"}}, and every row is one; '
+                    "repair or remove that line."
+                )
+            yield row
 
 
 def as_messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
@@ -87,20 +103,32 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+def answered_by(path: str | Path) -> dict[str, Any]:
+    """What the folder of answers, or that of a file of them, says of whose they are; nothing in older ones."""
+    path = Path(path)
+    said = (path if path.is_dir() else path.parent) / ANSWERED_BY
+    return json.loads(said.read_text()) if said.exists() else {}
+
+
 def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> list[Example]:
     """
-    Read answers as `specblock regenerate` writes them: `prompt`, `answer_ids`, `temperature` in every row.
+    Read answers as `specblock regenerate` writes them: `prompt`, `answer_ids`, `temperature` in every row. Warns of
+    conversations that are longer than `max_length`.
 
     Args:
         path (`str` or `Path`): JSON-lines file, or a folder of them.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's; its chat template renders the prompt.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The target's; its chat template renders the prompt, and is told to think or not as it was for the answers.
         max_length (`int`, *optional*, defaults to 1024): Longest conversation in tokens; longer ones are cut at the
             end.
 
     Raises:
-        ValueError: A row lacks one of the three, or no row holds an answer of two tokens.
+        ValueError: A row lacks one of the three, or no row holds an answer of two tokens, or none within `max_length`.
     """
-    examples = []
+    thinks, usual = answered_by(path).get("thinking"), PromptStyle.of(tokenizer).thinking
+    if None not in (thinks, usual) and thinks != usual:
+        tokenizer.chat_template = template_that_thinks(tokenizer, thinks)
+    examples, cut, left_out = [], 0, 0
     for number, row in enumerate(read_rows(path), 1):
         if not {"prompt", "answer_ids", "temperature"} <= row.keys():
             raise ValueError(
@@ -109,12 +137,28 @@ def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
             )
         messages = as_messages(row["prompt"])
         prompt_ids = render_prompt(tokenizer, messages)
-        ids = (prompt_ids + row["answer_ids"])[:max_length]
+        whole = prompt_ids + row["answer_ids"]
+        ids = whole[:max_length]
         if len(ids) - len(prompt_ids) < 2:  # nothing that a drafter could predict
+            left_out += len(whole) - len(prompt_ids) >= 2
             continue
+        cut += len(ids) < len(whole)
         examples.append(Example(ids, len(prompt_ids), row["temperature"] == 0.0, prompt_key(messages)))
+    if left_out and not examples:
+        raise ValueError(
+            f"no conversation of {path} has two tokens of its answer within --max-length {max_length}; give more."
+        )
     if not examples:
         raise ValueError(f"{path} holds no answer of two tokens or more; regenerate it with `specblock regenerate`.")
+    if cut or left_out:
+        logger.warning(
+            "%d conversations of %s were cut at --max-length %d, and %d left out whose prompts fill it; raise it to "
+            "keep them whole.",
+            cut,
+            path,
+            max_length,
+            left_out,
+        )
     return examples
 
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 
 _TURN = [{"role": "user", "content": "Hello"}]
-_SWITCH = "enable_thinking"
+SWITCH = "enable_thinking"
 """What chat templates call it."""
 
 _UNTOLD = {
-    thinks: f"{{% if {_SWITCH} is not defined %}}{{% set {_SWITCH} = {str(thinks).lower()} %}}{{% endif %}}"
+    thinks: f"{{% if {SWITCH} is not defined %}}{{% set {SWITCH} = {str(thinks).lower()} %}}{{% endif %}}"
     for thinks in (True, False)
 }
 """Before a template: what it takes for said where nothing is."""
@@ -37,7 +37,7 @@ def template_that_thinks(tokenizer: PreTrainedTokenizerBase, thinks: bool) -> st
         ValueError: The template has no switch for it.
     """
     if PromptStyle.of(tokenizer).thinking is None:
-        raise ValueError(f"this tokenizer's chat template has no {_SWITCH} to set; leave --thinking out.")
+        raise ValueError(f"this tokenizer's chat template has no {SWITCH} to set; leave --thinking out.")
     return _UNTOLD[thinks] + tokenizer.chat_template
 
 
@@ -62,7 +62,7 @@ class PromptStyle(NamedTuple):
             return cls()
         usual, on, off = (
             tokenizer.apply_chat_template(_TURN, tokenize=False, add_generation_prompt=True, **said)
-            for said in ({}, {_SWITCH: True}, {_SWITCH: False})
+            for said in ({}, {SWITCH: True}, {SWITCH: False})
         )
         for told in _UNTOLD.values():
             template = template.removeprefix(told)
@@ -88,7 +88,7 @@ class PromptStyle(NamedTuple):
             said = ", and --thinking to commands" if self.thinking else ", and --no-thinking to commands"
             return (
                 f"This drafter was trained on answers {trained} thinking, and with this tokenizer's chat template the "
-                f"target {does} unless it is told to; pass {_SWITCH}={self.thinking} to apply_chat_template"
+                f"target {does} unless it is told to; pass {SWITCH}={self.thinking} to apply_chat_template"
                 f"{said}, or fewer tokens are accepted."
             )
         if None not in (self.chat_template, found.chat_template) and self.chat_template != found.chat_template:

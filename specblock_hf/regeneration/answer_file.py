@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..data.examples import as_messages, prompt_key
+from ..checkpoints.saving import save_text_whole
+from ..data.examples import ANSWERED_BY, answered_by, as_messages, prompt_key
 
 
 PATIENCE = 5.0
@@ -33,6 +35,7 @@ class AnswerFile:
 
     def __init__(self, folder: Path, process: int = 0, processes: int = 1):
         self.folder = folder
+        self.process = process
         self.path = folder / f"answers-{process:05d}-of-{processes:05d}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{self.path}.lock")
@@ -55,6 +58,28 @@ class AnswerFile:
                 os.truncate(path, len(_whole_lines(path)))
         except Timeout:
             pass  # its process runs, and is just writing the rest
+
+    def claim(self, whose: Mapping[str, Any]) -> None:
+        """
+        Have the folder say whose answers it holds, which those of older releases do not.
+
+        Args:
+            whose (mapping): What all of its answers share, ready for JSON.
+
+        Raises:
+            ValueError: It holds others.
+        """
+        begun = any(path.stat().st_size for path in self.folder.glob("answers-*.jsonl"))
+        before = answered_by(self.folder) if begun else {}
+        changed = [name for name in whose if before and before.get(name) != whose[name]]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{self.folder} holds answers with {name} = {before.get(name)!r} and this run's have {whose[name]!r}, "
+                "but a drafter learns from answers of one kind; give another --output, or the same options to go on."
+            )
+        if self.process == 0:
+            save_text_whole(self.folder / ANSWERED_BY, json.dumps(dict(whose)) + "\n")
 
     def answered(self) -> set[tuple[str, float, int]]:
         """Key, temperature and number of every answer in the folder, those of other processes included."""

@@ -297,5 +297,6 @@ def read_prompts(
             prompts += shares.of(Prompt(given, source, key, tuple(ids), 0.0))
     if not prompts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "there are none"
-        raise ValueError(f"no prompt is left to answer ({reasons}); give other prompts.")
+        shorter = ", or a smaller --max-new-tokens" if left_out["too long"] else ""
+        raise ValueError(f"no prompt is left to answer ({reasons}); give other prompts{shorter}.")
     return prompts, left_out

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 
 from ..compat import HTTP
+from ..data.template import SWITCH
 from .answering import Prompt
 
 
@@ -58,6 +59,7 @@ class Server:
         tries (`int`, *optional*, defaults to 8): Of every request, with growing pauses between them.
         timeout (`float`, *optional*, defaults to 600.0): Seconds for one answer.
         pause (`float`, *optional*, defaults to 1.0): Seconds before the second try, doubled with every other.
+        thinking (`bool`, *optional*): Whether its chat template lets the target think; as it has it if not given.
     """
 
     url: str
@@ -68,6 +70,7 @@ class Server:
     tries: int = 8
     timeout: float = 600.0
     pause: float = 1.0
+    thinking: bool | None = None
 
 
 class ServerAnswering:
@@ -175,6 +178,8 @@ class ServerAnswering:
             # It samples only if the generation configuration says so, whatever the temperature.
             settings = {"do_sample": True, "top_k": 0} if prompt.temperature > 0 else {"do_sample": False}
             body["generation_config"] = json.dumps({**settings, "repetition_penalty": 1.0})
+        if self.server.thinking is not None:
+            body["chat_template_kwargs"] = {SWITCH: self.server.thinking}
         sampling = {"seed": prompt.seed(self.seed) % 2**31, "top_p": 1.0} if prompt.temperature > 0 else {}
         messages = prompt.given
         if isinstance(messages, str):

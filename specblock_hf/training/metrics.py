@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -80,3 +81,18 @@ def bucket_scores(confusion: torch.Tensor) -> dict[str, dict[str, float]]:
         bucket: {name: round(values[index].item(), 4) for name, values in scores.items()}
         for index, bucket in enumerate(BUCKETS)
     }
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A line of the log with a name of its own for every number, as trackers want it: `agreement/1/2` is the second slot
+    of the first block, `depths/1` the first depth.
+    """
+    numbers: dict[str, Any] = {}
+    for name, value in row.items():
+        parts = dict(enumerate(value, 1)) if isinstance(value, list) else value
+        if isinstance(parts, dict):
+            numbers |= {f"{name}/{rest}": number for rest, number in flat(parts).items()}
+        else:
+            numbers[name] = value
+    return numbers

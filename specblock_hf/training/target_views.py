@@ -41,6 +41,11 @@ class TargetView:
     top_ids: torch.Tensor
     top_probs: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes on the disk."""
+        return self.features.nbytes + self.top_ids.nbytes + self.top_probs.nbytes
+
 
 @torch.no_grad()
 @without_cudnn_attention

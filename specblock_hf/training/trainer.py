@@ -11,57 +11,35 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_folder_whole, save_text_whole
 from ..data.examples import Example
 from ..devices import PhaseClock, without_cudnn_attention
 from ..drafting.pairs import TokenTable
-from ..drafting.target_batch import TargetBatch
 from .arguments import DrafterTrainingArguments
 from .batches import batches_from, batches_of_epoch, collate, draft_ids_of
-from .metrics import merge_outputs, report_of
+from .metrics import flat, merge_outputs, report_of
 from .optimizers import make_optimizers
+from .processes import ObjectiveModule, make_accelerator
+from .settings import refuse_other_settings, settings_of
 from .target_views import TargetView
 from .termination import Terminated, Termination
 
 
 MOST_UNSOUND = 10
 """Steps in a row whose gradients are not finite before a run ends; single ones are left out."""
-
-
-class ObjectiveModule(nn.Module):
-    """
-    A drafter whose `forward` is its objective: what accelerate wraps, so that every weight of a step is used within
-    one call, whatever the drafter calls in between.
-
-    Args:
-        drafter ([`~transformers.PreTrainedModel`]): A `TreeDrafter`; its weights become `drafter.*`.
-        objective (*optional*): See [`TreeDrafter.loss`].
-    """
-
-    def __init__(self, drafter: PreTrainedModel, objective: Any = None):
-        super().__init__()
-        self.drafter = drafter
-        self.objective = objective
-        self._no_split_modules = drafter._no_split_modules  # what FSDP shards one by one
-
-    def forward(self, batch: TargetBatch, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return self.drafter.loss(batch, self.objective, progress=progress, generator=generator)
 
 
 @dataclass(eq=False)
@@ -81,6 +59,8 @@ class DrafterTrainer:
         objective (*optional*): An instance of the drafter's `objective_class`; its defaults if not given.
         accelerator ([`~accelerate.Accelerator`], *optional*): Made by [`make_accelerator`] if not given.
         progress (`bool`, *optional*, defaults to `True`): Show a bar on the standard error stream.
+        choices (`dict[str, Any]`, *optional*):
+            What else the run follows from, by the option that says it; other values cannot take its checkpoints up.
     """
 
     drafter: Any
@@ -92,6 +72,7 @@ class DrafterTrainer:
     objective: Any = None
     accelerator: Accelerator | None = None
     progress: bool = True
+    choices: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         args, drafter = self.args, self.drafter
@@ -99,6 +80,7 @@ class DrafterTrainer:
             raise ValueError("there is no conversation to train on; give more answers or hold fewer of them out.")
         self.accelerator = self.accelerator or make_accelerator(args, cpu=self.table.device.type == "cpu")
         self.folder = Path(args.output_dir)
+        self.settings = settings_of(args, drafter, self.objective, self.examples) | self.choices
         self.batches_a_step = self.accelerator.num_processes * args.gradient_accumulation
         batches_an_epoch = len(batches_of_epoch(self.examples, args.batch_tokens, args.seed, 0))
         self.total_steps = max(1, round(batches_an_epoch * args.epochs / self.batches_a_step))
@@ -135,7 +117,8 @@ class DrafterTrainer:
         there.
 
         Raises:
-            Terminated: This process, the only one, got SIGTERM; the step that it was in is finished and saved.
+            Terminated: This process, the only one, got SIGTERM or SIGINT; the step that it was in is finished and
+                saved.
         """
         self.resume()
         args = self.args
@@ -166,7 +149,7 @@ class DrafterTrainer:
                     self.log_evaluation()
                     started = time.perf_counter()
                 if termination.asked:
-                    raise Terminated(self.step)
+                    raise Terminated(self.step, termination.asked)
                 if self.is_over:
                     break
         self.module.eval()
@@ -255,7 +238,7 @@ class DrafterTrainer:
             raise ValueError(
                 f"the gradients of the last {MOST_UNSOUND} steps were not finite, the last of them step "
                 f"{self.step + 1}; lower --learning-rate, or leave out the answers that the target itself has no "
-                "finite states for. The same command goes on from the newest checkpoint."
+                "finite states for, and begin in another --output with --init-from the newest checkpoint."
             )
         return False
 
@@ -333,7 +316,7 @@ class DrafterTrainer:
         self.write(row)
 
     def write(self, row: dict) -> None:
-        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.step)
+        self.accelerator.log(flat(row), step=self.step)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "log.jsonl", "a") as log:
@@ -354,7 +337,7 @@ class DrafterTrainer:
         weights, optimizer = self.state_dicts()
         if self.accelerator.is_main_process:
             state = {"optimizer": optimizer, "step": self.step, "tokens_seen": self.tokens_seen}
-            state |= {"batches_a_step": self.batches_a_step, "seconds": self.seconds, "made_by": self.args.optimizer}
+            state |= {"batches_a_step": self.batches_a_step, "seconds": self.seconds, "settings": self.settings}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             final, aside = self.folder / f"checkpoint-{self.step}", self.folder / "checkpoint.partial"
@@ -368,16 +351,28 @@ class DrafterTrainer:
     def checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
 
-    def resume(self) -> None:
+    def find(self) -> Path | None:
         """
-        Take up the newest checkpoint of the output folder, if there is one, and cut the log back to it.
+        The newest checkpoint of the output folder, if there is one; the run stands where that was made, its weights
+        where they were.
 
         Raises:
-            ValueError: The checkpoint is of a run with another number of batches a step, or with another optimiser.
+            ValueError: The checkpoint is of a run of other settings, see [`refuse_other_settings`].
         """
         found = self.checkpoints()
-        if found:
-            self.load(found[-1])
+        if not found:
+            return None
+        state = torch.load(found[-1] / "trainer.pt", weights_only=True, mmap=True)
+        refuse_other_settings(found[-1], state, self.settings, self.batches_a_step)
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.seconds = state.get("seconds", 0.0)  # checkpoints of before runs had a limit of time
+        return found[-1]
+
+    def resume(self) -> None:
+        """Take up the checkpoint of [`find`], if there is one, and cut the log back to it."""
+        checkpoint = self.find()
+        if checkpoint is not None:
+            self.load(checkpoint)
         self.accelerator.wait_for_everyone()
         log = self.folder / "log.jsonl"
         if log.exists() and self.accelerator.is_main_process:
@@ -386,19 +381,8 @@ class DrafterTrainer:
             save_text_whole(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     def load(self, checkpoint: Path) -> None:
+        """Take over the weights and the optimiser's state."""
         state = torch.load(checkpoint / "trainer.pt", weights_only=True)
-        if state["batches_a_step"] != self.batches_a_step:
-            raise ValueError(
-                f"{checkpoint} was made with {state['batches_a_step']} batches a step and this run has "
-                f"{self.batches_a_step} (processes times --gradient-accumulation); make the product the same, or "
-                "begin in another folder with --init-from."
-            )
-        made_by = state.get("made_by", "adamw")  # checkpoints of before there was a choice
-        if made_by != self.args.optimizer:
-            raise ValueError(
-                f"{checkpoint} was made by {made_by} and this run has {self.args.optimizer}; name the same "
-                "--optimizer, or begin in another folder with --init-from."
-            )
         weights = {f"drafter.{name}": value for name, value in load_file(checkpoint / "model.safetensors").items()}
         set_state_dict(
             self.module,
@@ -408,37 +392,5 @@ class DrafterTrainer:
             options=StateDictOptions(full_state_dict=True),
         )
         self.draft_ids = draft_ids_of(self.drafter, self.table.vocab_size)
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self.seconds = state.get("seconds", 0.0)  # checkpoints of before runs had a limit of time
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accelerator:
-    """
-    The processes, precision and trackers of a run.
-
-    Args:
-        args ([`DrafterTrainingArguments`]): For the precision and the trackers.
-        cpu (`bool`, *optional*, defaults to `False`): Leave accelerators alone.
-
-    Raises:
-        ValueError: A tracker is not installed.
-    """
-    for name in args.report_to:
-        if name not in get_available_trackers():
-            raise ValueError(f"report_to names {name!r}, which is not installed here; install it or leave it out.")
-    # Before parts of the objective join, their weights have no gradient, which is an error in processes that meet.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    # While the main process measures, the others wait.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to or None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[unused, patient],
-    )
-    if args.report_to:
-        accelerator.init_trackers("specblock", config={"arguments": json.dumps(vars(args))})
-    return accelerator

@@ -43,7 +43,7 @@ def path_sums_on_host(parents: Sequence[int], log_probs: Sequence[float]) -> lis
     Returns:
         `list[float]`: One for each node, natural logarithms.
     """
-    sums = []
+    sums: list[float] = []
     for parent, log_prob in zip(parents, log_probs, strict=True):
         if parent < 0 or parent >= len(sums):
             sums.append(0.0 if parent == -1 else -math.inf)

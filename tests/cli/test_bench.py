@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from models_for_tests import save_models
+from transformers import AutoTokenizer
 
 from specblock_hf import DraftingPlan, cli
 from specblock_hf.cli import bench
@@ -131,6 +132,23 @@ def test_other_files_of_the_same_name_are_refused_in_the_same_folder(folders, tm
     assert "with files = {" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_target_is_told_not_to_think(folders, tmp_path, capsys):
+    target = tmp_path / "target"
+    shutil.copytree(folders["target"], target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = "{{ messages[0].content }}{{ 'y' if enable_thinking | default(true) else 'nnn' }}"
+    tokenizer.save_pretrained(target)
+    counts = {}
+    for name, options in (("usual", ()), ("on", ("--thinking",)), ("off", ("--no-thinking",))):
+        run(folders | {"target": str(target)}, tmp_path / name, *options, "--limit", "1", methods="lookup")
+        counts[name] = {row["prompt_tokens"] for row in rows_in(tmp_path / name)}
+    assert counts == {"usual": {4}, "on": {4}, "off": {6}}
+    run(folders | {"target": str(target)}, tmp_path / "on", "--limit", "1", methods="lookup", status=2)
+    assert "with thinking = True and this one has None; give another" in capsys.readouterr().err
+    run(folders, tmp_path / "none", "--no-thinking", methods="lookup", status=2)
+    assert "has no enable_thinking to set; leave --thinking out." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0)])
 def test_a_different_greedy_text_fails_only_in_fp32(folders, tmp_path, monkeypatch, dtype, status):
     real = Benchmark._differences
@@ -197,6 +215,12 @@ def test_options_are_parsed():
     assert dict(args.plan) == {"a": DraftingPlan(8, 1), "b": DraftingPlan(4, 2, 3), "c": DraftingPlan(1, 1)}
     assert args.drafter == [("a", "x"), ("b", "y")]
     assert parser.parse_args(["--output", "out"]).plan == []
+    again = ["--methods", "a,b", "--suite", "mtbench", "--temperature", "0", "--output", "out"]
+    again = parser.parse_args([*again, "--methods", "c", "--suite", "gsm8k", "humaneval", "--temperature", "1"])
+    assert again.methods == ["a", "b", "c"] and again.suite == ["mtbench", "gsm8k", "humaneval"]
+    assert again.temperature == [0.0, 1.0]
+    usual = parser.parse_args(["--output", "out"])
+    assert usual.methods[0] == "vanilla" and (usual.suite, usual.temperature) == ([], [0.0])
     assert bench.named("a=b=c") == ("a", "b=c")
     assert bench.named_plan("specblock+lookup=8,2,0") == ("specblock+lookup", DraftingPlan(8, 2))
     assert bench.plan_of("8,2") == DraftingPlan(8, 2) and bench.plan_of("8,2,4") == DraftingPlan(8, 2, 4)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import VOCAB, tiny_target
+from models_for_tests import save_models
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_for_tests import char_tokenizer, tiny_drafter
 from transformers import PreTrainedTokenizerFast
@@ -237,6 +238,14 @@ def test_doctor_refuses_a_drafter_for_another_target(models_on_disk, tmp_path, c
     assert cli.main(["doctor", models_on_disk[0], str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1].startswith("specblock doctor: ") and captured.out == ""
+
+
+@pytest.mark.parametrize("kind", ["specblock", "eagle3"])
+def test_doctor_says_what_is_missing_before_a_drafter(kind, tmp_path, capsys):
+    drafter = save_models(tmp_path)[kind]
+    assert cli.main(["doctor", drafter]) == 2
+    sentence = f"{drafter} is a drafter; name the target first: specblock doctor TARGET {drafter}."
+    assert capsys.readouterr().err.splitlines()[-1] == f"specblock doctor: {sentence}"
 
 
 def test_diagnosis():

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_target
-from training_for_tests import char_tokenizer
+from training_for_tests import ALPHABET, char_tokenizer, tiny_drafter
 
 import specblock_command
 import specblock_hf
@@ -156,6 +156,22 @@ RUN_AS_MODULES = {
 def test_the_fsdp_example_names_its_own_command():
     command = (ROOT / "examples" / "fsdp.yaml").read_text().splitlines()[0]
     assert re.match(r"# accelerate launch --config_file examples/fsdp\.yaml .* -m specblock_hf train ", command)
+
+
+def test_the_training_example_decodes_as_commands_do(tmp_path, monkeypatch, capsys):
+    """In the target's own dtype, behind its chat template; what it trains is tried by `make train-smoke`."""
+    char_tokenizer().save_pretrained(tmp_path / "target")
+    tiny_target("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "target")
+    tiny_drafter().save_pretrained(tmp_path / "own" / "run" / "final")
+    (tmp_path / "own" / "run" / "log.jsonl").write_text('{"tau_8": 1.5}\n')
+    monkeypatch.setattr(cli, "main", lambda arguments: 0)
+    options = ["--target", str(tmp_path / "target"), "--output", str(tmp_path / "own")]
+    monkeypatch.setattr(sys, "argv", ["train_your_own.py", *options])
+    left = runpy.run_path(str(ROOT / "examples" / "train_your_own.py"))
+    prompt_ids = left["prompt_ids"]
+    assert prompt_ids.tolist() == [[*char_tokenizer().encode("Write three facts about the sun."), ALPHABET.index("0")]]
+    assert left["target"].dtype == torch.bfloat16 and left["target"].device.type == terminal.best_device().type
+    assert left["drafter"].last_statistics.rounds > 0 and "tau on held-out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", sorted(RUN_AS_MODULES))

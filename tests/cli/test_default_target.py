@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from specblock_hf.cli import bars, default_target
 from specblock_hf.cli.default_target import MANIFEST, cached_folder, find_gguf, load_default_target
@@ -171,6 +172,19 @@ def test_progress_bars_are_silenced_and_restored():
     with bars.without_bars(), bars.without_bars():
         assert not bars.logging.is_progress_bar_enabled()
     assert bars.logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("quiet", [True, False])
+def test_downloads_show_how_long_they_take_unless_all_is_quiet(shown, quiet):
+    if not shown:
+        disable_progress_bars()
+    try:
+        with bars.without_bars(quiet):
+            assert are_progress_bars_disabled() == (quiet or not shown) and not bars.logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() == (not shown) and bars.logging.is_progress_bar_enabled()
+    finally:
+        enable_progress_bars()
 
 
 @pytest.mark.real

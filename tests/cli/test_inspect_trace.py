@@ -17,6 +17,7 @@ from training_for_tests import char_tokenizer, tiny_drafter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specblock_hf import cli
+from specblock_hf.cli import inspect_trace
 from specblock_hf.evaluation.trace_page import trace_page
 
 
@@ -106,6 +107,44 @@ def test_no_text_ends_the_script_of_a_page(monkeypatch):
 def test_bad_options_end_in_one_sentence(folders, capsys, options, sentence):
     assert trace(folders, *options) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", [["--plan", "6,1"], ["--lookup"], ["--html"], ["--against"]])
+def test_options_of_a_trace_ask_for_one(folders, capsys, tmp_path, options):
+    values = {"--html": [str(tmp_path / "tree.html")], "--against": [folders["eagle3"]]}
+    command = ["inspect", folders["specblock"], "--target", folders["target"], *options]
+    assert cli.main([*command, *values.get(options[0], [])]) == 0
+    assert capsys.readouterr().out.startswith("SpecBlockDrafter")
+    assert (tmp_path / "tree.html").exists() == (options == ["--html"])
+
+
+def test_pictures_may_be_named_one_after_the_other(folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert trace(folders, "--picture", str(tmp_path / "a.svg"), "--picture", str(tmp_path / "b.svg")) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.svg", "b.svg"}
+
+
+def test_a_target_that_cannot_think_is_not_told_to(folders, capsys):
+    assert trace(folders, "--no-thinking") == 2
+    assert "has no enable_thinking to set; leave --thinking out." in capsys.readouterr().err
+
+
+def test_a_target_is_told_not_to_think(folders, monkeypatch):
+    asked = []
+
+    def encode(tokenizer, prompt, device):
+        asked.append(tokenizer.chat_template)
+        return torch.tensor([[2, 3]])
+
+    def load_target(name, dtype):
+        tokenizer = char_tokenizer()
+        tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}n{% endif %}"
+        return tiny_target("llama"), tokenizer
+
+    monkeypatch.setattr(inspect_trace, "encode", encode)
+    monkeypatch.setattr(inspect_trace, "load_target", load_target)
+    assert trace(folders, "--no-thinking") == 0
+    assert "set enable_thinking = false" in asked[0]
 
 
 def test_without_trace_it_still_describes_the_drafter(folders, capsys):

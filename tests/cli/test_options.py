@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from specblock_hf.cli.options import add_fields, descriptions, read_pairs
+from specblock_hf.cli.options import add_fields, descriptions, given, read_pairs
 from specblock_hf.training.arguments import DrafterTrainingArguments
 
 
@@ -51,6 +51,35 @@ def test_every_field_is_an_option():
     arguments = ("--batch-tokens", "7", "--learning-rate", "1e-3", "--betas", "0.5", "0.6", "--eval-budgets", "3")
     found = parse("--output", "x", *arguments, "--report-to", "a", "b")
     assert found == Fields("x", 7, 1e-3, [0.5, 0.6], [3], ["a", "b"])
+
+
+def test_a_list_may_come_in_parts():
+    """The first of which replaces the default, and none changes it."""
+    parts = ("--eval-budgets", "3", "4", "--report-to", "a", "--eval-budgets", "5", "--report-to", "b", "c")
+    found = parse("--output", "x", *parts)
+    assert found.eval_budgets == [3, 4, 5] and found.report_to == ["a", "b", "c"]
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Fields, "output_dir")
+    for _ in range(2):
+        assert parser.parse_args(["--output", "x", "--report-to", "a"]).report_to == ["a"]
+        assert parser.parse_args(["--output", "x"]).report_to == []
+
+
+def test_which_options_are_given():
+    def add_arguments(parser) -> None:
+        parser.add_argument("--a-number", type=int, default=3)
+        parser.add_argument("--said", action=argparse.BooleanOptionalAction)
+        parser.add_argument("--listed", nargs="+", default=[])
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--other")
+    add_arguments(parser)
+    for line, options in (
+        ("--other x --a-number 3", []),
+        ("--a-number 4", ["--a-number"]),
+        ("--no-said --listed a", ["--said", "--listed"]),
+    ):
+        assert given(parser.parse_args(line.split()), add_arguments) == options
 
 
 def test_help_says_what_the_docstring_says():

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,8 @@ from specblock_hf import cli
 from specblock_hf.cli import regenerate as regeneration
 from specblock_hf.cli.models import encode, load_target
 from specblock_hf.cli.regenerate import Progress, load_settings, stop_ids_of
-from specblock_hf.data.examples import load_examples, read_rows, render_prompt
+from specblock_hf.data.examples import answered_by, load_examples, read_rows, render_prompt
+from specblock_hf.data.template import PromptStyle
 from specblock_hf.regeneration.answer_file import AnswerFile
 from specblock_hf.regeneration.answering import Answering
 
@@ -183,6 +185,62 @@ def test_another_temperature_adds_answers(folder):
     assert len(again) == 7 and all((p in sampled) == (t == 0.8) for p, t in again.items())
 
 
+def test_answers_of_another_target_are_not_taken_for_this_ones(folder, capsys):
+    assert run(folder, "--limit", "2") == 0
+    shutil.copytree(folder / "target", folder / "other")
+    digest = PromptStyle.of(char_tokenizer()).chat_template
+    whose = {"target": str(folder / "target"), "chat_template": digest, "thinking": None, "max_new_tokens": 9}
+    assert answered_by(folder / "out") == whose
+    before = rows_of(folder)
+    for options, name in ((("--target", str(folder / "other")), "target"), (("--max-new-tokens", "10"), "max_new_to")):
+        assert run(folder, *options) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"out holds answers with {name}" in error and "; give another --output, or the same" in error
+        assert rows_of(folder) == before and answered_by(folder / "out") == whose
+    assert run(folder, "--target", f"{folder / 'target'}/") == 0 and len(rows_of(folder)) == 12
+
+
+def test_answers_that_were_cut_are_counted(folder, capsys):
+    assert run(folder) == 0
+    cut = sum(row["answer_ids"][-1] != EOS for row in rows_of(folder))
+    assert 0 < cut and f"\n{cut} of 12 answers stopped at --max-new-tokens 9\n" in "".join(capsys.readouterr())
+    assert run(folder) == 0  # there is nothing to answer
+    assert "stopped at" not in "".join(capsys.readouterr())
+
+
+def test_answers_with_or_without_thinking(folder, capsys):
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}n{% endif %}"
+    tokenizer.save_pretrained(folder / "target")
+    thoughts = {}
+    for output, options in (("usual", ()), ("on", ("--thinking",)), ("off", ("--no-thinking",))):
+        assert run(folder, *options, output=output) == 0
+        thoughts[output] = answered_by(folder / output)["thinking"]
+    assert thoughts == {"usual": True, "on": True, "off": False}
+    assert in_order(rows_of(folder, "on")) == in_order(rows_of(folder, "usual"))
+    target, row = tiny_target("llama"), rows_of(folder, "off")[0]
+    ids = torch.tensor([[*tokenizer.encode(row["prompt"]), *tokenizer.encode("0n")]])
+    plain = target.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=EOS, pad_token_id=EOS)
+    assert row["answer_ids"] == plain[0, ids.shape[1] :].tolist()
+    with ChatServer(lambda body: (200, completion("a", token_ids=[2]), {})) as server:
+        assert run(folder, "--no-thinking", "--server", server.url, "--limit", "1", output="asked") == 0
+    assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_sources_may_be_named_one_after_the_other(folder):
+    first, *_ = [row["prompt"] for row in read_rows(folder / "first.jsonl")]
+    write(folder / "third.jsonl", [{"prompt": "abc"}])
+    write(folder / "left-out.jsonl", [{"prompt": "abc"}])
+    write(folder / "too.jsonl", [{"prompt": first}])
+    options = ["--prompts", str(folder / "third.jsonl")]
+    for name in ("left-out.jsonl", "too.jsonl"):
+        options += ["--exclude", str(folder / name)]
+    assert run(folder, *options) == 0
+    found = {row["prompt"] for row in rows_of(folder)}
+    assert len(found) == 11 and not found & {"abc", first}
+    assert run(folder, *options[:2]) == 0 and len(rows_of(folder)) == 13
+
+
 def as_process(monkeypatch, index: int, count: int) -> None:
     def state(cpu: bool) -> SimpleNamespace:
         return SimpleNamespace(
@@ -293,11 +351,21 @@ def test_every_token_moves_the_bar_when_it_is_there(folder, monkeypatch):
     [
         (["--temperature", "-1"], "--answers is 1, --temperature -1.0 and --greedy-share 0.0; give at least 1 answer"),
         (["--answers", "2"], "--answers is 2 and --temperature 0, but greedy answers to one prompt are all the same"),
+        (["--batch-size", "0"], "--batch-size is 0; give 1 or more."),
+        (["--limit", "0"], "--limit is 0; give 1 or more."),
         (
-            ["--batch-size", "0"],
-            "--max-new-tokens, --batch-size, --batch-tokens, --in-flight and --tries must each be",
+            ["--max-new-tokens", "255"],
+            "no prompt is left to answer (12 too long); give other prompts, or a smaller --max-new-tokens.",
         ),
-        (["--max-new-tokens", "255"], "no prompt is left to answer (12 too long); give other prompts."),
+        (
+            ["--max-new-tokens", "256"],
+            "--max-new-tokens is 256, which leaves no room for a prompt in the 256 tokens that the target can read",
+        ),
+        (
+            ["--engine", "vllm", "--in-flight", "8"],
+            "--engine, --in-flight would be ignored, because no server is asked; name it with --server, or leave",
+        ),
+        (["--model", "a", "--api-key", "b"], "--model, --api-key would be ignored, because no server is asked"),
         (["--exclude", "nothing"], "nothing is no file or folder here; name one with JSON lines, a data set on the"),
         (["--server", "http://127.0.0.1:9/v1", "--tries", "1"], "http://127.0.0.1:9/v1 gave no answer in 1 tries"),
     ],
@@ -311,6 +379,9 @@ def test_a_row_without_a_prompt_is_refused(folder, capsys):
     write(folder / "first.jsonl", [{"text": "a", "id": 1}])
     assert run(folder) == 2
     assert "first.jsonl has only text, id; every row needs prompt, question" in capsys.readouterr().err
+    (folder / "first.jsonl").write_text('"what prompt"\n')
+    assert run(folder) == 2
+    assert "first.jsonl, line 1 is not a JSON object like" in capsys.readouterr().err
 
 
 @pytest.mark.real

@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,9 +22,9 @@ from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, ti
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
+from specblock_hf.cli import train as command
 from specblock_hf.drafters.layouts import OURS, write_checkpoint
 from specblock_hf.training.target_views import view_target
-from specblock_hf.training.termination import Terminated
 from specblock_hf.training.trainer import DrafterTrainer
 
 
@@ -89,13 +92,101 @@ def test_what_is_measured_while_training(train, tmp_path, capsys):
     assert str(tmp_path) not in card and "| Target | local, not on the Hub |" in card
 
 
-def test_a_run_that_is_ended_by_sigterm_says_where_it_goes_on(train, tmp_path, capsys, monkeypatch):
-    def terminated(self):
-        raise Terminated(7)
+def test_held_out_answers_are_read_in_batches_of_the_size_that_is_given(train, capsys, monkeypatch):
+    places = []
 
-    monkeypatch.setattr(DrafterTrainer, "train", terminated)
-    assert train() == 143
-    assert "ended by SIGTERM after step 7, which is saved" in capsys.readouterr().err
+    def viewed(target, examples, *rest):
+        places.append((len(examples), len(examples) * max(len(example.input_ids) for example in examples)))
+        return view_target(target, examples, *rest)
+
+    monkeypatch.setattr(command, "view_target", viewed)
+    assert train() == 0, capsys.readouterr().err
+    assert all(count == 1 or size <= 60 for count, size in places)
+
+
+def test_pairs_that_are_given_one_by_one_all_count():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = ["--config", "a=1", "b=2", "--objective", "c=3", "--config", "d=4", "--objective", "e=5"]
+    args = parser.parse_args(["--data", "x", "--output", "y", *options])
+    assert (args.config, args.objective) == (["a=1", "b=2", "d=4"], ["c=3", "e=5"])
+
+
+@pytest.fixture
+def interrupted(train, monkeypatch):
+    """Runs the command, gets Ctrl-C in the step after the given one, and gives its status."""
+
+    def run(at: int, *options: object) -> int:
+        def step(trainer, batches):
+            if trainer.step == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return taken(trainer, batches)
+
+        taken = DrafterTrainer.train_step
+        with monkeypatch.context() as patch:
+            patch.setattr(DrafterTrainer, "train_step", step)
+            return train(*options)
+
+    return run
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_is_interrupted_goes_on_where_it_was(train, interrupted, tmp_path, capsys):
+    assert interrupted(2, "--epochs", 2) == 130
+    said = "specblock train: ended by SIGINT after step 3, which is saved; the same command goes on from there.\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert train("--epochs", 2) == 0
+    steps = [row["step"] for row in log_of(tmp_path) if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    output = capsys.readouterr().out
+    assert f"resuming at step 3 of {len(steps)}\n" in output
+    assert f"the rest of the run: {len(steps) - 3} of {len(steps)} steps in " in output
+
+
+def test_a_finished_run_stays_as_it_is(train, tmp_path, capsys):
+    assert train() == 0
+    before, final = files_of(tmp_path), tmp_path / "run" / "final"
+    steps = log_of(tmp_path)[-1]["step"]
+    capsys.readouterr()
+    assert train("--save-steps", 7) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"finished already: {final} is the drafter of its {steps} steps; go on with --init-from it."
+    )
+    for options, message in (
+        (["--learning-rate", 0.02], "--learning-rate 0.01 and this run has 0.02"),
+        (["--draft-vocab-size", 20], "--draft-vocab-size 24 and this run has 20"),
+        (["--config", "layer_shift=false"], "--config layer_shift=true and this run has false"),
+        (["--drafter", "eagle3"], "--drafter specblock and this run has eagle3"),
+        (["--init-from", final], "--init-from nothing and this run has final"),
+        (["--greedy-only"], "--greedy-only false and this run has true"),
+    ):
+        assert train(*options) == 2
+        assert f"was made with {message}; give the old value, or begin in another" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
+def test_a_run_that_was_ended_before_it_was_measured_is_measured(train, tmp_path, capsys):
+    assert train() == 0
+    steps, final = log_of(tmp_path)[-1]["step"], tmp_path / "run" / "final"
+    (final / "training.json").unlink()
+    capsys.readouterr()
+    assert train() == 0
+    assert f"resuming at step {steps} of {steps}\n" in capsys.readouterr().out
+    assert (final / "training.json").is_file() and log_of(tmp_path)[-1]["step"] == steps
+
+
+def test_more_time_goes_on_with_a_run_whose_time_was_over(train, interrupted, tmp_path, capsys):
+    assert interrupted(2, "--max-seconds", 1e6) == 130
+    assert train("--max-seconds", 1e-6) == 0
+    assert "resuming at step 3, after " in capsys.readouterr().out
+    final = tmp_path / "run" / "final"
+    assert (final / "training.json").is_file()
+    assert interrupted(3, "--max-seconds", 1e6) == 130
+    assert "ended by SIGINT after step 4" in capsys.readouterr().err
+    assert not (final / "training.json").exists()  # which would be said of another drafter
 
 
 def test_quiet_means_quiet(train, capfd):

@@ -6,13 +6,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from training_for_tests import ALPHABET, char_tokenizer
 
-from specblock_hf.data.examples import Example, load_examples, prompt_key, read_rows, render_prompt, split_examples
+from specblock_hf.data.examples import (
+    ANSWERED_BY,
+    Example,
+    load_examples,
+    prompt_key,
+    read_rows,
+    render_prompt,
+    split_examples,
+)
+from specblock_hf.data.template import PromptStyle
 
 
 def ids_of(text: str) -> list[int]:
@@ -51,6 +61,14 @@ def test_a_broken_line_is_named(tmp_path):
         list(read_rows(tmp_path / "rows.jsonl"))
 
 
+@pytest.mark.parametrize("line", ['"the prompt"', '["prompt"]', "3", "null"])
+def test_a_row_that_is_no_object_is_named(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row_of('a'))}\n{line}\n")
+    for read in (lambda path: list(read_rows(path)), lambda path: load_examples(path, char_tokenizer())):
+        with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is not a JSON object like .*; repair or remove"):
+            read(tmp_path / "rows.jsonl")
+
+
 def test_prompts_are_rendered_with_the_chat_template(tmp_path):
     """A string is one turn; the loss starts at the first token behind the template's prompt for an answer."""
     messages = [{"role": "user", "content": "abc"}, {"role": "user", "content": "d"}]
@@ -68,12 +86,38 @@ def test_without_a_chat_template_the_bare_text_is_read():
     assert render_prompt(tokenizer, [{"role": "user", "content": "abc"}]) == ids_of("abc")
 
 
-def test_long_conversations_are_cut_and_empty_answers_left_out(tmp_path):
+@pytest.mark.parametrize("thinking", [True, False, None])
+@pytest.mark.parametrize("of_a_folder", [True, False])
+def test_prompts_let_the_target_think_as_they_did_for_the_answers(tmp_path, thinking, of_a_folder):
+    write(tmp_path / "rows.jsonl", [row_of("ab")])
+    (tmp_path / ANSWERED_BY).write_text(json.dumps({"target": "a", "thinking": thinking}))
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}n{% endif %}"
+    (example,) = load_examples(tmp_path if of_a_folder else tmp_path / "rows.jsonl", tokenizer)
+    assert example.input_ids == ids_of("ab0nyes3" if thinking is False else "ab0yes3")
+    assert PromptStyle.of(tokenizer).thinking == (thinking is not False)
+    tokenizer.chat_template = char_tokenizer().chat_template  # which has no switch
+    assert load_examples(tmp_path, tokenizer)[0].input_ids == ids_of("ab0yes3")
+
+
+def test_long_conversations_are_cut_and_empty_answers_left_out(tmp_path, caplog):
     rows = [row_of("abcdef"), row_of("abcde"), row_of("abcd"), row_of("a", "n"), row_of("b", "")]
     write(tmp_path / "rows.jsonl", rows)
     examples = load_examples(tmp_path / "rows.jsonl", char_tokenizer(), max_length=8)
     # Of the first, one token of the answer is left, which no drafter could predict.
     assert [e.input_ids for e in examples] == [ids_of("abcde0ye"), ids_of("abcd0yes")]
+    sentence = f"2 conversations of {tmp_path / 'rows.jsonl'} were cut at --max-length 8, and 1 left out whose prompts"
+    (record,) = caplog.records
+    assert record.getMessage() == f"{sentence} fill it; raise it to keep them whole."
+    assert record.levelno == logging.WARNING
+    caplog.clear()
+    assert len(load_examples(tmp_path / "rows.jsonl", char_tokenizer(), max_length=11)) == 3 and not caplog.records
+
+
+def test_a_length_that_leaves_nothing_is_named(tmp_path):
+    write(tmp_path / "rows.jsonl", [row_of("abcdef"), row_of("b", "")])
+    with pytest.raises(ValueError, match=r"rows.jsonl has two tokens of its answer within --max-length 8; give more"):
+        load_examples(tmp_path / "rows.jsonl", char_tokenizer(), max_length=8)
 
 
 def test_a_file_without_answers_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 from test_saving import room_for
 
-from specblock_hf.data.examples import as_messages, prompt_key, read_rows
+from specblock_hf.data.examples import ANSWERED_BY, answered_by, as_messages, prompt_key, read_rows
 from specblock_hf.regeneration import answer_file
 from specblock_hf.regeneration.answer_file import AnswerFile
 
@@ -30,6 +30,46 @@ def test_answers_of_all_processes_count(tmp_path):
     second.append([row([{"role": "user", "content": "b"}])])
     expected = {name("a"), name("a", 1.0), name("a", 1.0, 1), name("b")}
     assert first.answered() == second.answered() == AnswerFile(tmp_path / "out").answered() == expected
+
+
+WHOSE = {"target": "org/a", "chat_template": "0123", "thinking": None, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (
+            {"target": "org/b"},
+            r"holds answers with target = 'org/a' and this run's have 'org/b', but a drafter learns",
+        ),
+        ({"chat_template": "4567"}, r"chat_template = '0123' and this run's have '4567'"),
+        ({"thinking": False}, r"thinking = None and this run's have False"),
+        ({"max_new_tokens": 10}, r"max_new_tokens = 9 and this run's have 10, .*; give another --output, or the same"),
+    ],
+)
+def test_a_folder_holds_answers_of_one_kind(tmp_path, other, sentence):
+    file = AnswerFile(tmp_path)
+    file.claim(WHOSE)
+    file.append([row("a")])
+    file.claim(WHOSE)
+    for process, processes in ((0, 1), (1, 2)):
+        file.close()
+        file = AnswerFile(tmp_path, process, processes)
+        with pytest.raises(ValueError, match=sentence):
+            file.claim(WHOSE | other)
+    assert answered_by(tmp_path) == WHOSE and list(read_rows(tmp_path)) == [row("a")]
+
+
+def test_a_folder_without_answers_or_of_an_older_release_becomes_whose_it_is(tmp_path):
+    file = AnswerFile(tmp_path)
+    file.claim(WHOSE)
+    file.claim(WHOSE | {"max_new_tokens": 10})
+    assert answered_by(tmp_path)["max_new_tokens"] == 10
+    (tmp_path / ANSWERED_BY).unlink()
+    file.append([row("a")])
+    assert answered_by(tmp_path) == {} and file.answered() == {name("a")}
+    file.claim(WHOSE)
+    assert answered_by(tmp_path) == WHOSE and file.answered() == {name("a")}
 
 
 @pytest.mark.parametrize("torn", ['{"prompt": "b", "ans', '{"prompt": "é'.encode()[:-1], ""])

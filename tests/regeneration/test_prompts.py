@@ -129,10 +129,11 @@ def test_processes_share_the_prompts(tmp_path):
 
 def test_no_prompt_left(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "abc"}, {"prompt": "abc"}])
-    with pytest.raises(ValueError, match=r"no prompt is left to answer \(1 repeated, 1 too long\); give other"):
+    sentence = r"no prompt is left to answer \(1 repeated, 1 too long\); give other prompts, or a smaller --max-new-"
+    with pytest.raises(ValueError, match=sentence):
         read_prompts([path], char_tokenizer(), set(), 2)
     empty = write(tmp_path / "b.jsonl", [])
-    with pytest.raises(ValueError, match=r"no prompt is left to answer \(there are none\); give other"):
+    with pytest.raises(ValueError, match=r"no prompt is left to answer \(there are none\); give other prompts\."):
         read_prompts([empty], char_tokenizer(), set(), 2)
 
 

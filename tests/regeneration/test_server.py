@@ -53,6 +53,14 @@ def reversed_ids(prompt: Prompt) -> list[int]:
     return [*prompt.input_ids[-2::-1], EOS]
 
 
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_a_server_is_told_whether_the_target_thinks(thinking):
+    with ChatServer(echo) as server:
+        ask(server, prompts(1), engine="vllm", thinking=thinking)
+    (body,) = server.bodies
+    assert body.get("chat_template_kwargs") == (None if thinking is None else {"enable_thinking": thinking})
+
+
 def test_every_prompt_is_asked_once_and_many_at_a_time():
     waiting = prompts(60)
     with ChatServer(echo, delay=0.05) as server:

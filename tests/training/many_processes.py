@@ -26,8 +26,9 @@ from specblock_hf import DraftingPlan
 from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
+from specblock_hf.training.processes import make_accelerator
 from specblock_hf.training.target_views import view_target
-from specblock_hf.training.trainer import DrafterTrainer, make_accelerator
+from specblock_hf.training.trainer import DrafterTrainer
 
 
 class ShardingAccelerator(Accelerator):

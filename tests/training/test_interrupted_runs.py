@@ -42,27 +42,44 @@ def test_a_run_that_is_taken_up_ends_with_the_same_weights(optimizer, tmp_path):
     assert [row["step"] for row in log_of(tmp_path / "parts")] == [2, 4, 6, 8, 10, 12]
 
 
-def test_sigterm_ends_a_run_after_its_step(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
     whole = tiny_trainer(tmp_path / "whole")
     whole.train()
     first = tiny_trainer(tmp_path / "parts")
-    steps, before = first.train_step, signal.getsignal(signal.SIGTERM)
+    steps, before = first.train_step, signal.getsignal(number)
 
     def terminated(batches):
         if first.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return steps(batches)
 
     first.train_step = terminated
-    with pytest.raises(Terminated, match="after step 7, which is saved; the same command goes on from there"):
+    message = f"^ended by {number.name} after step 7, which is saved; the same command goes on from there"
+    with pytest.raises(Terminated, match=message) as ended:
         first.train()
-    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "parts" / "final").exists()
+    assert ended.value.by == number
+    assert signal.getsignal(number) is before and not (tmp_path / "parts" / "final").exists()
     second = tiny_trainer(tmp_path / "parts", seed=2)
     second.resume()
     assert second.step == 7
     second.train()
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_second_interrupt_is_one_as_always(tmp_path):
+    trainer, noted = tiny_trainer(tmp_path), []
+
+    def interrupted(batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        noted.append(trainer.step)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert noted == [0] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("at", [4, 12])

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from accelerate.commands.config import load_config_from_file
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, LoggerType
 from safetensors.torch import load_file
 from test_trainer import arguments, log_of, tiny_trainer
 from training_for_tests import tiny_drafter
 
-from specblock_hf.training.trainer import ObjectiveModule, make_accelerator
+from specblock_hf.training import processes
+from specblock_hf.training.processes import ObjectiveModule, make_accelerator
 
 
 ROOT = Path(__file__).parents[2]
@@ -57,18 +58,6 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(optimizer, rou
     assert all((ours[name] - before[name]).abs().max() > 0.01 for name, _ in tiny_drafter().named_parameters())
 
 
-def test_a_checkpoint_of_other_steps_or_another_optimizer_is_refused(tmp_path):
-    trainer = tiny_trainer(tmp_path)
-    trainer.step = 4
-    trainer.save()
-    other = tiny_trainer(tmp_path, gradient_accumulation=2)
-    with pytest.raises(ValueError, match=r"checkpoint-4 was made with 1 batches a step and this run has 2"):
-        other.resume()
-    other = tiny_trainer(tmp_path, optimizer="muon")
-    with pytest.raises(ValueError, match="checkpoint-4 was made by adamw and this run has muon"):
-        other.resume()
-
-
 def test_the_fsdp_configuration_shards_the_drafters_layers():
     config = load_config_from_file(str(ROOT / "examples" / "fsdp.yaml"))
     assert config.distributed_type == "FSDP" and config.mixed_precision == "bf16"
@@ -86,16 +75,17 @@ class ListTracker(GeneralTracker):
 
     name, requires_logging_directory, main_process_only = "list", False, True
 
-    def __init__(self):
+    def __init__(self, project: str = ""):
         super().__init__()
         self.rows: list[dict] = []
+        self.begun_with: list = [project]
 
     @property
     def tracker(self):
         return self.rows
 
     def store_init_configuration(self, values: dict) -> None:
-        pass
+        self.begun_with.append(values)
 
     def log(self, values: dict, step: int | None = None) -> None:
         self.rows.append({"at": step} | values)
@@ -111,7 +101,21 @@ def test_trackers_are_told_the_numbers_of_the_log(tmp_path):
     assert [row["at"] for row in tracker.rows] == [row["step"] for row in rows]
     for told, row in zip(tracker.rows, rows, strict=True):
         assert told.items() >= {k: v for k, v in row.items() if isinstance(v, float)}.items()
+        assert all(isinstance(value, int | float) for value in told.values())
+        for block, rates in enumerate(row.get("agreement", []), 1):
+            assert [told[f"agreement/{block}/{slot}"] for slot in range(1, 5)] == rates
     assert sum("tau_8" in row for row in tracker.rows) == 2
+    assert sum("agreement/1/1" in row for row in tracker.rows) == 6
+
+
+def test_a_tracker_of_this_machine_is_named_by_its_value(tmp_path, monkeypatch):
+    """accelerate lists members of an enumeration; here there is one."""
+    for place in (tracking, processes):
+        monkeypatch.setattr(place, "get_available_trackers", lambda: [LoggerType.WANDB])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", ListTracker)
+    args = arguments(tmp_path, report_to=["wandb"])
+    (tracker,) = make_accelerator(args, cpu=True).trackers
+    assert tracker.begun_with == ["specblock", {"arguments": json.dumps(vars(args))}]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path):

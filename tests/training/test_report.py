@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from specblock_hf.devices import PhaseClock
-from specblock_hf.training.metrics import bucket_scores, describe_counts, merge_outputs, report_of
+from specblock_hf.training.metrics import bucket_scores, describe_counts, flat, merge_outputs, report_of
 
 
 def test_means_and_counts_are_told_apart_by_their_dimensions():
@@ -43,6 +43,18 @@ def test_a_line_of_the_log_counts_only_steps_with_all_forwards():
     late = {"loss": torch.tensor(2.0), "agreed": torch.tensor([[1], [2]]), "counted": torch.tensor([[2], [2]])}
     row = report_of([early, late, late], Accelerator(cpu=True))
     assert row == {"loss": 4.0, "agreement": [[0.5], [1.0]], "chain": 0.5}
+
+
+def test_every_number_of_a_line_has_a_name_of_its_own():
+    row = {"step": 4, "agreement": [[0.5, 0.25], [1.0]], "depths": [0.75], "rank": {"2-4": {"f1": 0.5}}, "none": []}
+    assert flat(row) == {
+        "step": 4,
+        "agreement/1/1": 0.5,
+        "agreement/1/2": 0.25,
+        "agreement/2/1": 1.0,
+        "depths/1": 0.75,
+        "rank/2-4/f1": 0.5,
+    }
 
 
 def test_the_clock_charges_phases_and_begins_anew(monkeypatch):

@@ -26,8 +26,9 @@ from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training.arguments import DrafterTrainingArguments
 from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
+from specblock_hf.training.processes import make_accelerator
 from specblock_hf.training.target_views import view_target
-from specblock_hf.training.trainer import DrafterTrainer, make_accelerator
+from specblock_hf.training.trainer import DrafterTrainer
 
 
 def examples_of(lengths):
@@ -238,7 +239,10 @@ def test_gradients_that_are_not_finite_move_no_weight(broken, tmp_path):
     else:
         with pytest.raises(ValueError, match="of the last 10 steps were not finite, the last of them step 12; lower"):
             trainer.train()
-        weights = load_file(trainer.checkpoints()[-1] / "model.safetensors")
+        # What the message then says to do.
+        start = SpecBlockDrafter.from_pretrained(trainer.checkpoints()[-1])
+        tiny_trainer(tmp_path / "another", drafter=start, learning_rate=1e-3).train()
+        weights = load_file(tmp_path / "another" / "final" / "model.safetensors")
         assert not (tmp_path / "final").exists()
     assert all(weight.isfinite().all() for weight in weights.values())
 
