@@ -225,6 +225,7 @@ def answer_rows(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[Prompt
             "prompt": prompt.given,
             "source": prompt.source,
             "answer": tokenizer.decode(ids, skip_special_tokens=True),
+            "prompt_ids": prompt.input_ids,  # a template may have the day in it, and training may be another day
             "answer_ids": ids,
             "temperature": prompt.temperature,
             "sample": prompt.sample,

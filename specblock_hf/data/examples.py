@@ -112,8 +112,8 @@ def answered_by(path: str | Path) -> dict[str, Any]:
 
 def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024) -> list[Example]:
     """
-    Read answers as `specblock regenerate` writes them: `prompt`, `answer_ids`, `temperature` in every row. Warns of
-    conversations that are longer than `max_length`.
+    Read answers as `specblock regenerate` writes them: `prompt`, `answer_ids`, `temperature` in every row, and
+    `prompt_ids`, without which the prompt is rendered anew. Warns of conversations that are longer than `max_length`.
 
     Args:
         path (`str` or `Path`): JSON-lines file, or a folder of them.
@@ -136,7 +136,7 @@ def load_examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_leng
                 "temperature; write answers with `specblock regenerate`."
             )
         messages = as_messages(row["prompt"])
-        prompt_ids = render_prompt(tokenizer, messages)
+        prompt_ids = row.get("prompt_ids") or render_prompt(tokenizer, messages)
         whole = prompt_ids + row["answer_ids"]
         ids = whole[:max_length]
         if len(ids) - len(prompt_ids) < 2:  # nothing that a drafter could predict

@@ -79,12 +79,12 @@ def test_rows_are_what_training_reads(folder):
     ]
     assert sorted(row["prompt"] for row in rows) == sorted(given) and len(rows) == 12
     for row in rows:
-        assert list(row) == ["prompt", "source", "answer", "answer_ids", "temperature", "sample"]
+        assert list(row) == ["prompt", "source", "answer", "prompt_ids", "answer_ids", "temperature", "sample"]
         assert row["source"] == ("here" if len(row["prompt"]) < 9 else "second")
         assert (row["temperature"], row["sample"]) == (0.0, 0)
         ids = torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])])
         plain = target.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=EOS, pad_token_id=EOS)
-        assert row["answer_ids"] == plain[0, ids.shape[1] :].tolist()
+        assert [row["prompt_ids"], row["answer_ids"]] == [ids[0].tolist(), plain[0, ids.shape[1] :].tolist()]
         assert row["answer"] == tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
     examples = load_examples(folder / "out", tokenizer)
     assert len(examples) == sum(len(row["answer_ids"]) >= 2 for row in rows) and all(e.greedy for e in examples)

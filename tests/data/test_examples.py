@@ -126,6 +126,13 @@ def test_a_file_without_answers_is_refused(tmp_path):
         load_examples(tmp_path / "rows.jsonl", char_tokenizer())
 
 
+def test_a_prompt_is_what_the_target_has_read_whatever_day_it_is(tmp_path):
+    write(tmp_path / "a.jsonl", [row_of("hello") | {"prompt_ids": ids_of("monday_hello0")}, row_of("hello")])
+    told, rendered = load_examples(tmp_path, char_tokenizer())
+    assert (told.input_ids, told.answer_start) == (ids_of("monday_hello0yes3"), 13)
+    assert (rendered.input_ids, rendered.answer_start) == (ids_of("hello0yes3"), 6)
+
+
 def test_a_row_without_answer_ids_is_refused(tmp_path):
     write(tmp_path / "rows.jsonl", [row_of("a"), {"prompt": "b", "answer": "c"}])
     with pytest.raises(ValueError, match=r"row 2 of .* has only prompt, answer, and training needs .*answer_ids"):
