@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", help="Hub id; made if it is not there")
     parser.add_argument("--card", help="file to use as the card instead of making one")
     parser.add_argument("--license", help="of the weights")
-    several = {"nargs": "+", "action": "extend", "default": []}
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument("--language", **several, help="codes of the training data's languages")
     parser.add_argument("--dataset", **several, help="Hub ids or names of the training data")
     parser.add_argument(
