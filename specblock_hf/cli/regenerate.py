@@ -120,10 +120,12 @@ def _run(args: argparse.Namespace, shares: Shares, state: PartialState, answers:
             f"--max-new-tokens is {args.max_new_tokens}, which leaves no room for a prompt in the {context} tokens "
             "that the target can read; give fewer."
         )
+    style = PromptStyle.of(tokenizer)
     answers.claim(
         {
             "target": Path(name).as_posix(),  # however a folder's name ends
-            **PromptStyle.of(tokenizer)._asdict(),
+            "chat_template": style.chat_template,
+            "thinking": style.thinking,
             "max_new_tokens": args.max_new_tokens,
         }
     )
