@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -119,7 +118,7 @@ def interrupted(train, monkeypatch):
     def run(at: int, *options: object) -> int:
         def step(trainer, batches):
             if trainer.step == at:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return taken(trainer, batches)
 
         taken = DrafterTrainer.train_step

@@ -51,7 +51,7 @@ def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
 
     def terminated(batches):
         if first.step == 6:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return steps(batches)
 
     first.train_step = terminated
@@ -86,7 +86,7 @@ def test_a_second_interrupt_is_one_as_always(tmp_path):
 def test_sigterm_during_an_evaluation_ends_a_run_that_is_saved(at, tmp_path):
     def evaluate(drafter):
         if first.step == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return {"tau_8": 2.5}
 
     first = tiny_trainer(tmp_path, evaluate=evaluate, save_steps=200, eval_steps=4)
