@@ -70,6 +70,8 @@ def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
 
 def test_a_second_interrupt_is_one_as_always(tmp_path):
     trainer, noted = tiny_trainer(tmp_path), []
+    # As in a terminal; in the background of a shell nothing is done by it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(batches):
         signal.raise_signal(signal.SIGINT)  # in this thread, at once
@@ -77,9 +79,12 @@ def test_a_second_interrupt_is_one_as_always(tmp_path):
         signal.raise_signal(signal.SIGINT)
 
     trainer.train_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert noted == [0] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert noted == [0] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("at", [4, 12])
