@@ -154,8 +154,9 @@ class RowLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         places = self._memory.places[:, None, :, None]
-        self.keys.scatter_(2, places.expand_as(key_states), key_states)
-        self.values.scatter_(2, places.expand_as(value_states), value_states)
+        # Under autocast they come in another dtype.
+        self.keys.scatter_(2, places.expand_as(key_states), key_states.to(self.keys.dtype))
+        self.values.scatter_(2, places.expand_as(value_states), value_states.to(self.values.dtype))
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
