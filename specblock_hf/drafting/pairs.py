@@ -132,7 +132,16 @@ class Pairs:
         return self.each(picked, lengths=self.lengths[index], read=read)
 
     def part(self, first: int, count: int) -> Pairs:
-        """At most `count` columns from the one with this number on."""
+        """
+        Some columns of every row.
+
+        Args:
+            first (`int`): The first of them.
+            count (`int`): Most of them.
+
+        Returns:
+            [`Pairs`]: `[B, min(count, T - first)]`; a row that ends before has none.
+        """
         return self.each(
             lambda values: values[:, first : first + count],
             lengths=(self.lengths - first).clamp(0, count),
@@ -140,7 +149,16 @@ class Pairs:
         )
 
     def split(self, count: int) -> tuple[Pairs | None, Pairs]:
-        """Each row's last `count` pairs at most, after those before them if there are any."""
+        """
+        The ends of all rows apart from what is before them, however long each row is.
+
+        Args:
+            count (`int`): Most pairs of an end.
+
+        Returns:
+            `tuple`: The pairs before, `[B, T - count]`, or `None` if no row can have more than `count`; and the last
+            ones, `[B, min(count, T)]`.
+        """
         width = self.tokens.shape[1] - count
         if width <= 0:
             return None, self

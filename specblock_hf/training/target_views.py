@@ -43,7 +43,7 @@ class TargetView:
 
     @property
     def nbytes(self) -> int:
-        """What it takes on the disk."""
+        """Bytes that it takes on the disk."""
         return self.features.nbytes + self.top_ids.nbytes + self.top_probs.nbytes
 
 

@@ -168,7 +168,10 @@ class BlockDrafter(NetworkDrafter):
         return self.root_of(pairs), hidden, pairs.positions.to(self.device).gather(1, last.unsqueeze(1))
 
     def _commit(self, state: BlockState, pairs: Pairs, forward: Callable[..., Any]) -> Any:
-        """What a forward over at most `PREFILL_PAIRS` new pairs returns, which leaves their keys behind."""
+        """
+        What a forward over at most `PREFILL_PAIRS` new pairs returns, which leaves their keys behind: states
+        `[B, T, K, d]`, or nothing if it is `keep_keys`.
+        """
         size, count = self.columns_per_pair, pairs.tokens.shape[1]
         embeds = replace(pairs, table=state.table).embeds().to(self.device, self.dtype)
         features = torch.cat([f.to(self.device, self.dtype) for f in pairs.features], dim=-1)
