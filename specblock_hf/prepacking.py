@@ -103,9 +103,13 @@ class PrepackedWeights:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             layers = list(layers)
             sums = [layer.weight.detach().view(torch.int64).sum(1) for layer in layers]
-            # Another order of columns changes no sums. It comes with one of rows elsewhere, and all are copied anew.
-            if not all(self._is_copied(layer.weight, own) for layer, own in zip(layers, sums, strict=True)):
-                for layer, own in zip(layers, sums, strict=True):
+            stale = [not self._is_copied(layer.weight, own) for layer, own in zip(layers, sums, strict=True)]
+            # Another order of columns changes no sums, and through `.data` no version either. It comes with one of
+            # rows elsewhere, and all are copied anew.
+            if any(self._changed_unseen(layer.weight, own) for layer, own in zip(layers, sums, strict=True)):
+                stale = [True] * len(layers)
+            for layer, own, is_stale in zip(layers, sums, stale, strict=True):
+                if is_stale:
                     copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
                     self._packed[layer.weight] = Packed(copy, own, version_of([layer.weight]))
             for layer in layers:
@@ -122,6 +126,11 @@ class PrepackedWeights:
         known = self._packed.get(weight)
         told = known is not None and (known.version, known.weight.dtype) == (version_of([weight]), weight.dtype)
         return told and torch.equal(known.sums, sums)
+
+    def _changed_unseen(self, weight: nn.Parameter, sums: torch.LongTensor) -> bool:
+        """Whether a weight with a copy has other sums now, though its version says that nothing has changed."""
+        known = self._packed.get(weight)
+        return known is not None and known.version == version_of([weight]) and not torch.equal(known.sums, sums)
 
 
 def version_of(weights: Iterable[nn.Parameter]) -> int:

@@ -166,6 +166,21 @@ def test_changed_weights_are_noticed(how):
     assert drafter.last_statistics.prepacked
 
 
+@pytest.mark.parametrize(("how", "made_anew"), [("in place", 1), ("in the data", None)])
+def test_what_changed_in_place_is_copied_anew_alone(how, made_anew, monkeypatch):
+    target, weights, made = deepcopy(tiny_target("llama")), PrepackedWeights(), []
+    monkeypatch.setattr(prepacking, "Packed", lambda *parts: made.append(parts) or Packed(*parts))
+    layers = fitting(target)
+    prepacked_twin(target, layers, weights)
+    assert len(made) == len(layers) > 1
+    del made[:]
+    with torch.no_grad():
+        (layers[0].weight if how == "in place" else layers[0].weight.data).mul_(2)
+    prepacked_twin(target, layers, weights)
+    assert len(made) == (made_anew or len(layers))
+    assert weights.knows(layers)
+
+
 class Rescales(DraftingCallback):
     """Changes the target in the middle of a call."""
 
