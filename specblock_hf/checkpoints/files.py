@@ -102,7 +102,7 @@ class DrafterFiles:
                 self._refuse_unreachable()
             found = hf_hub_download(os.fspath(self.name), filename, subfolder=subfolder, **options)
         except LocalEntryNotFoundError as error:
-            if is_offline_mode() or options.get("local_files_only"):
+            if is_offline_mode() or options.get("local_files_only") or self._is_known_to_lack(filename):
                 return None
             raise OSError(
                 f"{filename} of {self.name} is not in the cache and the Hub cannot be asked for it "
@@ -185,7 +185,7 @@ class DrafterFiles:
         outside = [name for name in names if PureWindowsPath(name).name != name]
         paths = [] if outside else [self.path(name) for name in sorted(set(names))]
         # In the Hub's cache all files are links into one folder.
-        outside += [path.name for path in paths if path.resolve().parent != index.resolve().parent]
+        outside += [path.name for path in paths if _stored(path).parent != _stored(index).parent]
         if outside:
             raise ValueError(
                 f"{index.name} of {self.name} names {outside[0]!r}, which does not lie beside it, and files elsewhere "
@@ -221,18 +221,27 @@ class DrafterFiles:
         return {key: value for path in self.weights() for key, value in read_tensors(path, self.name).items()}
 
     def _in_cache(self, filename: str) -> str | None:
-        found = try_to_load_from_cache(
+        found = self._cached(filename)
+        return found if isinstance(found, str) else None
+
+    def _is_known_to_lack(self, filename: str) -> bool:
+        """Whether the cache remembers that there is no such file in the revision that it has."""
+        found = self._cached(filename)
+        return found is not None and not isinstance(found, str)
+
+    def _cached(self, filename: str) -> Any:
+        """A path, a mark of the client's for files that are not in the repository, or `None` if nothing is known."""
+        return try_to_load_from_cache(
             os.fspath(self.name),
             os.path.join(self.options.get("subfolder", ""), filename),
             cache_dir=self.options.get("cache_dir"),
             revision=self.options.get("revision"),
         )
-        return found if isinstance(found, str) else None
 
     def _check_hash(self, path: Path, filename: str) -> None:
         # The client compares sizes only. The cache names a file after what the Hub says its hash is: the sha256 of a
         # large file, git's sha1 of a small one.
-        stored = path.resolve()
+        stored = _stored(path)
         size = stored.stat().st_size
         digest = {64: hashlib.sha256(), 40: hashlib.sha1(b"blob %d\0" % size)}.get(len(stored.name))
         if digest is None:
@@ -241,12 +250,20 @@ class DrafterFiles:
             while block := file.read(1 << 20):
                 digest.update(block)
         if digest.hexdigest() != stored.name:
-            stored.unlink()
-            path.unlink(missing_ok=True)
+            for copy in (path.resolve(), stored, path):
+                copy.unlink(missing_ok=True)
             raise OSError(
                 f"{filename} of {self.name} arrived damaged: its hash is not the one that the Hub states; the copy "
                 "was deleted, so load it again."
             )
+
+
+def _stored(path: Path) -> Path:
+    """
+    Where the Hub's cache keeps a file of a repository: one link further. What lies there may be a link in turn, into a
+    store that all repositories share and that names files in its own way.
+    """
+    return Path(os.path.normpath(path.parent.resolve() / os.readlink(path))) if path.is_symlink() else path.absolute()
 
 
 def read_tensors(path: Path, name: object) -> dict[str, torch.Tensor]:

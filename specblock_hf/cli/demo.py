@@ -187,7 +187,7 @@ def describe_calibration(calibration: Calibration, measured: bool = True) -> str
     """The chosen plan, what it should bring, by a measured acceptance or not, and how well the measurements agree."""
     plan, spread = calibration.plan, f"measurements spread by {calibration.spread:.0%}"
     if plan.tree_budget == 0:
-        return f"calibrated: no tree pays here, so generate() runs without drafts ({spread})"
+        return f"calibrated: no tree pays here, so generate() drafts nothing but a try now and then ({spread})"
     assumed = "" if measured else ", if it accepts what is usual: its checkpoint records nothing"
     starts = "" if plan.num_forwards == 1 else f" from up to {plan.max_starts or 'all'} starts"
     return (

@@ -54,7 +54,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: Collection[
         type=int,
         nargs=3,
         metavar=("NODES", "FORWARDS", "STARTS"),
-        help="how much a round drafts, 0 starts being all (default: calibrated, or the drafter's own)",
+        help="how much a round drafts, 0 starts being all (default: found while decoding)",
     )
     add_thinking(parser)
     add_dtype(parser)

@@ -48,8 +48,9 @@ class AutoDrafter:
         **kwargs,
     ) -> Any:
         """
-        Load a drafter: SpecBlock in our layout or the authors' own, EAGLE-3 in ours, SafeAILab's, SGLang's or that of
-        `speculators`, and DFlash, DFlash 2, JetSpec and DSpark as published. No code of a repository is ever run.
+        Load a drafter of any registered kind: SpecBlock in our layout or the authors' own, EAGLE-3 in ours,
+        SafeAILab's, SGLang's, DeepSpec's or that of `speculators`, DFlash, DFlash 2, JetSpec and DSpark as published,
+        Medusa, ParallelSpec and Falcon in ours. No code of a repository is ever run.
 
         Args:
             name (`str` or `os.PathLike`): Folder or Hub id.
