@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from conftest import prompt_of, tiny_target
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from transformers import AutoModel
 
 import specblock_hf
@@ -119,6 +119,11 @@ def pull_own(name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
     again = AutoModel.from_pretrained(name, **kwargs).state_dict()
     assert weights.keys() == again.keys() and all(torch.equal(weights[key], again[key]) for key in weights)
     return weights
+
+
+def fetch_all(name: str, **kwargs: Any) -> None:
+    """All files of a repository into the cache."""
+    snapshot_download(name, **kwargs)
 
 
 def generate(name: str, **options: Any) -> list[int]:

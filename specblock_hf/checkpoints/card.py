@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from .files import id_in_cache
+
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -76,8 +78,12 @@ class Paper(NamedTuple):
 
 
 def hub_id(name: str | None) -> str | None:
-    """A model's name if it can be one on the Hub, and `None` for a folder of somebody's machine."""
-    if name is None or Path(name).exists() or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None:
+    """A model's name on the Hub, also of its folder in the cache, and `None` for a folder of somebody's machine."""
+    if name is None:
+        return None
+    if (stored := id_in_cache(name)) is not None:
+        return stored
+    if Path(name).exists() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
         return None
     return name
 

@@ -70,6 +70,12 @@ class CheckedConfig:
             self._check_attention()
 
     @classmethod
+    def documented(cls) -> set[str]:
+        """Names of the fields that are read of a file."""
+        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        return {field.name for field in dataclasses.fields(cast(Any, cls))} - inherited - _NOT_READ
+
+    @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs):
         """
         As [`~transformers.PreTrainedConfig.from_dict`], of documented fields alone: whatever else a file says is
@@ -78,8 +84,7 @@ class CheckedConfig:
         Raises:
             ValueError: It does not describe a drafter that can be built.
         """
-        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        documented = {field.name for field in dataclasses.fields(cast(Any, cls))} - inherited - _NOT_READ
+        documented = cls.documented()
         read = {name: value for name, value in config_dict.items() if name in documented | _ALSO_READ}
         # What the caller names goes first and is checked as well.
         read |= {name: kwargs.pop(name) for name in documented & kwargs.keys()}

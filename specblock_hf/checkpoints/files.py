@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 """Patterns of the files that weights are written to, one of which would be read in place of the others."""
+NO_VARIANTS = "a drafter's folder holds its weights once, so leave variant out and use a folder for each."
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,14 @@ class DrafterFiles:
 
     @classmethod
     def of(cls, name: str | os.PathLike, kwargs: Mapping[str, Any]) -> DrafterFiles:
-        """With those of the arguments of a `from_pretrained` that say where files are."""
+        """
+        With those of the arguments of a `from_pretrained` that say where files are.
+
+        Raises:
+            ValueError: There is a `variant` among them.
+        """
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"{name} cannot be read as a variant, {kwargs['variant']!r}; {NO_VARIANTS}")
         options = {key: kwargs[key] for key in LOCATION_OPTIONS if kwargs.get(key) is not None}
         return cls(os.fspath(name), options)
 
@@ -170,8 +179,8 @@ class DrafterFiles:
             if (index := self.optional(f"{single}.index.json")) is not None:
                 return self._shards(index)
         raise OSError(
-            f"{self.name} has neither model.safetensors nor pytorch_model.bin, so there are no weights to load; check "
-            "the name, revision and subfolder."
+            f"{self.name} has neither model.safetensors nor pytorch_model.bin, or not in the cache if the Hub may not "
+            "be asked, so there are no weights to load; check the name, revision and subfolder."
         )
 
     def _shards(self, index: Path) -> list[Path]:
@@ -256,6 +265,12 @@ class DrafterFiles:
                 f"{filename} of {self.name} arrived damaged: its hash is not the one that the Hub states; the copy "
                 "was deleted, so load it again."
             )
+
+
+def id_in_cache(path: str | os.PathLike) -> str | None:
+    """The name of the repository that a folder or file of the Hub's cache is of; `None` for any other."""
+    found = re.search(r"/models--(.+?)--(.+?)/snapshots/", PureWindowsPath(path).as_posix())
+    return found and "/".join(found.groups())
 
 
 def _stored(path: Path) -> Path:

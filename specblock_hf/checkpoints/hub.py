@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import PreTrainedModel
 
 from .card import TEMPLATES, CardFacts, hub_id, model_card
-from .files import WEIGHTS
+from .files import NO_VARIANTS, WEIGHTS
 from .provenance import provenance, published
 from .saving import save_folder_whole
 
@@ -58,7 +58,12 @@ def publish(
         revision (`str`, *optional*): Branch; made if it is not there.
         create_pr (`bool`, *optional*, defaults to `False`): Ask for the change instead of making it.
         commit_message (`str`, *optional*, defaults to `"Upload drafter"`).
+
+    Raises:
+        ValueError: There is no such folder.
+        OSError: The Hub cannot be reached, or refuses.
     """
+    saved_folder(folder)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -83,6 +88,21 @@ def publish(
     )
 
 
+def saved_folder(folder: str | os.PathLike) -> Path:
+    """
+    A folder that is there.
+
+    Raises:
+        ValueError: It is not, and may be the name of a repository.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"{os.fspath(folder)} is no folder, and only what lies in one is uploaded; save the drafter first, with "
+            "save_pretrained or `specblock convert`."
+        )
+    return Path(folder)
+
+
 def files_to_publish(
     folder: str | os.PathLike, repo_id: str, card: ModelCard | None = None
 ) -> dict[str, Path | bytes]:
@@ -90,8 +110,11 @@ def files_to_publish(
     What [`publish`] uploads, by its place in the repository: the folder's visible files, the card and the file that
     `custom_generate="repo"` needs. Where the configuration names a target by a path of this machine, only the last
     component is published.
+
+    Raises:
+        ValueError: There is no such folder.
     """
-    root = Path(folder)
+    root = saved_folder(folder)
     files: dict[str, Path | bytes] = {
         path.relative_to(root).as_posix(): path
         for path in sorted(root.rglob("*"))
@@ -116,8 +139,8 @@ def without_paths(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {
-        name: published(value)
-        if name.endswith("name_or_path") and isinstance(value, str) and hub_id(value) is None
+        name: hub_id(value) or published(value)
+        if name.endswith("name_or_path") and isinstance(value, str)
         else without_paths(value)
         for name, value in values.items()
     }
@@ -142,7 +165,12 @@ class HubModel(PreTrainedModel):
 
         Args:
             facts (`CardFacts`, *optional*): What the card says beside the configuration.
+
+        Raises:
+            ValueError: A `variant` is asked for.
         """
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"{save_directory} cannot hold a variant, {kwargs['variant']!r}; {NO_VARIANTS}")
         folder = Path(save_directory)
         names = ("repo_id", "private", "revision", "create_pr", "commit_message")
         upload = {name: kwargs.pop(name) for name in names if name in kwargs}

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,13 @@ from huggingface_hub import CacheNotFound, HfApi, ModelInfo, is_offline_mode, me
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from yaml import YAMLError
 
-from .files import DrafterFiles
+from .files import DrafterFiles, id_in_cache
 
 
 TAG = "speculative-decoding"
 """What authors of drafters tag them with, whatever their kind."""
 MOST_LISTED = 100
 LONGEST_LINEAGE = 8
-_CACHED = re.compile(r"/models--(.+?)--(.+?)/snapshots/")
-"""The folder of a repository in the Hub's cache, which tells its name."""
 _BITS = {"F64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I64": 64, "U8": 8, "I8": 8, "BOOL": 8}
 
 
@@ -64,6 +61,7 @@ class HubIndex:
 
     Attributes:
         notes (`list[str]`): What could not be asked and why, as sentences.
+        is_asked (`bool`): Whether it is the Hub, still, that answers.
     """
 
     token: str | bool | None = None
@@ -73,13 +71,13 @@ class HubIndex:
 
     def __post_init__(self) -> None:
         self._api = HfApi(token=self.token)
-        self._is_asked = not (self.local_files_only or is_offline_mode())
+        self.is_asked = not (self.local_files_only or is_offline_mode())
 
     @property
     def options(self) -> dict[str, Any]:
         """For [`DrafterFiles`]."""
         asked = {"token": self.token, "cache_dir": self.cache_dir}
-        return asked | {"local_files_only": True} if not self._is_asked else asked
+        return asked | {"local_files_only": True} if not self.is_asked else asked
 
     def lineage(self, name: str, revision: str | None = None) -> list[str]:
         """
@@ -119,17 +117,17 @@ class HubIndex:
         """Repositories in the cache, where nobody else is asked."""
         folder = None if self.cache_dir is None else os.fspath(self.cache_dir)
         try:
-            found = frozenset() if self._is_asked else scan_cache_dir(folder).repos
+            found = frozenset() if self.is_asked else scan_cache_dir(folder).repos
         except CacheNotFound:
             return
         yield from sorted(repo.repo_id for repo in found if repo.repo_type == "model")
 
     def _bases(self, name: str, revision: str | None) -> list[str]:
-        if stored := _CACHED.search(Path(name).as_posix()):
-            return ["/".join(stored.groups())]
+        if (stored := id_in_cache(name)) is not None:
+            return [stored]
         bases: Any = None
         renamed: list[str] = []
-        if os.path.isdir(name) or not self._is_asked:
+        if os.path.isdir(name) or not self.is_asked:
             path = DrafterFiles.of(name, {**self.options, "revision": revision}).optional("README.md")
             bases = path and (_metadata(path) or {}).get("base_model")
         else:
@@ -146,7 +144,7 @@ class HubIndex:
         return renamed + [base for base in bases if isinstance(base, str)]
 
     def _list(self, query: dict[str, Any]) -> list[ModelInfo]:
-        if not self._is_asked:
+        if not self.is_asked:
             return []
         try:
             expand: list[Any] = ["downloads", "safetensors", "tags"]
@@ -156,7 +154,7 @@ class HubIndex:
             return []
 
     def _give_up(self, error: Exception) -> None:
-        self._is_asked = False
+        self.is_asked = False
         what = " ".join(str(error).split("\n")[0].split())
         self.notes.append(
             f"The Hub could not be asked ({what}), so only the cache and the package's list were searched."

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from ..checkpoints.card import TRAINING, TRAINING_FACTS, CardFacts
 from ..checkpoints.files import DrafterFiles
-from ..checkpoints.hub import CARD, files_to_publish, publish
+from ..checkpoints.hub import CARD, files_to_publish, publish, saved_folder
 from ..checkpoints.provenance import published_setting
 from ..drafters.auto import AutoDrafter
 from ..drafters.layouts import layout_of
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check that the folder holds a whole drafter, upload it, and say where it is."""
-    layout = layout_of(DrafterFiles(args.folder).config, args.folder)
+    layout = layout_of(DrafterFiles(saved_folder(args.folder)).config, args.folder)
     if layout is not None:
         raise ValueError(f"{args.folder} is in the layout {layout.name}; run `specblock convert` first.")
     drafter = AutoDrafter.from_pretrained(args.folder)

@@ -61,7 +61,8 @@ class AutoDrafter:
                 training and to be saved complete, but not for `generate()`.
             **kwargs:
                 As in [`~transformers.PreTrainedModel.from_pretrained`]: `revision`, `subfolder`, `cache_dir`, `token`,
-                `local_files_only`, `dtype`, `device_map`, ...
+                `local_files_only`, `dtype`, `device_map`, ...; and fields of the drafter's configuration that shall
+                not be those of its file.
 
         Raises:
             ValueError: It is not a drafter, not complete, or not one for `target`; the message names what is wrong.
@@ -77,6 +78,9 @@ class AutoDrafter:
                 config = layout.read_config(files.config, files.name, found, known)
                 tensors = layout.read_tensors(config, files, found)
             options = {key: value for key, value in kwargs.items() if key not in LOCATION_OPTIONS}
+            fields = {key: options.pop(key) for key in config.documented() & options.keys()}
+            if fields:
+                config = type(config).from_dict(config.to_dict() | fields, name_or_path=os.fspath(name))
             drafter = drafter_kind(config.model_type).from_tensors(files.name, config, tensors, **options)
         if isinstance(target, PreTrainedModel):
             drafter.check_target(target)

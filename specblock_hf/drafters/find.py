@@ -141,9 +141,11 @@ def find_drafters(
     if name and os.path.isdir(name) and len(lineage) == 1:
         index.notes.append(f"{name} is a folder that names no model of the Hub; search by the name that it has there.")
     candidates = sorted(_candidates(index, lineage), key=lambda one: one.rank)
-    judged = [_judge(one, model, lineage, index.options) for one in candidates[:MOST_CHECKED]]
-    if len(candidates) > MOST_CHECKED:
-        index.notes.append(f"{len(candidates) - MOST_CHECKED} less likely ones were not looked at.")
+    # To look at what is cached costs nothing.
+    most = MOST_CHECKED if index.is_asked else len(candidates)
+    judged = [_judge(one, model, lineage, index.options) for one in candidates[:most]]
+    if len(candidates) > most:
+        index.notes.append(f"{len(candidates) - most} less likely ones were not looked at.")
     # Of the cache's repositories, which may be anything, those that are drafters.
     judged = [one for one in judged if one.trained_for or one.kind]
     judged.sort(key=lambda one: (not one.fits, one.rank))
@@ -196,11 +198,12 @@ def _judge(candidate: Candidate, target: PreTrainedModel, lineage: list[str], op
             candidate = _with_target(replace(candidate, kind=config.model_type), config, lineage)
             with torch.device("meta"):
                 kind(copy(config)).check_target(target)
+        if candidate.trained_for is None:
+            raise ValueError("its sizes fit, but nothing says that it is for this target; load it by its name.")
+        if options.get("local_files_only"):
+            files.weights()  # of what was looked at before the configuration alone may be there
     except (ValueError, OSError) as error:
         return replace(candidate, misfit=" ".join(str(error).split()))
-    if candidate.trained_for is None:
-        misfit = "its sizes fit, but nothing says that it is for this target; load it by its name."
-        return replace(candidate, misfit=misfit)
     return candidate
 
 

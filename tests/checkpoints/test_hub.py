@@ -401,6 +401,26 @@ def test_a_card_is_made_and_then_left_alone(hub, client, folders):
     assert "On a test machine in float32, with torch 2.13.0." in card and "Nothing was measured" not in card
 
 
+@pytest.mark.parametrize("place", ["/home/secret/hub", "C:\\secret\\hub"])
+def test_a_folder_of_the_hubs_cache_is_published_by_its_repositorys_name(hub, client, tmp_path, place):
+    drafter = small_drafter("specblock")
+    drafter.config.target_name_or_path = f"{place}/models--org--model/snapshots/0123abc"
+    drafter.save_pretrained(tmp_path / "drafter")
+    client(hub_client.push, tmp_path / "drafter", "org/paths")
+    files = hub.repos["org/paths"].branches["main"].files
+    assert json.loads(files["config.json"])["target_name_or_path"] == "org/model"
+    assert b"base_model: org/model" in files["README.md"]
+    assert not any(b"secret" in content for content in files.values())
+
+
+def test_a_name_without_an_owner_is_no_base_model(hub, client, tmp_path):
+    drafter = small_drafter("specblock")
+    drafter.config.target_name_or_path = "llama-ft"  # what is left of a path
+    drafter.save_pretrained(tmp_path / "drafter")
+    client(hub_client.push, tmp_path / "drafter", "org/local")
+    assert b"base_model" not in hub.repos["org/local"].branches["main"].files["README.md"]
+
+
 @pytest.mark.parametrize("named", ["/home/somebody/secret/model", "C:\\secret\\model", "org/model", None, "here"])
 def test_no_path_of_somebodys_machine_is_published(hub, client, tmp_path, named):
     if named == "here":  # it may look like an id
@@ -431,6 +451,16 @@ def test_a_preview_uploads_nothing(folders, capsys, monkeypatch):
     ]
     size = (folders / "specblock" / "model.safetensors").stat().st_size
     assert f"model.safetensors            {size:>13,} bytes\n" in listing
+
+
+def test_what_is_no_folder_is_not_pushed(hub, client, folders, capsys):
+    store(hub, "org/there", folders / "specblock")
+    assert client(hub_client.spoken, "push", "org/there", "me/copy") == (
+        2,
+        "specblock push: org/there is no folder, and only what lies in one is uploaded; save the drafter first, with "
+        "save_pretrained or `specblock convert`.\n",
+    )
+    assert list(hub.repos) == ["org/there"] and hub.log == []
 
 
 def test_pushing_without_a_connection(folders, tmp_path):

@@ -399,6 +399,16 @@ def test_a_loaded_drafter_drafts(saved):
     assert torch.equal(output, target.generate(prompt_of(5), max_new_tokens=12, do_sample=False))
 
 
+def test_variants_are_refused_and_cost_nothing(saved):
+    drafter, folder = saved
+    with pytest.raises(ValueError, match=r"drafter cannot hold a variant, 'fp16'; a drafter's folder holds its"):
+        drafter.save_pretrained(folder, variant="fp16")
+    for load in (AutoDrafter.from_pretrained, type(drafter).from_pretrained):
+        with pytest.raises(ValueError, match=r"drafter cannot be read as a variant, 'fp16'; a drafter's folder"):
+            load(folder, variant="fp16")
+        assert_same(load(folder), drafter)
+
+
 def test_auto_drafter_has_no_instances():
     with pytest.raises(TypeError, match=r"call AutoDrafter\.from_pretrained"):
         AutoDrafter()

@@ -20,6 +20,7 @@ from test_loading import small_drafter
 
 from specblock_hf import cli
 from specblock_hf.drafters.common.registry import published_layouts
+from specblock_hf.drafters.find import MOST_CHECKED
 from specblock_hf.drafters.known import known_drafter, known_drafters, layouts_tested
 from specblock_hf.drafters.layouts import OURS, write_checkpoint
 
@@ -220,6 +221,37 @@ def test_offline_the_cache_is_searched(hub, client, folders, hub_cache, tmp_path
         == "lab/named-specblock"
     )
     assert hub.log == []
+
+
+def test_offline_a_drafter_needs_its_weights_too(hub, client, folders, hub_cache):
+    target = "Qwen/Qwen3-8B"
+    add_target(hub, target)
+    first, second = [one for one in known_drafters() if one.target == target and one.layout in LAYOUTS][:2]
+    for drafter in (first, second):
+        add_drafter(hub, drafter.id, folders / drafter.layout, base=None)
+    assert client(hub_client.search, target, cache_dir=hub_cache)["best"] == first.id  # reads configurations alone
+    client(hub_client.pull, second.id, cache_dir=hub_cache)
+    found = client(hub_client.search, target, cache_dir=hub_cache, local_files_only=True)
+    assert found["best"] == second.id
+    assert found["rows"][first.id][3].startswith(f"{first.id} has neither model.safetensors nor pytorch_model.bin, or")
+
+
+def test_offline_other_models_of_the_cache_hide_no_drafter(hub, client, folders, hub_cache, tmp_path):
+    drafter = small_drafter()
+    drafter.config.target_name_or_path = BASE
+    drafter.save_pretrained(tmp_path / "named")
+    add_target(hub, BASE)
+    add_drafter(hub, "zoe/named-specblock", tmp_path / "named", base=None)
+    for name in (BASE, "zoe/named-specblock"):
+        client(hub_client.fetch_all, name, cache_dir=hub_cache)
+    for number in range(MOST_CHECKED):
+        snapshot = Path(hub_cache, f"models--any--model{number}", "snapshots", "0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text('{"model_type": "llama"}')
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    found = client(hub_client.search, BASE, cache_dir=hub_cache, local_files_only=True)
+    assert (found["best"], found["notes"]) == ("zoe/named-specblock", ())
 
 
 def test_the_list_knows_what_the_hub_does_not_say(hub, client, folders, hub_cache):

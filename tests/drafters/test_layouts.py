@@ -224,6 +224,27 @@ def test_a_vocabulary_that_is_none_is_refused(copy, damage):
         AutoDrafter.from_pretrained(folder)
 
 
+def test_offsets_say_which_tokens_a_vocabulary_has(copy):
+    folder = copy(SAFEAILAB)
+    expected = AutoDrafter.from_pretrained(folder)
+    rewrite(folder, lambda tensors: tensors.pop("t2d"))
+    assert_same(AutoDrafter.from_pretrained(folder), expected)
+    rewrite(folder, lambda tensors: tensors["d2t"].add_(1000))
+    with pytest.raises(ValueError, match=r"^d2t and t2d of .* do not describe one draft vocabulary: "):
+        AutoDrafter.from_pretrained(folder)
+
+
+def test_fields_of_the_configuration_are_the_callers(copy):
+    folder = copy(SAFEAILAB)
+    drafter = AutoDrafter.from_pretrained(folder, tree_budget=7, ignore_mismatched_sizes=False)
+    assert drafter.config.tree_budget == 7
+    assert_same(drafter, AutoDrafter.from_pretrained(folder))
+    with pytest.raises(ValueError, match=r"^tree_budget is -1; give a whole number from 0 to 65536\."):
+        AutoDrafter.from_pretrained(folder, tree_budget=-1)
+    with pytest.raises(ValueError, match=r"misshapen .*lm_head\.weight"):
+        AutoDrafter.from_pretrained(folder, draft_vocab_size=8)
+
+
 def test_a_full_vocabulary_needs_no_mapping(copy):
     folder = copy(SAFEAILAB, draft_vocab_size=300)
 

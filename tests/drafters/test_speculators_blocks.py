@@ -107,7 +107,7 @@ def test_a_window_is_the_blocks(tmp_path, both_ways):
         ("dspark", {"markov_head_type": "rnn"}, r"has a Markov head of the type 'rnn'"),
         ("dflash", {"aux_hidden_state_layer_ids": None}, r"lacks aux_hidden_state_layer_ids"),
         ("dflash", {"mask_token_id": None}, r"lacks mask_token_id"),
-        ("dflash", {"draft_vocab_size": 16}, r"has a draft vocabulary and lacks d2t or t2d"),
+        ("dflash", {"draft_vocab_size": 16}, r"has a draft vocabulary and lacks d2t;"),
         ("dflash", {"speculators_model_type": "other"}, r"is not a drafter in a known layout"),
         ("dspark", {"enable_confidence_head": False}, r"unexpected confidence_head\.proj"),
         ("dflash", {"speculators_model_type": "dspark", "markov_rank": 8}, r"missing .*markov_head\.markov_w1"),

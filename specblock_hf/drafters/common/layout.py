@@ -249,12 +249,18 @@ def without_embedding(tensors: Tensors, key: str, config: Any, name: object) -> 
     return {other: value for other, value in tensors.items() if other != key}
 
 
-def with_whole_vocabulary(tensors: Tensors, config: Any) -> Tensors:
-    """Add the draft vocabulary of a drafter that names none because it can say every token."""
-    if "d2t" in tensors or "t2d" in tensors or config.draft_vocab_size != config.vocab_size:
+def with_vocabulary(tensors: Tensors, config: Any) -> Tensors:
+    """
+    Add what is not said of the draft vocabulary: none of it by a drafter that can say every token, and no `t2d` by
+    those who find `d2t` enough.
+    """
+    if "t2d" in tensors or ("d2t" not in tensors and config.draft_vocab_size != config.vocab_size):
         return tensors
-    size = config.vocab_size
-    return tensors | {"d2t": torch.zeros(size, dtype=torch.long), "t2d": torch.ones(size, dtype=torch.bool)}
+    offsets = tensors.get("d2t", torch.zeros(config.vocab_size, dtype=torch.long))
+    marks = torch.zeros(config.vocab_size, dtype=torch.bool)
+    tokens = offsets.long() + torch.arange(len(offsets))
+    marks[tokens.clamp(0, config.vocab_size - 1)] = True  # whoever loads them refuses offsets beyond it
+    return tensors | {"d2t": offsets, "t2d": marks}
 
 
 def write_folder(

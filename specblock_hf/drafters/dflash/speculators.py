@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from ...checkpoints.files import DrafterFiles
 from ...checkpoints.loading import refuse_vocabulary
-from ..common.layout import Fields, Tensors, require, without_embedding
+from ..common.layout import Fields, Tensors, require, with_vocabulary, without_embedding
 from .configuration import BlockDiffusionConfig
 from .layouts import NUMBERS, DFlashLayout, dspark_heads
 
@@ -69,8 +69,9 @@ class SpeculatorsBlockLayout(DFlashLayout):
         own = {key: value for key, value in tensors.items() if key not in ("lm_head.weight", "d2t", "t2d")}
         if not config.restricted_vocabulary:
             return own
-        if "d2t" not in tensors or "t2d" not in tensors:
-            raise ValueError(f"{files.name} has a draft vocabulary and lacks d2t or t2d; download it again.")
+        if "d2t" not in tensors:
+            raise ValueError(f"{files.name} has a draft vocabulary and lacks d2t; download it again.")
+        tensors = with_vocabulary(tensors, config)
         offsets, marks = tensors["d2t"].long(), tensors["t2d"].bool()
         refuse_vocabulary(files.name, config, offsets, marks)
         key = "markov_head.markov_w2.weight"

@@ -22,7 +22,7 @@ from ..common.layout import (
     require,
     target_fields,
     usual_features,
-    with_whole_vocabulary,
+    with_vocabulary,
     without_embedding,
     write_folder,
     write_llama_fields,
@@ -80,7 +80,7 @@ class _Eagle3Layout(Layout):
         renamed = {_renamed(key, self.layer_prefix, _Eagle3Layout.layer_prefix): tensors[key] for key in tensors}
         if not config.own_embedding:
             renamed = without_embedding(renamed, "embed_tokens.weight", config, files.name)
-        return with_whole_vocabulary(renamed, config)
+        return with_vocabulary(renamed, config)
 
     def write(self, drafter: Any, folder: str | Path) -> None:
         written = self.written_config(drafter.config) | {

@@ -21,7 +21,7 @@ from ..common.layout import (
     require,
     target_fields,
     usual_features,
-    with_whole_vocabulary,
+    with_vocabulary,
     without_embedding,
     write_folder,
     write_llama_fields,
@@ -63,7 +63,7 @@ class ReleaseLayout(Layout):
                 raise ValueError(
                     f"{key} differs between the weights and vocab_mapping.pt of {files.name}; download both again."
                 )
-        return with_whole_vocabulary(tensors | vocabulary, config)
+        return with_vocabulary(tensors | vocabulary, config)
 
     def write(self, drafter: Any, folder: str | Path) -> None:
         config, tensors = drafter.config, drafter.state_dict()
