@@ -270,7 +270,7 @@ class DrafterFiles:
 def id_in_cache(path: str | os.PathLike) -> str | None:
     """The name of the repository that a folder or file of the Hub's cache is of; `None` for any other."""
     found = re.search(r"/models--(.+?)--(.+?)/snapshots/", PureWindowsPath(path).as_posix())
-    return found and "/".join(found.groups())
+    return "/".join(found.groups()) if found else None
 
 
 def _stored(path: Path) -> Path:
