@@ -103,13 +103,18 @@ class PrepackedWeights:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             layers = list(layers)
             sums = [layer.weight.detach().view(torch.int64).sum(1) for layer in layers]
-            stale = [not self._is_copied(layer.weight, own) for layer, own in zip(layers, sums, strict=True)]
+            counted, same = [], []  # what versions say of each weight, and what its sums do
+            for layer, own in zip(layers, sums, strict=True):
+                known = self._packed.get(layer.weight)
+                counted.append(known is not None and known.version != version_of([layer.weight]))
+                same.append(
+                    known is not None and known.weight.dtype == layer.weight.dtype and torch.equal(known.sums, own)
+                )
             # Another order of columns changes no sums, and through `.data` no version either. It comes with one of
             # rows elsewhere, and all are copied anew.
-            if any(self._changed_unseen(layer.weight, own) for layer, own in zip(layers, sums, strict=True)):
-                stale = [True] * len(layers)
-            for layer, own, is_stale in zip(layers, sums, stale, strict=True):
-                if is_stale:
+            anew = any(not is_same and not is_counted for is_same, is_counted in zip(same, counted, strict=True))
+            for layer, own, is_counted, is_same in zip(layers, sums, counted, same, strict=True):
+                if anew or is_counted or not is_same:
                     copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
                     self._packed[layer.weight] = Packed(copy, own, version_of([layer.weight]))
             for layer in layers:
@@ -120,17 +125,6 @@ class PrepackedWeights:
         """Whether there is something to copy, and not too much."""
         weights = {id(layer.weight): layer.weight for layer in layers}
         return 0 < sum(weight.nbytes for weight in weights.values()) <= self.most_bytes
-
-    def _is_copied(self, weight: nn.Parameter, sums: torch.LongTensor) -> bool:
-        """Whether there is a copy of a weight as it is now, with these sums."""
-        known = self._packed.get(weight)
-        told = known is not None and (known.version, known.weight.dtype) == (version_of([weight]), weight.dtype)
-        return told and torch.equal(known.sums, sums)
-
-    def _changed_unseen(self, weight: nn.Parameter, sums: torch.LongTensor) -> bool:
-        """Whether a weight with a copy has other sums now, though its version says that nothing has changed."""
-        known = self._packed.get(weight)
-        return known is not None and known.version == version_of([weight]) and not torch.equal(known.sums, sums)
 
 
 def version_of(weights: Iterable[nn.Parameter]) -> int:

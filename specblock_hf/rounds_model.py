@@ -39,19 +39,20 @@ class RoundsModel(Generic[Model]):
     @property
     def settled(self) -> bool:
         """Whether later rounds will run as the last one did, and take as long."""
-        return self._weights is None and not self._changed
+        return (self._weights is None or self._twin is not None) and not self._changed
 
     def next(self) -> Model:
         """Of the next round."""
         if self._grouped is None:  # not before the prompt, which may leave things on the model's parts
             self._grouped = self.model if self._alone else grouped_twin(self.model)
+        if self._twin is not None and self._version != self._version_now():
+            self._twin = None  # as before there was one: what has changed may change again
         weights, self._changed = self._weights, False
-        if weights is not None and (weights.knows(self._layers) or not weights.waits(self.model)):
-            self._version = self._version_now()
-            self._twin = prepacked_twin(self._grouped, self._layers, weights)
-            self._weights, self._changed = None, True
-        elif self._twin is not None and self._version != self._version_now():
-            self._twin = None
+        if weights is not None and self._twin is None:
+            if weights.knows(self._layers) or not weights.waits(self.model):
+                self._version, self._changed = self._version_now(), True
+                self._twin = prepacked_twin(self._grouped, self._layers, weights)
+                self._weights = weights if self._twin is not None else None
         return self._twin or self._grouped
 
     def _version_now(self) -> int:

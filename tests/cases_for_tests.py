@@ -24,7 +24,7 @@ ABORTS = ("streamer", "criterion", "processor", "allowed tokens", "callback", "d
 EVENTS = ("on_generate_begin", "on_prompt", "on_draft", "on_verify", "on_commit", "on_generate_end")
 LISTENERS = (
     *("adapting", "adapting to nan", "watcher raises", "clock raises", "bandit raises", "more tokens than there are"),
-    *("trace", "closed trace", "tracker raises", "log"),
+    *("trace", "trace on a full disk", "tracker raises", "log"),
 )
 
 

@@ -180,10 +180,10 @@ def _listener(name: str, drafter: TreeDrafter) -> DraftingCallback:
         return StatisticsLogger()
     if name == "tracker raises":
         return TrackerCallback(Troubled())
-    if name.endswith("trace"):
+    if "trace" in name:
         trace = JsonlTrace(Path(tempfile.mkdtemp()) / "trace.jsonl")
-        if name == "closed trace":
-            trace.on_remove(drafter)
+        if name == "trace on a full disk":
+            trace.path = Path("/dev/full")
         return trace
     settings = UpdateSettings(steps=1, drift_weight=0.0, learning_rate=1e30 if name == "adapting to nan" else 1e-3)
     more = {

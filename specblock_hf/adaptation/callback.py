@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,7 +63,8 @@ class OnlineAdaptationCallback(DraftingCallback):
     """
     Updates a drafter from the verifier's feedback while it serves, where that is expected to pay
     (https://huggingface.co/papers/2605.07243, section 3.4, appendices A.3 and D). Whatever it does changes the speed
-    of later calls and never a text. Add it to one drafter; a call of `generate()` is a query.
+    of later calls and never a text. Add it to one drafter; a call of `generate()` is a query. It learns from one
+    target at a time: what another one said, or the same before its weights changed, is forgotten.
 
     Args:
         policy (`str`, *optional*, defaults to `"bandit"`):
@@ -87,7 +89,8 @@ class OnlineAdaptationCallback(DraftingCallback):
     Attributes:
         decisions (`deque` of [`Decision`]): The last thousand, one for each query.
         events (`deque` of [`AdaptationEvent`]): The last thousand changes of the weights.
-        failure (`Exception`, *optional*): What ended the adaptation; it is logged once and the drafter serves on.
+        failure (`Exception`, *optional*):
+            What ended the adaptation; it is logged once, with its traceback, and the drafter serves on.
 
     Example:
 
@@ -139,9 +142,11 @@ class OnlineAdaptationCallback(DraftingCallback):
         self._updater: DrafterUpdater | None = None
         self._good: list[torch.Tensor] = []
         self._candidate: list[torch.Tensor] | None = None
+        self._candidate_updates = 0  # that it has behind it
         self._unpaid = 0.0
-        self._target_version = 0
+        self._target: tuple[weakref.ref | None, int] = (None, 0)  # its embedding and version
         self._pending: Future | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._removed = False
         self._executor: ThreadPoolExecutor | None = None
         self._lock = DrafterLock()
@@ -177,13 +182,14 @@ class OnlineAdaptationCallback(DraftingCallback):
         if self.learns:
             dtype = self.updater.deployed.dtype
             top_k = min(self.top_k, call.table.vocab_size)
-            recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, top_k)
-            call.notes[self] = (recorder, self.clock(), self._busy())
-            if call.target_version != self._target_version:
-                # What the target said before it changed is not what it would say now.
+            recorder = CallRecorder(call.batch_size, dtype, self.window_tokens, top_k, self.buffer_bytes)
+            target = (weakref.ref(call.table.embedding), call.target_version)
+            call.notes[self] = (recorder, self.clock(), self._busy(), target)
+            if target != self._target:
+                # What another target said, or this one before it changed, is not what it would say now.
                 with self._lock:
                     self.buffer.clear()
-                self._target_version = call.target_version
+                    self._target = target
 
     def on_prompt(self, call: DraftingCall, pairs: Pairs) -> None:
         if self in call.notes:
@@ -201,14 +207,14 @@ class OnlineAdaptationCallback(DraftingCallback):
     def on_generate_end(self, call: DraftingCall) -> None:
         if self not in call.notes:
             return
-        recorder, began, updating = call.notes.pop(self)
+        recorder, began, updating, target = call.notes.pop(self)
         seconds, windows, signal = self.clock() - began, recorder.windows(), recorder.signal()
         statistics = call.statistics
         rounds = len(statistics.accepted)
         with self._lock:
             if self._removed:
                 return
-            for window in windows:
+            for window in windows if target == self._target else ():
                 self.buffer.add(window)
             self._watch(sum(statistics.accepted) + rounds, rounds)
             # What an update in this thread took is paid by the query that follows it.
@@ -300,7 +306,7 @@ class OnlineAdaptationCallback(DraftingCallback):
             self.wait()
             self.updater.load_state_dict(state["updater"])
             self.bandit.load_state_dict(state["bandit"])
-            self._good, self._candidate = list(state["good"]), None
+            self._good, self._candidate, self._candidate_updates = deepcopy(state["good"]), None, 0
             self.queries, self.updates = state["queries"], state["updates"]
             self.monitor.reset()
 
@@ -345,7 +351,10 @@ class OnlineAdaptationCallback(DraftingCallback):
         if verdict == "held" and self._candidate is not None:
             self._good = self._candidate
         # In service when the next interval begins; good if that interval holds.
-        self._candidate = self.updater.snapshot() if self.updates else None
+        if self.updates != self._candidate_updates:
+            # Counted before: an update that is published meanwhile is looked at once more.
+            self._candidate_updates = self.updates
+            self._candidate = self.updater.snapshot()
 
     def _start(self, scope: Scope, table: TokenTable) -> None:
         query, work = self.queries, (scope, self.updater.draw(self.buffer), self.buffer.newest(1), table)
@@ -356,6 +365,8 @@ class OnlineAdaptationCallback(DraftingCallback):
             return
         device, ready = self.updater.device, None
         if device.type == "cuda":
+            # One for all updates: memory that was freed on a stream is there for that stream alone.
+            self._stream = self._stream or torch.cuda.Stream(device)
             ready = torch.cuda.current_stream(device).record_event()
         self._pending = self._executor.submit(self._update, query, work, ready)
 
@@ -365,9 +376,8 @@ class OnlineAdaptationCallback(DraftingCallback):
         stream: Any = nullcontext()
         try:
             if ready is not None:
-                side = torch.cuda.Stream(updater.device)
-                side.wait_event(ready)
-                stream = torch.cuda.stream(side)
+                self._stream.wait_event(ready)
+                stream = torch.cuda.stream(self._stream)
             with stream:
                 numbers = updater.update(*work)
         except Exception as error:

@@ -197,6 +197,8 @@ class DrafterUpdater:
                     group["lr"] = settings.learning_rate * min(1.0, self.steps_taken / max(settings.warmup_steps, 1))
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+                # Autocast would go on with the weights of its first step.
+                torch.clear_autocast_cache()
                 if self.averaged is not None:
                     self._average(self.averaged.parameters_of(scope), self.trained.parameters_of(scope), None)
         return {"loss": float(torch.stack(losses).mean()), "drift": float(drift.detach())}
@@ -284,10 +286,14 @@ class DrafterUpdater:
         return 1 + kept / max(rounds, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The trained copy and its average, the optimiser and the state of all draws; no window."""
+        """
+        The trained copy and its average, the drafter before deployment, the optimiser and the state of all draws; no
+        window.
+        """
         return {
             "trained": self.trained.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "original": None if self.original is None else self.original.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "steps_taken": self.steps_taken,
             "random": [list(part) if isinstance(part, tuple) else part for part in self.random.getstate()],
@@ -306,14 +312,19 @@ class DrafterUpdater:
         if self.averaged is not None:
             # A service that did not average so far has no average to go on from.
             self.averaged.load_state_dict(state["averaged"] or state["trained"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.original is not None and state.get("original"):
+            # Otherwise the state is older, or knew no drift, and the anchor is what was in service at first.
+            self.original.load_state_dict(state["original"])
+        # Its moments alone: the rest is this updater's settings.
+        moments = {"state": deepcopy(state["optimizer"]["state"])}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
         self.steps_taken = state["steps_taken"]
         self.random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["random"]))
         self.generator.set_state(state["generator"])
         self.publish()
 
     def _refuse(self, state: dict[str, Any]) -> None:
-        for theirs in filter(None, (state["trained"], state["averaged"])):
+        for theirs in filter(None, (state["trained"], state["averaged"], state.get("original"))):
             other = differences(self.trained.state_dict(), theirs)
             if other:
                 raise ValueError(
@@ -366,13 +377,20 @@ class DrafterUpdater:
         )
 
     def _write(self, drafter: Any, weights: Sequence[torch.Tensor]) -> None:
-        """Copy weights into a drafter in place. Under its lock nobody drafts, so that nobody sees half of it."""
+        """
+        Copy weights into a drafter in place, where they differ: others count as unchanged, and nothing that was made
+        of them is made anew. Under its lock nobody drafts, so that nobody sees half of it.
+        """
         with drafter.lock, torch.inference_mode(False), torch.no_grad():
             # Neither may a draft that is still running on the device, whoever's stream it is on.
             synchronize(drafter.device)
             for parameter, new in zip(drafter.parameters_of("full"), weights, strict=True):
-                parameter.copy_(new)
+                new = new.to(parameter)
+                if not torch.equal(parameter, new):
+                    parameter.copy_(new)
             synchronize(drafter.device)
+            # A service may be within one autocast, which would go on with the weights of before.
+            torch.clear_autocast_cache()
 
 
 def _first_logits(drafter: Any, batch: TargetBatch, rows: torch.LongTensor) -> torch.Tensor:

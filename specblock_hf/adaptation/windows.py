@@ -51,8 +51,8 @@ class Window:
         return sum(part.nbytes for part in self._parts())
 
     def last(self, pairs: int) -> Window:
-        """Its last pairs."""
-        return Window(*(part[-pairs:] for part in self._parts()))
+        """Its last pairs, a copy where it has more: a slice would keep the others alive."""
+        return self if len(self) <= pairs else Window(*(part[-pairs:].clone() for part in self._parts()))
 
     @classmethod
     def joined(cls, windows: Sequence[Window]) -> Window:
@@ -72,19 +72,22 @@ class CallRecorder:
         dtype (`torch.dtype`): What features and embeddings are kept in.
         window_tokens (`int`): Most pairs that are kept of a row, its last ones.
         top_k (`int`): Tokens that are kept of each of the target's distributions.
+        max_bytes (`int`): Only as many rows are written down, at least one, as have windows of no more bytes.
     """
 
-    def __init__(self, batch_size: int, dtype: torch.dtype, window_tokens: int, top_k: int):
+    def __init__(self, batch_size: int, dtype: torch.dtype, window_tokens: int, top_k: int, max_bytes: int):
         self.dtype = dtype
         self.window_tokens = window_tokens
         self.top_k = top_k
+        self.max_bytes = max_bytes
         self._rows: list[deque[Window]] = [deque() for _ in range(batch_size)]
+        self._held = [0] * batch_size  # pairs of each row
         self._signal: torch.Tensor | None = None
 
     def add_prompt(self, pairs: Pairs) -> None:
         """A chunk of the prompts, which teaches nothing but is what the drafter attends to."""
         for row, length in enumerate(pairs.lengths.tolist()):
-            if length:
+            if length and row < len(self._rows):
                 kept = min(length, self.window_tokens)
                 no_ids = torch.full((kept, self.top_k), -1, device=pairs.tokens.device)
                 no_probs = torch.zeros_like(no_ids, dtype=torch.float32)
@@ -93,9 +96,9 @@ class CallRecorder:
     def close_prompt(self, scored: Scored) -> None:
         """The prompts' distributions, from which the last token of every row so far was chosen."""
         for place, row in enumerate(scored.rows):
-            if self._rows[row]:
-                ids, probs = self._distributions(scored.logits[place])
+            if row < len(self._rows) and self._rows[row]:
                 last = self._rows[row][-1]
+                ids, probs = self._distributions(scored.logits[place], last.tokens.device)
                 top_ids, top_probs = last.top_ids.clone(), last.top_probs.clone()
                 top_ids[-1:], top_probs[-1:] = ids, probs
                 self._rows[row][-1] = replace(last, top_ids=top_ids, top_probs=top_probs)
@@ -106,9 +109,9 @@ class CallRecorder:
         self._signal = signal if self._signal is None else self._signal + signal
         lengths = walk.lengths.tolist()
         for place, row in enumerate(scored.rows):
-            if lengths[row]:
+            if lengths[row] and row < len(self._rows):
                 nodes = walk.nodes[row, : lengths[row]].to(scored.logits.device)
-                distributions = self._distributions(scored.logits[place, nodes])
+                distributions = self._distributions(scored.logits[place, nodes], pairs.tokens.device)
                 self._append(row, self._window(pairs, row, 0, lengths[row], *distributions))
 
     def signal(self) -> float:
@@ -116,31 +119,43 @@ class CallRecorder:
         return 0.0 if self._signal is None else float(self._signal.sum())
 
     def windows(self) -> list[Window]:
-        """The windows of the rows for which the target wrote anything that a drafter could have guessed."""
-        joined = [Window.joined(list(parts)).last(self.window_tokens) for parts in self._rows if parts]
-        return [window for window in joined if window.scored > 1]
+        """
+        The windows of the rows for which the target wrote anything that a drafter could have guessed; the recorder
+        lets go of them.
+        """
+        windows = []
+        for parts in filter(None, self._rows):
+            window = Window.joined(list(parts)).last(self.window_tokens)
+            parts.clear()
+            if window.scored > 1:
+                windows.append(window)
+        return windows
 
     def _append(self, row: int, window: Window) -> None:
         parts = self._rows[row]
         parts.append(window)
-        while sum(map(len, parts)) - len(parts[0]) >= self.window_tokens:
-            parts.popleft()
+        self._held[row] += len(window)
+        while self._held[row] - len(parts[0]) >= self.window_tokens:
+            self._held[row] -= len(parts.popleft())
+        # A buffer of so many bytes would not keep windows of more rows. What a pair takes is known from the first on.
+        del self._rows[max(1, self.max_bytes // (self.window_tokens * window.num_bytes // len(window))) :]
 
     def _window(self, pairs: Pairs, row: int, first: int, last: int, top_ids, top_probs) -> Window:
-        # Copies: a slice would keep the states of the whole tree alive.
+        own, device = pairs.each(lambda values: values[row, first:last]), pairs.tokens.device
+        # Copies: a slice would keep the states of the whole tree alive. Layers may lie on several devices.
         return Window(
-            pairs.tokens[row, first:last].clone(),
-            pairs.embeds()[row, first:last].to(self.dtype, copy=True),
-            torch.cat([feature[row, first:last] for feature in pairs.features], dim=-1).to(self.dtype),
+            own.tokens.clone(),
+            own.embeds().to(device, self.dtype, copy=True),
+            torch.cat([feature.to(device) for feature in own.features], dim=-1).to(self.dtype),
             top_ids,
             top_probs,
         )
 
-    def _distributions(self, logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
-        """The likeliest tokens `[n, k]` of logits `[n, V]` and their probabilities."""
+    def _distributions(self, logits: torch.Tensor, device: torch.device) -> tuple[torch.LongTensor, torch.Tensor]:
+        """The likeliest tokens `[n, k]` of logits `[n, V]` and their probabilities, on a device."""
         logits = logits.float()
         best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
-        return best.indices, (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+        return best.indices.to(device), (best.values - logits.logsumexp(-1, keepdim=True)).exp().to(device)
 
 
 def rejection_signal(tree: DraftTree, walk: Walk) -> torch.Tensor:

@@ -87,7 +87,7 @@ class DraftingCallback:
             What happens when a hook raises. `False`, as here: the call ends with that error. `True`, as for the
             callbacks of this package: it is logged once, the callback hears of no call any more, and the call goes on,
             because nobody's text may be lost to a figure about it.
-        failure (`Exception`, *optional*): What ended an optional callback.
+        failure (`Exception`, *optional*): What ended an optional callback, without its traceback, which is logged.
     """
 
     optional: bool = False
@@ -98,6 +98,8 @@ class DraftingCallback:
         if self.failure is None:
             self.failure = error
             logger.error("%s has failed and is off from now on; calls go on.", type(self).__name__, exc_info=error)
+            # The log has them. Their frames would keep a call's cache, logits and target alive.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
 
     def on_add(self, drafter: TreeDrafter) -> None:
         """It was added to a drafter."""
@@ -245,7 +247,8 @@ class TreeDrafter(ABC):
             target ([`~transformers.PreTrainedModel`]): The model, or a wrapper around it, such as peft's.
 
         Returns:
-            [`Attachment`]: To be detached, or used as a context manager, with statistics.
+            [`Attachment`]: To be detached, or used as a context manager, with statistics. A target that nobody else
+                holds any more is gone with it, unless the drafter has rounds of fixed shapes, which hold it.
 
         Raises:
             ValueError: The target has a drafter attached already, is not one to draft for, or another's.

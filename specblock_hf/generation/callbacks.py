@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ..drafting.drafter import DraftingCall, DraftingCallback
 
@@ -16,7 +16,6 @@ from ..drafting.drafter import DraftingCall, DraftingCallback
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-    from ..drafting.drafter import TreeDrafter
     from ..drafting.pairs import Pairs, Scored
     from ..drafting.statistics import GenerationStatistics
     from ..trees.tree import DraftTree
@@ -104,7 +103,6 @@ class JsonlTrace(DraftingCallback):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = self.path.open("a", encoding="utf-8", buffering=1)
 
     def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
         nodes, emitted = tree.num_nodes.tolist(), walk.lengths.tolist()
@@ -113,12 +111,10 @@ class JsonlTrace(DraftingCallback):
     def on_generate_end(self, call: DraftingCall) -> None:
         self._write({"event": "end", "batch_size": call.batch_size} | call_figures(call.statistics))
 
-    def on_remove(self, drafter: TreeDrafter) -> None:
-        self._file.close()
-
     def _write(self, row: dict[str, Any]) -> None:
         # One write for each line, which concurrent calls cannot tear.
-        self._file.write(json.dumps(row) + "\n")
+        with self.path.open("ab", buffering=0) as file:
+            file.write(json.dumps(row).encode() + b"\n")
 
 
 class TrackerCallback(DraftingCallback):

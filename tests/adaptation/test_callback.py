@@ -8,7 +8,6 @@ import logging
 import os
 import threading
 import time
-from copy import deepcopy
 
 import pytest
 import torch
@@ -277,28 +276,6 @@ def test_nothing_that_anybody_wrote_is_saved(tmp_path):
     parameters = {tuple(parameter.shape) for parameter in drafter.parameters()}
     others = {(), tuple(state["updater"]["generator"].shape), tuple(drafter.d2t.shape), tuple(drafter.t2d.shape)}
     assert {tuple(tensor.shape) for tensor in tensors_in(state)} <= parameters | others
-
-
-def test_memory_is_bounded():
-    drafter = tiny_drafter()
-    callback = adapted(drafter, every=1000, buffer_bytes=20_000)
-    serve(drafter, 10)
-    assert 0 < callback.buffer.num_bytes <= 20_000
-    assert len(callback.buffer) < 10
-
-
-def test_what_an_older_policy_said_is_forgotten():
-    drafter, target = tiny_drafter(), deepcopy(tiny_target("llama"))
-    callback = adapted(drafter, every=100, settings=FAST)
-    for number in range(3):
-        target.generate(prompt_of(6, number), assistant_model=drafter, **GREEDY)
-    assert len(callback.buffer) == 3
-    optimizer = torch.optim.AdamW(target.parameters(), lr=1e-3)
-    target(prompt_of(6), labels=prompt_of(6)).loss.backward()
-    optimizer.step()
-    for kept in (1, 2):
-        target.generate(prompt_of(6, kept), assistant_model=drafter, **GREEDY)
-        assert len(callback.buffer) == kept
 
 
 def test_a_joined_drafter_learns_where_it_has_weights():

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+from random import Random
 
 import pytest
 import torch
@@ -90,6 +91,39 @@ def test_a_head_update_brings_heads_only_into_service():
     updater.publish()
     changed = {name for name, p in updater.deployed.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"lm_head.weight", "rank_head.0.weight", "rank_head.2.weight"}
+
+
+def test_steps_under_autocast_see_the_steps_before():
+    settings, steps = {"autocast": True, "drift_weight": 0.0}, filled_buffer().draw(4, 100, Random(0))
+    at_once, one_by_one = updater_of(**settings), updater_of(**settings)
+    loss = at_once.train("full", steps)["loss"]
+    losses = [one_by_one.train("full", [step])["loss"] for step in steps]
+    assert loss == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert same(weights_of(at_once.trained), weights_of(one_by_one.trained))
+
+
+def test_a_service_within_one_autocast_drafts_by_what_came_into_service():
+    updater, hidden = updater_of(), torch.ones(1, tiny_drafter().config.hidden_size)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = updater.deployed.lm_head(hidden)
+        updater.restore([2 * weight for weight in updater.snapshot()])
+        assert torch.equal(updater.deployed.lm_head(hidden), 2 * before)
+
+
+def test_what_did_not_change_counts_as_unchanged():
+    updater, buffer = updater_of(averaging=0.7), filled_buffer()
+    weights = dict(updater.deployed.named_parameters())
+    versions = {name: weight._version for name, weight in weights.items()}
+
+    def changed() -> set[str]:
+        return {name for name, weight in weights.items() if weight._version != versions[name]}
+
+    updater.publish()
+    updater.restore(updater.snapshot())
+    assert not changed()
+    updater.train("head", updater.draw(buffer))
+    updater.publish()
+    assert changed() == {"lm_head.weight", "rank_head.0.weight", "rank_head.2.weight"}
 
 
 def test_updates_lower_the_loss_of_what_is_learned():
@@ -238,6 +272,35 @@ def test_a_restored_updater_takes_the_same_steps():
         updater.train("full", updater.draw(buffer))
     assert same(weights_of(second.trained), weights_of(first.trained))
     assert same(weights_of(second.averaged), weights_of(first.averaged))
+
+
+def test_a_restored_updater_has_moments_of_its_own_and_its_own_settings():
+    first, buffer = updater_of(), filled_buffer()
+    first.train("full", first.draw(buffer))
+    state, second = reloaded(first.state_dict()), updater_of(betas=(0.5, 0.6))
+    second.load_state_dict(state)
+    moment = state["optimizer"]["state"][0]["exp_avg"]
+    assert torch.equal(second.optimizer.state_dict()["state"][0]["exp_avg"], moment)
+    before = moment.clone()
+    second.train("full", second.draw(buffer))
+    assert torch.equal(moment, before)
+    assert [group["betas"] for group in second.optimizer.param_groups] == [(0.5, 0.6)]
+
+
+@pytest.mark.parametrize("saved", ["with its anchor", "without drift", "by an older version"])
+def test_the_drift_is_from_the_drafter_before_the_first_deployment(saved):
+    first, buffer = updater_of(drift_weight=0.0 if saved == "without drift" else 0.1), filled_buffer()
+    anchor = weights_of(first.deployed)
+    first.train("full", first.draw(buffer))
+    first.publish()
+    state, adapted = reloaded(first.state_dict()), tiny_drafter()
+    if saved == "by an older version":
+        del state["original"]
+    adapted.load_state_dict(first.deployed.state_dict())
+    second = updater_of(adapted)
+    second.load_state_dict(state)
+    assert same(weights_of(second.original), anchor if saved == "with its anchor" else weights_of(adapted))
+    assert not same(anchor, weights_of(adapted))
 
 
 def test_an_average_begins_where_a_service_without_one_was():

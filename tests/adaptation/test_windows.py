@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +13,12 @@ from drafters_for_tests import GarbageDrafter, make_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_for_tests import GREEDY
-from training_for_tests import example_of, table_of, tiny_drafter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training_for_tests import Told, example_of, table_of, tiny_drafter
 
 from specblock_hf.adaptation.windows import CallRecorder, Window, WindowBuffer, collate, rejection_signal
 from specblock_hf.drafting.drafter import DraftingCallback
+from specblock_hf.drafting.pairs import Pairs, Scored
 from specblock_hf.training.batches import collate as collate_for_training
 from specblock_hf.training.target_views import view_target
 from specblock_hf.trees.verification import Walk
@@ -34,7 +35,7 @@ class Record(DraftingCallback):
         self.window_tokens = window_tokens
 
     def on_generate_begin(self, call):
-        self.recorder = CallRecorder(call.batch_size, torch.float32, self.window_tokens, TOP_K)
+        self.recorder = CallRecorder(call.batch_size, torch.float32, self.window_tokens, TOP_K, 2**20)
 
     def on_prompt(self, call, pairs):
         self.recorder.add_prompt(pairs)
@@ -122,19 +123,80 @@ def test_of_a_long_text_the_last_tokens_are_kept(bound):
 
 
 def test_recording_holds_no_more_than_the_window():
-    recorder = CallRecorder(1, torch.float32, 4, TOP_K)
-    state = torch.zeros(1, 100, 8)
-    pairs = SimpleNamespace(
-        tokens=torch.zeros(1, 100, dtype=torch.long),
-        features=(state,),
-        lengths=torch.tensor([100]),
-        embeds=lambda: state,
-    )
+    recorder = CallRecorder(1, torch.float32, 4, TOP_K, 2**20)
+    pairs = Told(1, 101).pairs([0], [100])
     for _ in range(5):
         recorder.add_prompt(pairs)
-    held = sum(part.untyped_storage().nbytes() for window in recorder._rows[0] for part in window._parts())
-    assert held == sum(window.num_bytes for window in recorder._rows[0])
-    assert sum(map(len, recorder._rows[0])) == 4
+    assert storage(recorder._rows[0]) == sum(window.num_bytes for window in recorder._rows[0])
+    assert sum(map(len, recorder._rows[0])) == 4 == recorder._held[0]
+
+
+def storage(windows) -> int:
+    """Bytes that windows keep alive."""
+    return sum(part.untyped_storage().nbytes() for window in windows for part in window._parts())
+
+
+@pytest.mark.parametrize(("bound", "length"), [(14, 14), (512, 18)])
+def test_windows_keep_no_more_alive_than_they_count(bound, length):
+    recorder = recorded(prompt_of(7), window_tokens=bound)[0]
+    windows = recorder.windows()
+    assert list(map(len, windows)) == [length]
+    assert storage(windows) == sum(window.num_bytes for window in windows) > 0
+    assert not any(recorder._rows)
+
+
+@pytest.mark.parametrize(("room", "rows"), [(0, 1), (2.9, 2), (100, 4)])
+def test_no_more_rows_are_recorded_than_the_buffer_would_keep(room, rows):
+    (one,) = recorded(prompt_of(7))[0].windows()
+    recorder = CallRecorder(4, torch.float32, 8, TOP_K, int(room * 8 * one.num_bytes / len(one)))
+    told = Told(4, 20)
+    for first, last in ((0, 4), (4, 19)):
+        recorder.add_prompt(told.pairs([first] * 4, [last] * 4))
+    logits = torch.eye(VOCAB)[:8].view(4, 2, VOCAB)
+    recorder.close_prompt(Scored(logits[:, :1], (), range(4)))
+    walk = Walk(
+        torch.tensor([[0, 1]] * 4),
+        told.tokens[:, 19:] + torch.arange(2),
+        torch.tensor([2] * 4),
+        torch.tensor([False] * 4),
+    )
+    tree = make_tree([0, 1], [-1, 0])
+    tree = type(tree)(
+        *(part.expand(4, *part.shape[1:]) for part in (tree.tokens, tree.parents, tree.log_probs, tree.origin))
+    )
+    recorder.add_round(tree, Scored(logits, (), range(4)), walk, told.pairs([0] * 4, [2] * 4))
+    windows = recorder.windows()
+    assert [len(window) for window in windows] == [8] * rows
+    assert [window.tokens[-3].item() for window in windows] == told.tokens[:rows, 19].tolist()
+
+
+def test_what_is_kept_alone_is_embedded():
+    told, embedded = Told(3, 20), []
+    recorder = CallRecorder(3, torch.float32, 8, TOP_K, 2**20)
+    count = told.table.embedding.register_forward_hook(lambda module, args, output: embedded.append(args[0].numel()))
+    with count:
+        recorder.add_prompt(told.pairs([0] * 3, [19, 10, 5]))
+    assert embedded == [8, 8, 5]
+
+
+def test_states_and_logits_may_lie_on_several_devices():
+    here, there = torch.device("cpu"), torch.device("cpu:1")
+
+    def fake(*shape: int, device: torch.device = here, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    recorder, lengths = CallRecorder(1, torch.float32, 8, TOP_K, 2**20), torch.tensor([2])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = fake(1, 2, dtype=torch.long)
+        features = (fake(1, 2, 32), fake(1, 2, 32, device=there))
+        pairs = Pairs(ids, features, ids, lengths, None, given_embeds=fake(1, 2, 32))
+        recorder.add_prompt(pairs)
+        scored = Scored(fake(1, 2, VOCAB, device=there), (), [0])
+        recorder.close_prompt(Scored(scored.logits[:, :1], (), [0]))
+        walk = Walk(ids, ids, lengths, torch.tensor([False]))
+        recorder.add_round(make_tree([0, 1], [-1, 0]), scored, walk, pairs)
+        window = Window.joined(list(recorder._rows[0]))
+    assert len(window) == 4 and {part.device for part in window._parts()} == {here}
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,25 @@ def test_trace_has_a_line_for_every_round_and_call_and_no_token(llama, tmp_path)
     assert {"emitted", "rounds", "seconds", "tokens_per_second", "draft_share"} < rows[-1].keys()
 
 
+def test_a_trace_that_is_taken_off_hears_calls_under_way_and_other_drafters(llama, drafter, tmp_path):
+    class Removes(DraftingCallback):
+        def on_verify(self, call, tree, scored):
+            if trace in drafter.callbacks:
+                drafter.remove_callback(trace)
+
+    other, trace = GarbageDrafter(VOCAB), JsonlTrace(tmp_path / "trace.jsonl")
+    for one in (drafter, other):
+        one.add_callback(trace)
+    drafter.add_callback(Removes())
+    rounds = []
+    for one in (drafter, other):
+        llama.generate(prompt_of(5), assistant_model=one, **GREEDY)
+        rounds.append(one.last_statistics.rounds)
+    events = [json.loads(line)["event"] for line in trace.path.read_text().splitlines()]
+    assert events == [event for count in rounds for event in ["commit"] * (count + 1) + ["end"]]
+    assert trace.failure is None
+
+
 def test_a_call_without_rounds_has_no_tau(llama, drafter, tmp_path):
     trace = JsonlTrace(tmp_path / "trace.jsonl")
     drafter.add_callback(trace)
