@@ -32,10 +32,18 @@ def on_device(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
     return upload(torch.tensor(numbers), device)
 
 
+undisturbed = threading.Lock()
+"""
+Held while a CUDA graph is captured and while somebody waits for a whole device, which is forbidden meanwhile, in other
+threads as well.
+"""
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done all that it was told."""
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        with undisturbed:
+            torch.accelerator.synchronize(device)
 
 
 def timed(device: torch.device, call: Callable[[], Result]) -> tuple[Result, float]:

@@ -140,12 +140,12 @@ def fitting(model: nn.Module) -> list[nn.Linear]:
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return []
     kinds = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-    if _float32_is_whole():
+    if float32_is_whole():
         kinds.append(torch.float32)
     return [module for module in model.modules() if type(module) is nn.Linear and _fits(module, kinds)]
 
 
-def _float32_is_whole() -> bool:
+def float32_is_whole() -> bool:
     """Whether products of float32 are not to be made of fewer bits, in which the copies would not follow."""
     try:
         return torch.get_float32_matmul_precision() == "highest"

@@ -78,7 +78,8 @@ def tensors_of(values: Any) -> list[torch.Tensor]:
 
 class PretendedGraphs:
     """
-    A [`Recorder`] without a GPU.
+    A [`Recorder`] without a GPU. What it has captured shares memory as graphs of one pool do: the replay of a function
+    may overwrite whatever those that were captured after it have made.
 
     Attributes:
         captured (`int`): Functions.
@@ -87,6 +88,7 @@ class PretendedGraphs:
 
     def __init__(self) -> None:
         self.captured = self.replays = 0
+        self._made: list[dict[int, torch.UntypedStorage]] = []
 
     def warm(self, function: Callable[[], Any]) -> Any:
         return function()
@@ -100,12 +102,16 @@ class PretendedGraphs:
             storage.copy_(before)
         for storage in recording.made.values():
             storage.fill_(0)
+        self._made.append(recording.made)
+        later = len(self._made)
 
         def replay() -> None:
             self.replays += 1
             for counter in OperatorCount.counting:
                 counter.count += 1
             with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+                for storage in [storage for made in self._made[later:] for storage in made.values()]:
+                    storage.fill_(85)
                 for operator, args, kwargs, made in recording.operators:
                     again = operator(*args, **kwargs)
                     if not returns_alias(operator):
@@ -114,6 +120,16 @@ class PretendedGraphs:
                             old.copy_(new)
 
         return replay, result
+
+
+def recorders(made: list[PretendedGraphs]) -> Callable[[torch.device], Callable[[], PretendedGraphs]]:
+    """In place of `recorder_for`; what is made is appended to the list."""
+
+    def make() -> PretendedGraphs:
+        made.append(PretendedGraphs())
+        return made[-1]
+
+    return lambda device: make
 
 
 class OperatorCount(TorchDispatchMode):

@@ -15,6 +15,7 @@ from ..devices import timed
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
+from ..generation.compilation import keeping
 
 
 TRIAL_TOKENS = 48
@@ -104,10 +105,12 @@ def try_plans(
     for batch in tqdm(batches, desc=f"trying plans of {drafter.label}", unit="batch", disable=not progress):
         spent: list[list[float]] = [[] for _ in sides]
         made = [0] * len(sides)
-        for repeat in range(REPEATS):
-            for side in range(len(sides))[:: -1 if repeat % 2 else 1]:
-                took, made[side] = _answer(target, drafter, sides[side], batch, settings)
-                spent[side].append(took)
+        # Otherwise drafts would be captured anew in every call, and the time for it be theirs.
+        with keeping(drafter, device, len(plans)):
+            for repeat in range(REPEATS):
+                for side in range(len(sides))[:: -1 if repeat % 2 else 1]:
+                    took, made[side] = _answer(target, drafter, sides[side], batch, settings)
+                    spent[side].append(took)
         tokens = [total + new for total, new in zip(tokens, made, strict=True)]
         seconds = [total + min(times) for total, times in zip(seconds, spent, strict=True)]
     plain, *speeds = (made / took for made, took in zip(tokens, seconds, strict=True))

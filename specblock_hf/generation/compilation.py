@@ -7,8 +7,9 @@ On CUDA the rounds are captured as graphs, which the host replays with a few cal
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,9 +65,9 @@ class Shapes:
     tree_sizes: tuple[int, ...] | None = None
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
-    """What captures rounds on a device: CUDA graphs, or nothing."""
-    return CudaGraphs(device) if device.type == "cuda" else None
+def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:
+    """Makes what captures rounds on a device, CUDA graphs; `None` where nothing does."""
+    return partial(CudaGraphs, device) if device.type == "cuda" else None
 
 
 class CompiledRounds:
@@ -87,13 +88,19 @@ class CompiledRounds:
         options: dict[str, Any] | None = None,
     ):
         self._shapes, self._options = shapes, options
-        self._device, self._recorder = device, recorder_for(device)
+        self.device, self.kept = device, KEPT
+        self._recorder = recorder_for(device)
         self._patience = PATIENCE if shapes is None else 0
         self._broken: str | None = None
         self._target: TargetRounds | None = None
         self._drafts: list[DraftRounds] = []  # the one used last at the end
         self._prints: WeakKeyDictionary[TargetRounds | DraftRounds, Hashable] = WeakKeyDictionary()
         self._free = threading.Lock()
+
+    @property
+    def follows(self) -> bool:
+        """They are of the shapes that calls have."""
+        return self._shapes is None
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -117,7 +124,7 @@ class CompiledRounds:
 
     def afresh(self, request: Request) -> Lent:
         """What a call would be lent, in buffers of its own that are captured at their first use."""
-        own = CompiledRounds(self._device, self._shapes, self._options)
+        own = CompiledRounds(self.device, self._shapes, self._options)
         own._patience = 0
         return own._lent(request)
 
@@ -185,6 +192,8 @@ class CompiledRounds:
             return None
         if request.target is not shapes.target:
             return "rounds were compiled for another target"
+        if request.target.device != self.device:
+            return f"rounds were compiled on {self.device}"
         if request.batch_size != shapes.batch_size:
             return f"rounds were compiled for a batch of {shapes.batch_size}"
         if request.length > shapes.max_length:
@@ -205,12 +214,14 @@ class CompiledRounds:
         )
         if fits and self._unchanged(made, "target", target):
             return made
-        self._target = made = None  # its memory goes first
+        if made is not None:
+            self._target = made = None
+            gc.collect()  # its memory goes first, and its parts hold each other
         self._check_replays(target)
         # Calls outside of inference mode could not write to memory that was made within.
         with torch.inference_mode(False), torch.no_grad():
             self._target = TargetRounds(
-                target, layers, request.batch_size, length, sizes, self._step, self._compiler(compiled)
+                target, layers, request.batch_size, length, sizes, self._steps(), self._compiler(compiled)
             )
         self._prints[self._target] = fingerprint(target)
         return self._target
@@ -234,13 +245,16 @@ class CompiledRounds:
             self._drafts.remove(made)
             if made.max_length < length or not self._unchanged(made, "drafter", *parts):
                 made = None
+                gc.collect()
         if made is None:
-            while len(self._drafts) >= KEPT:
-                self._drafts.pop(0)  # its memory goes first
+            while len(self._drafts) >= self.kept:
+                self._drafts.pop(0)
+                gc.collect()
             self._check_replays(*parts)
             with torch.inference_mode(False), torch.no_grad():
                 made = DraftRounds(
-                    drafter, table, request.batch_size, length, request.plan, self._step, self._compiler(FusedNetwork)
+                    *(drafter, table, request.batch_size, length, request.plan),
+                    *(self._steps(), self._compiler(FusedNetwork)),
                 )
             self._prints[made] = fingerprint(*parts)
         self._drafts.append(made)
@@ -283,9 +297,14 @@ class CompiledRounds:
     def _compiler(self, kind: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]] | None:
         return None if self._options is None else partial(kind, options=self._options)
 
-    @property
-    def _step(self) -> MakeStep:
-        return lambda function: Step(function, self._recorder, self._gave_up, self._patience)
+    def _steps(self) -> MakeStep:
+        """Makes steps that are captured into a pool of memory of their own, and by nobody once one has failed."""
+        recorder = self._recorder and self._recorder()
+
+        def recorder_now() -> Recorder | None:
+            return self._recorder and recorder
+
+        return lambda function: Step(function, recorder_now, self._gave_up, self._patience)
 
     def _gave_up(self, error: Exception) -> None:
         """Something could not be captured: what there is goes on uncaptured, and later calls run eagerly."""
@@ -335,11 +354,16 @@ def compile_rounds(
         [`CompiledRounds`]: Also kept as `drafter.compiled_rounds`.
 
     Raises:
-        `ValueError`: The target's attention or cache cannot be compiled for trees, or the drafter is for another
-            target.
+        `ValueError`: The target's attention or cache cannot be compiled for trees, the drafter is for another
+            target, or `options` capture graphs by themselves.
     """
     check_target(target)
     drafter.check_target(target)
+    if target.device.type == "cuda" and _captures_itself(options):
+        raise ValueError(
+            "torch.compile would capture graphs of its own within those of rounds, which cannot be; leave mode and "
+            "triton.cudagraphs out."
+        )
     shapes = Shapes(target, batch_size, max_length, tuple(sorted(tree_sizes)) if tree_sizes else None)
     rounds = CompiledRounds(target.device, shapes, options if fuse or options else None)
     plan = fixed_plan(drafter.drafting_plan, drafter, target.device)
@@ -348,11 +372,33 @@ def compile_rounds(
     return rounds
 
 
+def _captures_itself(options: Mapping[str, Any]) -> bool:
+    mode, more = options.get("mode"), options.get("options") or {}
+    return mode in ("reduce-overhead", "max-autotune") or bool(more.get("triton.cudagraphs"))
+
+
 def rounds_of(drafter: TreeDrafter, device: torch.device) -> CompiledRounds | None:
     """What a call may be lent from: what was compiled, on CUDA what calls before it have left, or nothing."""
-    if drafter.compiled_rounds is None and drafter.captures_rounds and device.type == "cuda":
-        drafter.compiled_rounds = CompiledRounds(device)
-    return drafter.compiled_rounds
+    rounds = drafter.compiled_rounds
+    if rounds is not None and rounds.follows and rounds.device != device:  # a graph is of one device
+        rounds = drafter.compiled_rounds = None
+    if rounds is None and drafter.captures_rounds and device.type == "cuda":
+        rounds = drafter.compiled_rounds = CompiledRounds(device)
+    return rounds
+
+
+@contextmanager
+def keeping(drafter: TreeDrafter, device: torch.device, plans: int) -> Iterator[None]:
+    """Keep the drafts of so many plans, for whoever decodes by them in turns."""
+    rounds = rounds_of(drafter, device)
+    if rounds is None:
+        yield
+        return
+    before, rounds.kept = rounds.kept, max(rounds.kept, plans)
+    try:
+        yield
+    finally:
+        rounds.kept = before
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE
+from ..devices import on_device
 from ..trees.tree import DraftTree
 
 
@@ -327,7 +328,7 @@ class _RowChoice:
     def sequence(self) -> torch.LongTensor:
         """Prompt and emitted tokens, `[1, L]`."""
         if self._pending:
-            emitted = self._input_ids.new_tensor([self._pending])
+            emitted = on_device([self._pending], self._input_ids.device)
             self._input_ids = torch.cat((self._input_ids, emitted), dim=1)
             self._pending = []
         return self._input_ids

@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from ..devices import on_device
 from .distributions import DraftDistributions
 from .expansion import Starts
 from .tree import DraftTree, children_of
@@ -238,7 +239,7 @@ class SampledGrowth:
         distributions = [self.shape.distributions[self.shape.nodes[node].distribution] for node in nodes]
 
         def column(values: list[int]) -> torch.LongTensor:
-            return torch.tensor(values, device=self.tokens.device).expand(len(self.tokens), -1)
+            return on_device(values, self.tokens.device).expand(len(self.tokens), -1)
 
         return Starts(
             node=column(nodes),
@@ -249,8 +250,8 @@ class SampledGrowth:
 
     def tree(self) -> DraftTree:
         """The drawn tree. A node that its distribution could not draw any more is padding, as is all below it."""
-        parents = torch.tensor([node.parent for node in self.shape.nodes], device=self.tokens.device)
-        rows = torch.tensor([node.distribution for node in self.shape.nodes], device=self.tokens.device)
+        parents = on_device([node.parent for node in self.shape.nodes], self.tokens.device)
+        rows = on_device([node.distribution for node in self.shape.nodes], self.tokens.device)
         origin = [
             self.shape.distributions[node.distribution][::2] if node.distribution >= 0 else (-1, -1)
             for node in self.shape.nodes
@@ -263,7 +264,7 @@ class SampledGrowth:
             tokens=self.tokens,
             parents=torch.where(drawn, parents, -2),
             log_probs=self._log_probs.masked_fill(~drawn, -torch.inf),
-            origin=torch.tensor(origin, device=self.tokens.device).expand(batch, -1, -1),
+            origin=on_device(origin, self.tokens.device).expand(batch, -1, -1),
             height=height,
             distributions=DraftDistributions(
                 torch.cat(self._distributions, dim=1), self._token_ids, rows.repeat(batch, 1)

@@ -44,7 +44,7 @@ GREEDY = {"do_sample": False}
 
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch):
-    monkeypatch.setattr(compilation, "recorder_for", lambda device: PretendedGraphs())
+    monkeypatch.setattr(compilation, "recorder_for", lambda device: PretendedGraphs)
 
 
 class Scripted(PlanController):

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.backends import cuda
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...drafting.drafter import TreeDrafter
+from ...prepacking import float32_is_whole
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -24,10 +26,16 @@ def fingerprint(*modules: nn.Module) -> Hashable:
     Something that differs once a graph that was captured of these modules may give another result than they do, or
     reads memory that is theirs no more: where weights and buffers are and of which kind, switches and numbers on
     modules (`training`, adapters that are active, disabled or merged, and their scaling), replaced forwards, hooks,
-    attention backends, autocast. Values of weights may change in place.
+    attention backends, autocast, which kernels torch may take. Values of weights may change in place.
     """
     parts: list[Hashable] = [torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")]
     parts += [torch.get_autocast_dtype(kind) for kind in ("cuda", "cpu")]
+    parts += [
+        float32_is_whole(),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+    ]
     for root in modules:
         for module in root.modules():
             # Of a drafter what its copy would have, without those who listen to it.
