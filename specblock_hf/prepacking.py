@@ -63,7 +63,7 @@ class PrepackedWeights:
     """
     Copies of a drafter's weights and its targets' for the rounds of calls on an x86 CPU. The models themselves have no
     part in it: the rounds of a call run second models of the same modules, hooks included, in which linear layers use
-    the copies. Whether those are still the models' weights is asked once in each call, by sums of all bits, and in
+    the copies. Whether those are still the models' weights is asked by sums of all bits whenever they are lent, and in
     every round by the versions of the weights. A copied drafter begins without any.
 
     Args:

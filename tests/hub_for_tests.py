@@ -7,6 +7,10 @@ from __future__ import annotations
 import pytest
 from hub_client import Client
 from hub_server import HubServer
+from test_loading import small_drafter
+
+
+KINDS = ("specblock", "eagle3")
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +40,12 @@ def client(running):
 def hub_cache(tmp_path):
     """Where to pull to, empty."""
     return str(tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Saved drafters."""
+    root = tmp_path_factory.mktemp("saved")
+    for kind in KINDS:
+        small_drafter(kind).save_pretrained(root / kind)
+    return root

@@ -214,13 +214,14 @@ class OnlineAdaptationCallback(DraftingCallback):
         with self._lock:
             if self._removed:
                 return
-            for window in windows if target == self._target else ():
+            ours = target == self._target
+            for window in windows if ours else ():
                 self.buffer.add(window)
             self._watch(sum(statistics.accepted) + rounds, rounds)
             # What an update in this thread took is paid by the query that follows it.
             updating = updating or self._busy() or self._unpaid > 0
             seconds, self._unpaid = seconds + self._unpaid, 0.0
-            decision = self._decide(signal, statistics.emitted, seconds, updating)
+            decision = self._decide(signal, statistics.emitted, seconds, updating, ours)
             self.decisions.append(decision)
             self.queries += 1
             if decision.action != "skip":
@@ -319,12 +320,13 @@ class OnlineAdaptationCallback(DraftingCallback):
         """`load_state_dict` of a file that `save_state` wrote; raises as that does."""
         self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
-    def _decide(self, signal: float, tokens: int, seconds: float, updating: bool) -> Decision:
+    def _decide(self, signal: float, tokens: int, seconds: float, updating: bool, ours: bool) -> Decision:
+        # Texts of another target are not to be learned with this call's table.
+        ready = ours and len(self.buffer) > 0 and not self._busy()
         if self.policy == "always":
-            due = (self.queries + 1) % self.every == 0 and len(self.buffer) > 0
-            action: Action = "full" if due and not self._busy() else "skip"
+            action: Action = "full" if ready and (self.queries + 1) % self.every == 0 else "skip"
             return Decision(self.queries, action, "schedule", signal)
-        ready = len(self.buffer) > 0 and self.buffer.fresh_tokens >= self.fresh_tokens and not self._busy()
+        ready = ready and self.buffer.fresh_tokens >= self.fresh_tokens
         return self.bandit.step(signal, tokens, seconds, ready, updating)
 
     def _busy(self) -> bool:

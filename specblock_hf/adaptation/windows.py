@@ -72,7 +72,7 @@ class CallRecorder:
         dtype (`torch.dtype`): What features and embeddings are kept in.
         window_tokens (`int`): Most pairs that are kept of a row, its last ones.
         top_k (`int`): Tokens that are kept of each of the target's distributions.
-        max_bytes (`int`): Only as many rows are written down, at least one, as have windows of no more bytes.
+        max_bytes (`int`): Bound of all rows' windows together; rows beyond it are not written down, but the first is.
     """
 
     def __init__(self, batch_size: int, dtype: torch.dtype, window_tokens: int, top_k: int, max_bytes: int):

@@ -102,17 +102,17 @@ def try_plans(
     tokens, seconds = [0] * len(sides), [0.0] * len(sides)
     device = TokenTable.of(target).device
     batches = batches_of([ids.to(device) for ids in prompts], batch_size, settings.pad_token_id)
-    for batch in tqdm(batches, desc=f"trying plans of {drafter.label}", unit="batch", disable=not progress):
-        spent: list[list[float]] = [[] for _ in sides]
-        made = [0] * len(sides)
-        # Otherwise drafts would be captured anew in every call, and the time for it be theirs.
-        with keeping(drafter, device, len(plans)):
+    # Otherwise drafts would be captured anew in every call, and the time for it be theirs.
+    with keeping(drafter, device, len(plans)):
+        for batch in tqdm(batches, desc=f"trying plans of {drafter.label}", unit="batch", disable=not progress):
+            spent: list[list[float]] = [[] for _ in sides]
+            made = [0] * len(sides)
             for repeat in range(REPEATS):
                 for side in range(len(sides))[:: -1 if repeat % 2 else 1]:
                     took, made[side] = _answer(target, drafter, sides[side], batch, settings)
                     spent[side].append(took)
-        tokens = [total + new for total, new in zip(tokens, made, strict=True)]
-        seconds = [total + min(times) for total, times in zip(seconds, spent, strict=True)]
+            tokens = [total + new for total, new in zip(tokens, made, strict=True)]
+            seconds = [total + min(times) for total, times in zip(seconds, spent, strict=True)]
     plain, *speeds = (made / took for made, took in zip(tokens, seconds, strict=True))
     return [speed / plain for speed in speeds]
 

@@ -278,7 +278,7 @@ def _stored(path: Path) -> Path:
     Where the Hub's cache keeps a file of a repository: one link further. What lies there may be a link in turn, into a
     store that all repositories share and that names files in its own way.
     """
-    return Path(os.path.normpath(path.parent.resolve() / os.readlink(path))) if path.is_symlink() else path.absolute()
+    return Path(os.path.normpath(path.parent.resolve() / (os.readlink(path) if path.is_symlink() else path.name)))
 
 
 def read_tensors(path: Path, name: object) -> dict[str, torch.Tensor]:

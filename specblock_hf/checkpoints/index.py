@@ -61,7 +61,7 @@ class HubIndex:
 
     Attributes:
         notes (`list[str]`): What could not be asked and why, as sentences.
-        is_asked (`bool`): Whether it is the Hub, still, that answers.
+        is_asked (`bool`): Whether the Hub is asked; no longer once it could not be.
     """
 
     token: str | bool | None = None

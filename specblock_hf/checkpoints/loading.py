@@ -128,7 +128,7 @@ class StrictPreTrainedModel(HubModel):
         Raises:
             ValueError: As `from_pretrained`.
         """
-        kwargs.pop("ignore_mismatched_sizes", None)  # nothing is, and nothing needs to be once that is checked here
+        kwargs.pop("ignore_mismatched_sizes", None)  # whatever does not match is refused below
         cls._refuse_misfits(name, config, {key: tuple(value.shape) for key, value in tensors.items()})
         if "d2t" in tensors:
             refuse_vocabulary(name, config, tensors["d2t"], tensors["t2d"])

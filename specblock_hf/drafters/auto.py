@@ -98,7 +98,8 @@ class AutoDrafter:
     ) -> Any:
         """
         Find the right drafter for a target on the Hub, or in a list in the package, and load it. What fits is judged
-        by `config.json` alone; see [`find_drafters`] for all that was found. No code of a repository is ever run.
+        by `config.json`, and offline by whether its weights are there; see [`find_drafters`] for all that was found.
+        No code of a repository is ever run.
 
         Args:
             target ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`], `str` or `os.PathLike`):

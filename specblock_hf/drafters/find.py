@@ -1,8 +1,8 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Which drafters there are for a target, and which of them fit. Every one is judged by its `config.json` alone: no
-weights are downloaded and no code of a repository is run.
+Which drafters there are for a target, and which of them fit. Every one is judged by its `config.json`, and offline by
+whether its weights are there as well: no weights are downloaded and no code of a repository is run.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _judge(candidate: Candidate, target: PreTrainedModel, lineage: list[str], op
         if candidate.trained_for is None:
             raise ValueError("its sizes fit, but nothing says that it is for this target; load it by its name.")
         if options.get("local_files_only"):
-            files.weights()  # of what was looked at before the configuration alone may be there
+            files.weights()  # of a drafter that was only looked at there is no more than the configuration
     except (ValueError, OSError) as error:
         return replace(candidate, misfit=" ".join(str(error).split()))
     return candidate

@@ -101,8 +101,9 @@ class JsonlTrace(DraftingCallback):
     optional = True
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # whatever the working folder is when a round is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
 
     def on_commit(self, call: DraftingCall, tree: DraftTree, scored: Scored, walk: Walk, pairs: Pairs) -> None:
         nodes, emitted = tree.num_nodes.tolist(), walk.lengths.tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from ..target.fixed import MakeStep, TargetRounds
 from ..target.support import check_target
 from .rounds.drafts import DraftRounds
 from .rounds.fingerprint import fingerprint, foreign_hooks
-from .rounds.fused import FusedNetwork, compiled
+from .rounds.fused import FusedNetwork, captures_itself, compiled
 from .rounds.graphs import PATIENCE, CudaGraphs, Recorder, Step
 from .rounds.lending import Lent, Request
 
@@ -96,6 +96,11 @@ class CompiledRounds:
         self._drafts: list[DraftRounds] = []  # the one used last at the end
         self._prints: WeakKeyDictionary[TargetRounds | DraftRounds, Hashable] = WeakKeyDictionary()
         self._free = threading.Lock()
+
+    def forget(self) -> None:
+        """Let go of drafts beyond those that are kept."""
+        del self._drafts[: -self.kept]
+        gc.collect()  # their parts hold each other
 
     @property
     def follows(self) -> bool:
@@ -359,10 +364,10 @@ def compile_rounds(
     """
     check_target(target)
     drafter.check_target(target)
-    if target.device.type == "cuda" and _captures_itself(options):
+    if target.device.type == "cuda" and captures_itself(options):
         raise ValueError(
-            "torch.compile would capture graphs of its own within those of rounds, which cannot be; leave mode and "
-            "triton.cudagraphs out."
+            "torch.compile would capture graphs of its own within those of rounds, which cannot be; leave "
+            "triton.cudagraphs and the backend cudagraphs out, and take the mode max-autotune-no-cudagraphs if any."
         )
     shapes = Shapes(target, batch_size, max_length, tuple(sorted(tree_sizes)) if tree_sizes else None)
     rounds = CompiledRounds(target.device, shapes, options if fuse or options else None)
@@ -370,11 +375,6 @@ def compile_rounds(
     rounds.prepare(Request(target, drafter, plan, batch_size, max_length))
     drafter.compiled_rounds = rounds
     return rounds
-
-
-def _captures_itself(options: Mapping[str, Any]) -> bool:
-    mode, more = options.get("mode"), options.get("options") or {}
-    return mode in ("reduce-overhead", "max-autotune") or bool(more.get("triton.cudagraphs"))
 
 
 def rounds_of(drafter: TreeDrafter, device: torch.device) -> CompiledRounds | None:
@@ -399,6 +399,7 @@ def keeping(drafter: TreeDrafter, device: torch.device, plans: int) -> Iterator[
         yield
     finally:
         rounds.kept = before
+        rounds.forget()
 
 
 @contextmanager

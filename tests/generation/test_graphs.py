@@ -39,8 +39,8 @@ class Cuda:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     class Stream:
-        def __init__(self, device):
-            self.device = device
+        def __init__(self, device, priority=0):
+            self.device, self.priority = device, priority
 
         def wait_stream(self, other):
             pass
@@ -79,7 +79,8 @@ def test_what_is_captured_runs_on_a_stream_on_which_nothing_else_does(monkeypatc
     graphs, ran = CudaGraphs(CPU), []
     graphs.warm(lambda: ran.append(cuda.now))
     graphs.record(lambda: ran.append(cuda.now))
-    assert len({*ran}) == 2 and "main" not in ran and cuda.now == "main"
+    # Of one priority torch hands out the same streams again and again.
+    assert [stream.priority for stream in ran] == [0, -1] and cuda.now == "main"
     assert cuda.captures == [[1, ran[1], "ended"]]
     with pytest.raises(RuntimeError, match="not permitted"):
         graphs.record(refuse)
@@ -110,7 +111,9 @@ def test_steps_stop_capturing_together():
     second = Step(lambda: torch.ones(1), lambda: made[0] if made else None, pytest.fail)
     assert not first.settled and not second.settled
     assert first().tolist() == second().tolist() == [1.0]
-    assert (first.settled, second.settled, second.captured, second().tolist()) == (True, True, False, [1.0])
+    assert (first.settled, second.settled, second.captured, second().tolist()) == (False, True, False, [1.0])
+    first()
+    assert first.settled
 
 
 def refuse_once():
@@ -230,12 +233,17 @@ def test_plans_that_are_tried_in_turns_are_captured_once_each(monkeypatch, llama
     plans = [DraftingPlan(nodes, 1) for nodes in range(2, 6 + KEPT)]
     speeds = trial.try_plans(target=llama, drafter=drafter, plans=plans, prompts=[prompt_of(5), prompt_of(7)])
     assert len(speeds) == len(plans) and [graphs.captured for graphs in made] == [1] * len(plans)
-    assert drafter.compiled_rounds.kept == KEPT
+    assert drafter.compiled_rounds.kept == len(drafter.compiled_rounds._drafts) == KEPT
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"mode": "reduce-overhead"}, {"mode": "max-autotune"}, {"options": {"triton.cudagraphs": True}}],
+    [
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune"},
+        {"backend": "cudagraphs"},
+        {"options": {"triton.cudagraphs": True}},
+    ],
     ids=str,
 )
 def test_graphs_within_graphs_are_refused(options, monkeypatch, llama):

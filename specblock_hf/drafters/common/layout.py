@@ -251,8 +251,8 @@ def without_embedding(tensors: Tensors, key: str, config: Any, name: object) -> 
 
 def with_vocabulary(tensors: Tensors, config: Any) -> Tensors:
     """
-    Add what is not said of the draft vocabulary: none of it by a drafter that can say every token, and no `t2d` by
-    those who find `d2t` enough.
+    Add what a checkpoint leaves out of its draft vocabulary: all of it where a drafter can say every token, and `t2d`
+    where it follows from `d2t`.
     """
     if "t2d" in tensors or ("d2t" not in tensors and config.draft_vocab_size != config.vocab_size):
         return tensors

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -82,3 +82,10 @@ def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[
         function.__closure__,
     )
     return torch.compile(own, **{"fullgraph": True, "dynamic": False} | options)
+
+
+def captures_itself(options: Mapping[str, Any]) -> bool:
+    """Whether `torch.compile` with these options captures graphs, which cannot be done within those of rounds."""
+    mode, more = options.get("mode"), options.get("options") or {}
+    captures = options.get("backend") == "cudagraphs" or mode in ("reduce-overhead", "max-autotune")
+    return captures or bool(more.get("triton.cudagraphs"))

@@ -33,8 +33,8 @@ class Recorder(Protocol):
 
 class CudaGraphs:
     """
-    Captures CUDA graphs that share one pool of memory: of those of another recorder nothing is overwritten, and of
-    these only what no later one of a round reads any more.
+    Captures CUDA graphs that share one pool of memory, which no other recorder's graphs touch: the replay of one may
+    overwrite what later ones have made, but nothing that is still to be read in a round.
 
     Args:
         device (`torch.device`): Where all tensors are.
@@ -43,8 +43,9 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         self.device = device
         # Whatever ran uncaptured on a stream has left a workspace there that others may free. Nothing does where
-        # graphs are captured, so that theirs lies in their own pool.
-        self._warming, self._capturing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        # graphs are captured, so that theirs lies in their own pool: torch hands out the same 32 streams again and
+        # again, but others of another priority.
+        self._warming, self._capturing = torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm(self, function: Callable[[], Any]) -> Any:
@@ -122,7 +123,6 @@ class Step:
                 try:
                     self._replay, self._result = recorder.record(self._function)
                 except RuntimeError as error:
-                    self.settled = True
                     self._failed(error)
                     return result
             # What is captured next shall read what replays of this write.
