@@ -29,7 +29,7 @@ def upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def on_device(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
     """The same from lists, nested as the tensor's dimensions."""
-    return upload(torch.tensor(numbers), device)
+    return upload(torch.tensor(numbers, device="cpu"), device)  # whatever the default device is
 
 
 undisturbed = threading.Lock()

@@ -380,7 +380,8 @@ def compile_rounds(
 def rounds_of(drafter: TreeDrafter, device: torch.device) -> CompiledRounds | None:
     """What a call may be lent from: what was compiled, on CUDA what calls before it have left, or nothing."""
     rounds = drafter.compiled_rounds
-    if rounds is not None and rounds.follows and rounds.device != device:  # a graph is of one device
+    elsewhere = device.type == "meta"  # weights that are fetched for each forward
+    if rounds is not None and rounds.follows and rounds.device != device and not elsewhere:  # a graph is of one device
         rounds = drafter.compiled_rounds = None
     if rounds is None and drafter.captures_rounds and device.type == "cuda":
         rounds = drafter.compiled_rounds = CompiledRounds(device)
