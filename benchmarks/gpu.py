@@ -383,7 +383,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=500, help="that a step may take (default: %(default)s)")
     add("--prompts", type=Path, nargs="+", default=[], help="JSON lines, for regenerate")
     add("--answers", type=int, default=2, help="to every prompt, one of them greedy (default: %(default)s)")
-    add("--data", type=Path, help="answers for train (default: those of regenerate)")
+    add(
+        "--data",
+        type=Path,
+        help="answers for train (default: those of regenerate, which runs first if there are none)",
+    )
     add("--kinds", nargs="+", choices=DRAFTERS, default=DRAFTERS, help="of drafters to train (default: all)")
     add("--epochs", type=float, default=3, help="of train (default: %(default)s)")
     add("--train-seconds", type=float, default=0, help="of each training, instead of epochs")
@@ -395,7 +399,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         path = vars(args)[name]
         setattr(args, name, path and path.resolve())
     args.prompts, args.models, args.drafter = [path.resolve() for path in args.prompts], [], None
+    if args.data and not args.data.exists():
+        parser.error(f"{args.data} is not there; name the answers that train shall read.")
     args.data = args.data or args.work / "answers"
+    if "train" in args.only and not args.data.exists():
+        args.only = ["regenerate", *args.only]
     if "regenerate" in args.only and not args.prompts and not args.tiny:
         parser.error("regenerate needs prompts to answer; name files with --prompts.")
     if args.device == "cuda" and not torch.cuda.is_available():
