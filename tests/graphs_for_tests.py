@@ -109,7 +109,9 @@ class PretendedGraphs:
             self.replays += 1
             for counter in OperatorCount.counting:
                 counter.count += 1
-            with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            # What was captured is below autocast, which has had its say.
+            plainly = torch.autocast("cpu", enabled=False)
+            with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), plainly:
                 for storage in [storage for made in self._made[later:] for storage in made.values()]:
                     storage.fill_(85)
                 for operator, args, kwargs, made in recording.operators:
