@@ -103,18 +103,17 @@ class PrepackedWeights:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             layers = list(layers)
             sums = [layer.weight.detach().view(torch.int64).sum(1) for layer in layers]
-            counted, same = [], []  # what versions say of each weight, and what its sums do
+            stale, unseen = [], False
             for layer, own in zip(layers, sums, strict=True):
                 known = self._packed.get(layer.weight)
-                counted.append(known is not None and known.version != version_of([layer.weight]))
-                same.append(
-                    known is not None and known.weight.dtype == layer.weight.dtype and torch.equal(known.sums, own)
-                )
+                counted = known is not None and known.version != version_of([layer.weight])
+                same = known is not None and known.weight.dtype == layer.weight.dtype and torch.equal(known.sums, own)
+                stale.append(counted or not same)
+                unseen |= not counted and not same
             # Another order of columns changes no sums, and through `.data` no version either. It comes with one of
             # rows elsewhere, and all are copied anew.
-            anew = any(not is_same and not is_counted for is_same, is_counted in zip(same, counted, strict=True))
-            for layer, own, is_counted, is_same in zip(layers, sums, counted, same, strict=True):
-                if anew or is_counted or not is_same:
+            for layer, own, is_stale in zip(layers, sums, stale, strict=True):
+                if is_stale or unseen:
                     copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
                     self._packed[layer.weight] = Packed(copy, own, version_of([layer.weight]))
             for layer in layers:

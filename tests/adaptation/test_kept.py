@@ -60,10 +60,12 @@ def test_of_calls_to_two_targets_at_once_those_of_the_later_target_are_kept():
                 self.asked = True
                 targets[1].generate(prompt_of(9), assistant_model=drafter, **GREEDY)
 
-    callback = adapted(drafter, every=100, settings=FAST)
+    callback = adapted(drafter, every=2, settings=FAST)
     drafter.add_callback(AsksAnother())
     targets[0].generate(prompt_of(6), assistant_model=drafter, **GREEDY)
     assert callback.queries == 2 and callback.failure is None
+    # The second query would be due for an update, but has no table for what the other target wrote.
+    assert [decision.action for decision in callback.decisions] == ["skip", "skip"]
     assert [len(window) - window.scored + 1 for window in callback.buffer.newest(9)] == [9]
 
 

@@ -222,6 +222,16 @@ def test_answers_are_packed(gpu, tmp_path):
         assert [json.loads(line) for line in file] == rows
 
 
+def test_there_is_something_to_train_on(gpu, tmp_path, capsys):
+    options = ["--output", str(tmp_path), "--work", str(tmp_path), "--device", "cpu", "--tiny", "--only", "train"]
+    assert gpu.parse(options).only == ["regenerate", "train"]
+    (tmp_path / "answers").mkdir()
+    assert gpu.parse(options).only == ["train"]
+    with pytest.raises(SystemExit):
+        gpu.parse([*options, "--data", str(tmp_path / "nowhere")])
+    assert "nowhere is not there; name the answers that train shall read." in capsys.readouterr().err
+
+
 def test_what_cannot_work_is_refused(gpu, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.parse(["--output", str(tmp_path), "--device", "cpu"])

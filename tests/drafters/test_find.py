@@ -203,12 +203,17 @@ def test_a_hub_that_fails_leaves_the_cache_and_the_list(hub, client, folders, hu
     assert again["rows"]["lab/base-specblock"][3].startswith("its sizes fit, but nothing says that it is for this")
 
 
-def test_offline_the_cache_is_searched(hub, client, folders, hub_cache, tmp_path):
+def add_named(hub: HubServer, name: str, folder: Path) -> None:
+    """A drafter whose own configuration alone names its target, and that target."""
     drafter = small_drafter()
     drafter.config.target_name_or_path = BASE
-    drafter.save_pretrained(tmp_path / "named")
+    drafter.save_pretrained(folder / "named")
     add_target(hub, BASE)
-    add_drafter(hub, "lab/named-specblock", tmp_path / "named", base=None)
+    add_drafter(hub, name, folder / "named", base=None)
+
+
+def test_offline_the_cache_is_searched(hub, client, folders, hub_cache, tmp_path):
+    add_named(hub, "lab/named-specblock", tmp_path)
     add_drafter(hub, "lab/mute-eagle3", folders / "sglang", base=None)
     for name in ("lab/named-specblock", "lab/mute-eagle3"):
         client(hub_client.pull, name, cache_dir=hub_cache)
@@ -237,11 +242,7 @@ def test_offline_a_drafter_needs_its_weights_too(hub, client, folders, hub_cache
 
 
 def test_offline_other_models_of_the_cache_hide_no_drafter(hub, client, folders, hub_cache, tmp_path):
-    drafter = small_drafter()
-    drafter.config.target_name_or_path = BASE
-    drafter.save_pretrained(tmp_path / "named")
-    add_target(hub, BASE)
-    add_drafter(hub, "zoe/named-specblock", tmp_path / "named", base=None)
+    add_named(hub, "zoe/named-specblock", tmp_path)
     for name in (BASE, "zoe/named-specblock"):
         client(hub_client.fetch_all, name, cache_dir=hub_cache)
     for number in range(MOST_CHECKED):
