@@ -16,6 +16,7 @@ from models_for_tests import tiny_drafter, tiny_tokenizer
 
 from specblock_hf import DraftingPlan, GenerationStatistics, LookupDrafter
 from specblock_hf.data.suites import EvaluationPrompt
+from specblock_hf.drafters.common import block
 from specblock_hf.evaluation import benchmark
 from specblock_hf.evaluation.benchmark import (
     Benchmark,
@@ -171,6 +172,17 @@ def test_draft_rows_are_the_pairs_of_each_round_after_the_first(llama, kind, slo
         read = read[:-1]
     assert run.draft_rows == sum(read) / (len(accepted) - 1)
     assert not drafter.callbacks and not drafter._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["specblock", "eagle3"])
+def test_a_prompt_that_is_read_in_pieces_counts_in_no_round_either(llama, kind, monkeypatch):
+    def draft_rows() -> float | None:
+        prompt, plan = ids_of("a long prompt that counts in no round"), DraftingPlan(4, 1)
+        return answer(llama, prompt, method(kind, tiny_drafter(kind), plan), GREEDY, 0).draft_rows
+
+    whole = draft_rows()
+    monkeypatch.setattr(block, "PREFILL_PAIRS", 8)
+    assert draft_rows() == whole > 0
 
 
 def test_starts_of_a_second_forward_are_rows(llama):

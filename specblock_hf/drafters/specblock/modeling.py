@@ -22,7 +22,7 @@ slot, so that
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -161,7 +161,7 @@ class SpecBlockModel(DraftHead, StrictPreTrainedModel):
 
     def keep_keys(self, *args: Any) -> None:
         """[`SpecBlockModel.forward`], whose arguments these are, of rows of which nobody reads the states."""
-        self(*args, opens=True)
+        cast(Any, self).forward(*args, opens=True)  # past hooks, which would be told of states
 
     def read_slots(
         self, block: OpenBlock, texts: torch.LongTensor, rows: torch.LongTensor, slots: torch.LongTensor | int
