@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -68,8 +69,9 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # a client that was interrupted has gone
+            self.end_headers()
+            self.wfile.write(data)
 
 
 def completion(text: str, reason: str = "stop", **more) -> dict:
