@@ -135,7 +135,8 @@ class Record:
         verify (`VerifyTimes`): What nodes cost.
         draft (`dict[str, Times]`): What drafting costs, by the way.
         gains (`dict[str, Gains]`): What is accepted, by the way and what look-ups promise.
-        share (`list[float]`): Of rounds in which look-ups promise so much.
+        share (`list[float]`): Of rounds in which look-ups promise so much, by the text at hand.
+        usual_share (`list[float]`): The same in the long run, which texts begin with: they end more alike.
         claims (`Claims`): What the drafter's probabilities are worth.
         hits (`float`): Accepted nodes of all ways that the drafter ran in, where they are its merit, fading.
         prior (`float`): How many were expected of their ways where texts are as easy as the prior says.
@@ -156,6 +157,7 @@ class Record:
     draft: dict[str, Times] = field(default_factory=dict)
     gains: dict[str, Gains] = field(default_factory=dict)
     share: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0, 0.0])
+    usual_share: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0, 0.0])
     claims: Claims = field(default_factory=Claims)
     hits: float = 0.0
     prior: float = 0.0
@@ -169,11 +171,12 @@ class Record:
 
     def forget_text(self) -> None:
         """Another text begins: of it the long run is known alone."""
-        self.levels = [Level(), Level()]
+        self.levels, self.share = [Level(), Level()], list(self.usual_share)
+        self.latest = [self.now, self.now]
 
     def of_any_text(self) -> Record:
         """The same, but for what the text at hand says."""
-        return replace(self, levels=[Level(), Level()])
+        return replace(self, levels=[Level(), Level()], share=list(self.usual_share))
 
     def observe(self, offer: Offer, seen: Round) -> None:
         """Learn from a round."""
@@ -196,7 +199,8 @@ class Record:
         if seen.usual and seen.settled:
             self.draft.setdefault(way.name, Times()).add(seen.draft, self.now)
         self.times = [time + (1 if kind == drafts else SLOWER) for kind, time in enumerate(self.times)]
-        self.share = [share + ((place == found) - share) / 32 for place, share in enumerate(self.share)]
+        self.share = _towards(self.share, found, 32)
+        self.usual_share = _towards(self.usual_share, found, min(32 + self.now, STEADY))
         self.grown = max(self.grown, seen.nodes - 1)
         if seen.rows:
             self._accept(offer, seen, way, found)
@@ -227,7 +231,8 @@ class Record:
             offer (`Offer`): What the drafter can do.
         """
         plain = self.verify.sizes.get(1)
-        if plain is None or len(plain.samples) < 2:
+        # One that is measured again after a long time begins its samples anew, which is no reason to stop drafting.
+        if plain is None or (len(plain.samples) < 2 and not self.rate):
             return Choice(0), Choice(0, why="a plain step is measured first")
         prospects = self._prospects(offer)
         rate = self.rate or 1 / self.verify.plain
@@ -375,6 +380,11 @@ class Record:
 def _is_drafters(way: Way, found: int) -> bool:
     """Whether what is accepted is the drafter's merit: in joined trees it is the look-ups' where they promise most."""
     return way.forwards > 0 and found < len(FOUND)
+
+
+def _towards(shares: Sequence[float], found: int, rounds: int) -> list[float]:
+    """Shares after one more round, of which so many are remembered."""
+    return [share + ((place == found) - share) / rounds for place, share in enumerate(shares)]
 
 
 def _ms(seconds: float) -> str:
