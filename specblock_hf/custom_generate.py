@@ -52,7 +52,8 @@ def generate_without_hook(
         stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
         stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
 
-    asked = {"synced_gpus": kwargs.get("synced_gpus")}
+    # A callable is not told what `generate()` works out where the call does not say it (FSDP, DeepSpeed).
+    asked = target._extract_generation_mode_kwargs(None, {}, kwargs.get("synced_gpus"), None, None)
 
     def decode(model: PreTrainedModel, input_ids: torch.LongTensor, *, generation_config, **inputs: Any):
         check_request(model, drafter, generation_config.get_generation_mode(drafter), generation_config, asked)

@@ -131,6 +131,17 @@ FAMILIES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
         ),
     ),
     "gemma4": ("Gemma4TextConfig", lambda layers: _gemma(layers)),
+    "gemma4, shared keys": (
+        "Gemma4TextConfig",
+        lambda layers: (
+            _gemma(layers)
+            | {
+                "num_kv_shared_layers": layers // 4 * 2,  # of every kind one has its own
+                "vocab_size_per_layer_input": SIZES["vocab_size"],
+                "hidden_size_per_layer_input": 8,
+            }
+        ),
+    ),
     # Refused, each for a reason of its own.
     "bloom": ("BloomConfig", lambda layers: _NAMELESS | {"n_layer": layers, "n_head": 4}),
     "mamba": ("MambaConfig", lambda layers: {"state_size": 4}),

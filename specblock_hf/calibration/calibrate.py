@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, StoppingCri
 
 from ..compat import CACHE
 from ..devices import synchronize
+from ..drafting.attachment import set_aside
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import Pairs, Scored, TokenTable
 from ..drafting.pilot import offer_of, setting_of
@@ -116,7 +117,7 @@ def calibrate(
     drafter.check_target(target)
     cache_implementation = cache_implementation or target.generation_config.cache_implementation
     probe = _Probe(target, drafter, context, batch_size, cache_implementation)
-    with torch.no_grad():
+    with torch.no_grad(), set_aside(target):
         probe.measure(repeats, progress)
     curves, acceptance = probe.curves(), drafter.acceptance()
     tried: tuple[tuple[DraftingPlan, float], ...] = ()

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..devices import timed
+from ..drafting.attachment import set_aside
 from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.plan import DraftingPlan
@@ -103,7 +104,7 @@ def try_plans(
     device = TokenTable.of(target).device
     batches = batches_of([ids.to(device) for ids in prompts], batch_size, settings.pad_token_id)
     # Otherwise drafts would be captured anew in every call, and the time for it be theirs.
-    with keeping(drafter, device, len(plans)):
+    with keeping(drafter, device, len(plans)), set_aside(target):
         for batch in tqdm(batches, desc=f"trying plans of {drafter.label}", unit="batch", disable=not progress):
             spent: list[list[float]] = [[] for _ in sides]
             made = [0] * len(sides)

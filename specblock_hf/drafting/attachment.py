@@ -119,6 +119,17 @@ def attachment_of(target: Any) -> Attachment | None:
     return _ATTACHED.get(target)
 
 
+@contextmanager
+def set_aside(target: Any) -> Iterator[None]:
+    """Calls of a target run as if nothing was attached to it meanwhile."""
+    attachment = _ATTACHED.pop(target, None)
+    try:
+        yield
+    finally:
+        if attachment is not None:
+            _ATTACHED.setdefault(target, attachment)
+
+
 def attach(drafter: TreeDrafter, target: nn.Module) -> Attachment:
     """
     See [`~TreeDrafter.attach`].

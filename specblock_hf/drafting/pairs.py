@@ -118,7 +118,9 @@ class Pairs:
 
     def host_lengths(self) -> torch.LongTensor:
         """`lengths` on the host; read from the device for a prompt only."""
-        return self.lengths.cpu() if self.read is None else torch.tensor([len(row) for row in self.read])
+        if self.read is None:
+            return self.lengths.cpu()
+        return torch.tensor([len(row) for row in self.read], device="cpu")
 
     def of_rows(self, rows: Sequence[int]) -> Pairs:
         """The pairs of these rows of the batch, without columns that are padding in all of them."""
@@ -195,7 +197,8 @@ class Pairs:
         lengths = torch.stack([part.host_lengths() for part in parts])
         widths = [part.tokens.shape[1] for part in parts]
         # Columns of each row without the padding between them: they are moved to the left in their order.
-        padding = torch.cat([torch.arange(w) >= n.unsqueeze(1) for w, n in zip(widths, lengths, strict=True)], dim=1)
+        columns = [torch.arange(width, device="cpu") for width in widths]
+        padding = torch.cat([c >= n.unsqueeze(1) for c, n in zip(columns, lengths, strict=True)], dim=1)
         order = padding.long().argsort(dim=1, stable=True)[:, : int(lengths.sum(0).max())]
         gather = None if not padding.any() else upload(order, parts[0].tokens.device)
 

@@ -78,7 +78,7 @@ def scored_nodes(tree: DraftTree) -> DraftTree:
             if depths[node] > height:
                 struck |= parent != -2
                 row[node] = -2
-    return replace(tree, parents=torch.tensor(parents)) if struck else tree
+    return replace(tree, parents=torch.tensor(parents, device="cpu")) if struck else tree
 
 
 def _fits(tree: DraftTree | None, batch_size: int) -> bool:

@@ -26,10 +26,11 @@ from ..drafting.drafter import TreeDrafter
 from ..drafting.pairs import TokenTable
 from ..drafting.pilot import fixed_plan
 from ..drafting.plan import DraftingPlan
+from ..foreign_hooks import foreign_hooks
 from ..target.fixed import MakeStep, TargetRounds
 from ..target.support import check_target
 from .rounds.drafts import DraftRounds
-from .rounds.fingerprint import fingerprint, foreign_hooks
+from .rounds.fingerprint import fingerprint
 from .rounds.fused import FusedNetwork, captures_itself, compiled
 from .rounds.graphs import PATIENCE, CudaGraphs, Recorder, Step
 from .rounds.lending import Lent, Request
@@ -45,6 +46,12 @@ KEPT = 2
 
 STEP = 512
 """Tokens of a text by which buffers grow that follow the calls."""
+
+LONGEST = 4096
+"""
+Tokens that a text may get for drafts to have fixed shapes without being asked: every forward of a drafter attends to
+all columns that there may ever be.
+"""
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,8 @@ class CompiledRounds:
             return f"a round of {request.drafter.label} has no fixed shapes"
         if plan.draft_sampling != "topk":
             return "the shapes of drawn trees follow from what they are drawn from"
+        if self._shapes is None and request.length > LONGEST:
+            return f"drafts for a text of up to {request.length} tokens would attend to as many from the first one on"
         network = request.drafter.network
         if isinstance(network, nn.Module) and network.device != TokenTable.of(request.target).device:
             logger.warning_once(

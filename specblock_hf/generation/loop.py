@@ -155,14 +155,11 @@ def generate_with_drafter(
     # All ones: `generate()` dropped the mask and noted its length, unless it knows of no mask.
     mask_length = vars(generation_config).get("_mask_length") if model_kwargs.get("attention_mask") is None else None
     with ExitStack() as call:
-        if torch.get_default_device().type != "cpu":
-            # What is said without a device is the host's.
-            call.enter_context(torch.device("cpu"))
         with refusing(drafter):
             choice = TokenChoice(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             returns_cache = generation_config.return_dict_in_generate or is_users(model_kwargs[CACHE])
             device = TokenTable.of(target).device
-            chosen = drafting_plan(drafter, generation_config, device)
+            chosen = drafting_plan(target, drafter, generation_config)
             plan = fixed_plan(chosen, drafter, device)
             # A chain is cut out by likelihood, by which a drawn tree must not be cut.
             if not generation_config.do_sample or TreeMasks(target).chains_only:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
@@ -28,15 +27,16 @@ RIVAL_OPTIONS = (
 
 
 def drafting_plan(
-    drafter: TreeDrafter, generation_config: GenerationConfig, device: torch.device
+    target: PreTrainedModel, drafter: TreeDrafter, generation_config: GenerationConfig
 ) -> DraftingPlan | Literal["auto"]:
     """
     How much the rounds of a call draft: what the call's `generation_config.drafting_plan` says, otherwise what the
     drafter was given, which is `"auto"` if it was given nothing and its default for the device if it was given `None`.
 
     Raises:
-        ValueError: It is something else, or draws on a device that cannot.
+        ValueError: It is something else, or draws where that cannot be.
     """
+    device = TokenTable.of(target).device
     # A field of ours, which a configuration has only where somebody set it.
     plan = vars(generation_config).get("drafting_plan") or drafter.drafting_plan or drafter.default_plan(device)
     if plan != "auto" and not isinstance(plan, DraftingPlan):
@@ -47,6 +47,14 @@ def drafting_plan(
             'draft_sampling="sampled" draws from float64, which MPS does not have; leave it out, or run the target on '
             "another device."
         )
+    if (target.tp_size or 1) > 1:
+        # Its processes have to read the same trees, and each of them measures other times and draws other drafts.
+        if drawn:
+            raise ValueError(
+                f"every process of this tensor-parallel {type(target).__name__} would draw drafts of its own; leave "
+                "draft_sampling out."
+            )
+        return drafter.default_plan(device) if plan == "auto" else plan
     return plan
 
 
@@ -76,7 +84,7 @@ def check_request(
         raise ValueError(
             f"{rivals[0]} would be ignored next to a tree drafter; set it to None, or drop assistant_model."
         )
-    plan = drafting_plan(drafter, generation_config, TokenTable.of(target).device)
+    plan = drafting_plan(target, drafter, generation_config)
     if generation_config.do_sample and plan != "auto" and plan.draft_sampling != "topk" and not drafter.can_sample:
         raise ValueError(
             f"{drafter.label} drafts the likeliest tokens only and the drafting plan asks for drawn ones; leave out "

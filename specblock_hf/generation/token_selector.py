@@ -322,7 +322,7 @@ class _RowChoice:
         if self._criteria:
             self._stopped |= bool(self._criteria(self.sequence(), self.scores))
         if self._streamer is not None:
-            self._streamer.put(torch.tensor([token]))
+            self._streamer.put(torch.tensor([token], device="cpu"))
         return self._stopped
 
     def sequence(self) -> torch.LongTensor:

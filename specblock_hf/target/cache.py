@@ -171,7 +171,7 @@ class TargetCache:
         # Rows that were being shifted are nowhere in particular; of nothing, all is read again.
         width = 0 if self._shifting else safe.width
         shifts = [self.width - own for own in self.own] if len(self.own) > 1 else [0]
-        source = torch.tensor(shifts).unsqueeze(1) + torch.arange(width)
+        source = torch.tensor(shifts, device="cpu").unsqueeze(1) + torch.arange(width, device="cpu")
         if width == 0:
             self.states.forget()
         else:
@@ -246,8 +246,8 @@ class TargetCache:
 
     def align_left(self) -> None:
         """Lay every row's columns out as plain decoding does, token j in column j."""
-        own = torch.tensor(self.own).unsqueeze(1)
-        source = self.width - own + torch.arange(self.width)
+        own = torch.tensor(self.own, device="cpu").unsqueeze(1)
+        source = self.width - own + torch.arange(self.width, device="cpu")
         self._shifting = True
         self._move(source.clamp_max(self.width - 1), 0)
         self.own = [self.width] * len(self.own)

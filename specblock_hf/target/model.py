@@ -400,7 +400,7 @@ class TargetModel:
         if self._returns_cache and behind:
             # Plain decoding has read the last token of a row if another row has a longer text.
             self.score(DraftTree.root(self._last.squeeze(1)))
-            self._committed.commit(torch.tensor(behind).unsqueeze(1).long() - 1, 1)
+            self._committed.commit(torch.tensor(behind, device="cpu").unsqueeze(1).long() - 1, 1)
             self._committed.align_left()
         self._committed.secure(self._committed.width)
 

@@ -210,7 +210,8 @@ def _last(window: torch.Tensor, size: int, kept: Sequence[int], read: int) -> to
     ends = [window.shape[-1] - read + columns for columns in kept]
     if min(ends) == max(ends):
         return window[..., ends[0] - size : ends[0]]
-    columns = torch.tensor(ends).view(-1, *[1] * (window.ndim - 1)) - size + torch.arange(size)
+    columns = torch.tensor(ends, device="cpu").unsqueeze(1) - size + torch.arange(size, device="cpu")
+    columns = columns.view(-1, *[1] * (window.ndim - 2), size)
     return window.take_along_dim(columns.to(window.device), dim=-1)
 
 
@@ -336,8 +337,8 @@ class _Row:
 
 def kept_columns(kept: Sequence[bool], read: int) -> torch.LongTensor:
     """The columns of rows that keep all or none `[B, read]`, -1 for none; `[B, 0]` if none keeps any."""
-    columns = torch.arange(read if any(kept) else 0).expand(len(kept), -1)
-    return torch.where(torch.tensor(kept).unsqueeze(1), columns, -1)
+    columns = torch.arange(read if any(kept) else 0, device="cpu").expand(len(kept), -1)
+    return torch.where(torch.tensor(kept, device="cpu").unsqueeze(1), columns, -1)
 
 
 def cut(chain: DraftTree, lag: Lag, rows: Sequence[int]) -> DraftTree:

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import is_peft_available, logging
 
 from ..compat import CACHE, layer_types
+from ..foreign_hooks import users_hooks
 from .features import decoder_layers
 from .masks import TreeMasks
 from .recurrent import RECURRENT_LAYERS, check_recurrent, is_recurrent
@@ -173,6 +174,11 @@ def _warn(target: PreTrainedModel) -> None:
             f"the quantisation of this {type(target).__name__} may scale the activations of a whole forward together, "
             "so that what it says to a token depends a little on the drafts beside it, and a near-tie may fall "
             "otherwise than in plain decoding; scales of their own for each token avoid that."
+        )
+    for hook in users_hooks(target):
+        logger.warning_once(
+            f"a forward hook of this {type(target).__name__} ({hook!r}) sees all nodes of a draft tree at once: if it "
+            "changes a token by its place in a forward, such as the last, the text is not that of plain decoding."
         )
 
 

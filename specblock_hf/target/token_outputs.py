@@ -68,7 +68,7 @@ class TokenOutputs:
             }
             return
         for row, first in enumerate(again or [0] * len(nodes)):
-            path = torch.cat((torch.arange(first), first + nodes[row][nodes[row] >= 0]))
+            path = torch.cat((torch.arange(first, device="cpu"), first + nodes[row][nodes[row] >= 0]))
             for name, layers in self._seen.items():
                 for depth in range(first, len(path)):
                     if name == "hidden_states":

@@ -70,7 +70,7 @@ class GlobalCoins:
 
     def accept(self, probability: float) -> bool:
         """True with this probability, surely for 1."""
-        return float(torch.rand((), dtype=torch.float64)) < probability
+        return float(torch.rand((), dtype=torch.float64, device="cpu")) < probability
 
     def draw(self, mass: torch.Tensor) -> int:
         """An index, in proportion to the mass `[V]`."""

@@ -44,13 +44,13 @@ class Walk:
 
         def padded(lists: list[list[int]]) -> torch.Tensor:
             lists = [values + [-1] * (widest - len(values)) for values in lists]
-            return torch.tensor(lists, dtype=torch.long)
+            return torch.tensor(lists, dtype=torch.long, device="cpu")
 
         return cls(
             nodes=padded([nodes for nodes, _, _ in rows]),
             tokens=padded([emitted for _, emitted, _ in rows]),
-            lengths=torch.tensor(lengths),
-            stopped=torch.tensor([stopped for _, _, stopped in rows]),
+            lengths=torch.tensor(lengths, device="cpu"),
+            stopped=torch.tensor([stopped for _, _, stopped in rows], device="cpu"),
         )
 
     def emitted(self) -> list[list[int]]:

@@ -387,3 +387,13 @@ def test_unlikely_nodes_are_not_verified():
         assert torch.equal(plain, target.generate(prompt, assistant_model=drafter, **settings))
         verified.append(drafter.last_statistics.nodes_verified / drafter.last_statistics.rounds)
     assert verified[0] > 15 and 1 < verified[1] < verified[0] and verified[2] == 1
+
+
+def test_an_attached_drafter_does_not_serve_what_it_is_compared_with():
+    target = deepcopy(tiny_target("llama"))
+    drafter = small_drafter(target)
+    with drafter.attach(target) as attachment:
+        calibrate(target, drafter, context=16, repeats=1, prompts=[prompt_of(6)])
+        assert attachment.statistics.calls == 0
+        target.generate(prompt_of(6), max_new_tokens=4)
+        assert attachment.statistics.served == 1

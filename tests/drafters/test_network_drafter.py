@@ -118,13 +118,3 @@ def test_under_autocast_keys_come_in_another_dtype(name, compiles):
             compile_rounds(target, drafter, max_length=24)
         assert torch.equal(target.generate(**call, assistant_model=drafter), plain)
     assert bool(drafter.last_statistics.compiled_rounds) == compiles
-
-
-@pytest.mark.parametrize("name", ["specblock", "falcon"])
-def test_a_default_device_is_not_the_hosts(name):
-    target, drafter = tiny_target("llama"), drafter_of(name).eval()
-    batch = padded_batch((4, 12, 7))
-    call = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 5, "pad_token_id": 0}
-    plain = target.generate(**batch, **call)
-    with torch.device("meta"):
-        assert torch.equal(target.generate(**batch, **call, assistant_model=drafter), plain)

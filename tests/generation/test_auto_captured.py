@@ -188,3 +188,16 @@ def test_drafts_alone_are_captured_for_one_way():
     assert {(setting.compiled, setting.compiled_drafts) for setting in controller.settings} == {(False, True)}
     assert all(set(offer.ways) == {WAY} and offer.sizes == () for offer in controller.offers)
     assert drafter.last_statistics.captured_drafts and not drafter.last_statistics.compiled_rounds
+
+
+def test_long_texts_do_not_have_every_draft_attend_to_all_that_may_come():
+    target, drafter, batch = tiny_target("llama"), tiny_drafter(), padded_batch((5,))
+    drafter.drafting_plan, drafter.compiled_rounds = PLAN, CompiledRounds(torch.device("cpu"))
+    text = target.generate(**batch, max_new_tokens=3, pad_token_id=0, **GREEDY)
+    options = GREEDY | {"pad_token_id": 0, "eos_token_id": int(text[0, -1])}
+    reason = (
+        f"drafts for a text of up to {compilation.LONGEST + 1} tokens would attend to as many from the first one on"
+    )
+    for most, said in ((compilation.LONGEST - 5, None), (compilation.LONGEST - 4, reason)):
+        target.generate(**batch, **options, max_new_tokens=most, assistant_model=drafter)
+        assert drafter.last_statistics.eager_because == said

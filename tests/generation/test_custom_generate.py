@@ -10,6 +10,7 @@ from conftest import VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter
 from test_loop import KeepingStreamer, tokenizer  # noqa: F401
 from transformers import GenerationConfig
+from transformers.generation import utils as generation
 
 import specblock_hf
 from specblock_hf.custom_generate import generate_without_hook
@@ -82,3 +83,10 @@ def test_refusals_are_those_of_the_hook(options, sentence):
         generate_without_hook(
             tiny_target("llama"), GarbageDrafter(VOCAB), inputs=prompt_of(5), max_new_tokens=4, **options
         )
+
+
+def test_processes_that_need_equally_many_forwards_are_refused_unasked(monkeypatch):
+    monkeypatch.setattr(generation, "is_fsdp_managed_module", lambda model: True)
+    monkeypatch.setattr(generation, "_get_torch_distributed_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"^synced_gpus needs the same number of forwards"):
+        generate_without_hook(tiny_target("llama"), GarbageDrafter(VOCAB), inputs=prompt_of(5), max_new_tokens=4)

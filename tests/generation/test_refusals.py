@@ -28,6 +28,7 @@ from transformers import (
 import specblock_hf
 from specblock_hf import DraftingPlan
 from specblock_hf.compat import CACHE
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.generation.hook import is_installed
 from specblock_hf.generation.requests import drafting_plan
 
@@ -239,9 +240,25 @@ def test_everything_else_passes_through_untouched(options):
         specblock_hf.install()
 
 
-def test_trees_are_not_drawn_where_there_is_no_float64():
-    drafter, device = GarbageDrafter(VOCAB), torch.device("mps")
+def test_trees_are_not_drawn_where_there_is_no_float64(monkeypatch):
+    target, drafter = tiny_target("llama"), GarbageDrafter(VOCAB)
+    monkeypatch.setattr(TokenTable, "device", torch.device("mps"))
     drafter.drafting_plan = DraftingPlan(4, 1, draft_sampling="sampled")
-    assert drafting_plan(drafter, GenerationConfig(do_sample=False), device) is drafter.drafting_plan
+    assert drafting_plan(target, drafter, GenerationConfig(do_sample=False)) is drafter.drafting_plan
     with pytest.raises(ValueError, match=r"^draft_sampling=\"sampled\" draws from float64, which MPS does not have"):
-        drafting_plan(drafter, GenerationConfig(do_sample=True), device)
+        drafting_plan(target, drafter, GenerationConfig(do_sample=True))
+
+
+@pytest.mark.auto_plan
+def test_processes_of_a_tensor_parallel_target_read_the_same_trees(monkeypatch):
+    target, drafter = deepcopy(tiny_target("llama")), GarbageDrafter(VOCAB)
+    options = {"inputs": prompt_of(7), "max_new_tokens": 12, "assistant_model": drafter}
+    target.generate(**options)
+    assert not drafter.last_statistics.plan.endswith("as given")
+    monkeypatch.setattr(target, "_tp_size", 2)
+    target.generate(**options)
+    assert drafter.last_statistics.plan.endswith("as given")
+    drafter.drafting_plan = DraftingPlan(4, 1, draft_sampling="sampled")
+    target.generate(**options)
+    with pytest.raises(ValueError, match=r"^every process of this tensor-parallel LlamaForCausalLM would draw drafts"):
+        target.generate(**options, do_sample=True)

@@ -10,6 +10,7 @@ from conftest import ATTENTIONS, KINDS, VOCAB, prompt_of, tiny_target
 from drafters_for_tests import GarbageDrafter, OracleDrafter, make_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from targets_for_tests import TargetKind, make_target
 from transformers import DynamicCache
 
 from specblock_hf.compat import CACHE
@@ -376,3 +377,19 @@ def test_an_input_that_is_not_passed_on_is_refused():
     drafter = GarbageDrafter(VOCAB)
     with pytest.raises(ValueError, match=r"^generate\(\) got output_router_logits, which tree drafting"):
         target.generate(prompt_of(4), max_new_tokens=4, assistant_model=drafter, output_router_logits=True)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_states_of_layers_that_share_keys_are_those_of_the_whole_prompt(chunk, padding):
+    target, layers = make_target(TargetKind("gemma4, shared keys", layers=8)), [2, 6, 8]
+    prompt = torch.cat((torch.zeros(1, padding, dtype=torch.long), prompt_of(12)), dim=1)
+    call = {"attention_mask": (torch.arange(12 + padding) >= padding).long()[None], "prefill_chunk_size": chunk}
+    call |= {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    drafter, plain = GarbageDrafter(VOCAB, layers), target.generate(prompt, **call)
+    assert torch.equal(target.generate(prompt, **call, assistant_model=drafter), plain)
+    (told,) = drafter.states
+    known, text = len(told.tokens()), plain[0, padding:].tolist()
+    assert told.tokens() == text[1 : known + 1]
+    for layer, index in enumerate(layers):
+        torch.testing.assert_close(told.features(layer), plain_states(target, text)[index][:known], rtol=0, atol=5e-4)

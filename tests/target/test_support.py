@@ -413,3 +413,17 @@ def test_attentions_over_a_cache_that_slides_nowhere():
             for ours, theirs in zip(output.attentions, plain.attentions, strict=True):
                 for mine, layer in zip(ours, theirs, strict=True):
                     torch.testing.assert_close(mine, layer, rtol=0, atol=1e-5)
+
+
+def test_a_hook_of_the_user_sees_all_nodes_of_a_draft(caplog, monkeypatch):
+    target, said = deepcopy(tiny_target("llama")), "sees all nodes of a draft tree at once"
+    monkeypatch.setattr(logging.get_logger("specblock_hf"), "propagate", True)
+    logging.get_logger("specblock_hf").warning_once.cache_clear()
+    # With hooks of ours and of transformers' own.
+    options = GREEDY | {"output_hidden_states": True, "return_dict_in_generate": True}
+    target.generate(prompt_of(5), **options, assistant_model=tiny_drafter())
+    assert said not in caplog.text
+    target.model.layers[1].register_forward_pre_hook(lambda layer, args: None)
+    for _ in range(2):
+        target.generate(prompt_of(5), **GREEDY, assistant_model=garbage(1))
+    assert caplog.text.count(said) == 1

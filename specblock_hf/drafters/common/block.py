@@ -143,7 +143,7 @@ class BlockDrafter(NetworkDrafter):
         return self.config.block_size
 
     def begin(self, table: TokenTable, batch_size: int, max_length: int, *, first_position: int = 0) -> Any:
-        committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long)
+        committed = 0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device="cpu")
         columns = min(max_length, PREFILL_PAIRS) * self.columns_per_pair
         cache = BlockCache(self.config, batch_size, columns, self.dtype, self.device)
         return self.state_class(

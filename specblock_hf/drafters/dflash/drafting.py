@@ -115,7 +115,7 @@ class BlockDiffusionDrafter(NetworkDrafter, BlockDiffusionModel):
             max_length,
             first_position=first_position,
             cache=BlockCache(self.config, batch_size, columns, self.dtype, self.device),
-            committed=0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long),
+            committed=0 if batch_size == 1 else torch.zeros(batch_size, dtype=torch.long, device="cpu"),
         )
 
     def begin_fixed(self, table: TokenTable, batch_size: int, max_length: int, width: int) -> FixedBlockState:

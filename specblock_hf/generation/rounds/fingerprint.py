@@ -13,12 +13,8 @@ from torch.backends import cuda
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...drafting.drafter import TreeDrafter
+from ...foreign_hooks import foreign_hooks
 from ...prepacking import float32_is_whole
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Hooks that read states for one call at a time, and those of transformers' own `output_hidden_states`.
-_OUR_HOOKS = ("specblock_hf.", "transformers.")
 
 
 def fingerprint(*modules: nn.Module) -> Hashable:
@@ -54,12 +50,6 @@ def fingerprint(*modules: nn.Module) -> Hashable:
             if isinstance(own.get("config"), PreTrainedConfig):
                 parts.append(own["config"]._attn_implementation)
     return tuple(parts)
-
-
-def foreign_hooks(module: nn.Module) -> list[Any]:
-    """Forward hooks of a module that somebody else has put there; a replay would not call them."""
-    hooks = [hook for name in _HOOKS for hook in vars(module)[name].values()]
-    return [hook for hook in hooks if not hook.__module__.startswith(_OUR_HOOKS)]
 
 
 def _place(tensor: torch.Tensor | None) -> Hashable:
