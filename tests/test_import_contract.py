@@ -26,7 +26,7 @@ FLOORS = (
     {"drafting"},
     {"trees", "regeneration", "planning", "rounds_model"},
     {"data", "checkpoints", "prepacking", "grouped_attention"},
-    {"compat", "devices", "locks", "twins", "version"},
+    {"compat", "devices", "foreign_hooks", "locks", "twins", "version"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # Within drafters: a kind knows itself and what all kinds share. ParallelSpec is EAGLE-3's network, read otherwise.

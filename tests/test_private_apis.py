@@ -296,6 +296,13 @@ def test_get_layer_types_and_kwargs():
 # Every other name
 
 
+def test_what_generate_works_out_for_a_method_of_decoding():
+    names = ["self", "custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"]
+    assert list(inspect.signature(GenerationMixin._extract_generation_mode_kwargs).parameters) == names
+    found = tiny_target("llama")._extract_generation_mode_kwargs(None, {}, None, None, None)
+    assert found == {"synced_gpus": False}
+
+
 def test_no_other_private_name_is_used():
     """Attributes with an underscore that the package does not define itself are those above."""
     listed = {
@@ -303,6 +310,7 @@ def test_no_other_private_name_is_used():
         "_assisted_decoding",
         "_mask_length",
         "_pad_token_tensor",
+        "_extract_generation_mode_kwargs",
         "_prefix_allowed_tokens_fn",
         "_num_beams",
         "_is_stateful",

@@ -108,9 +108,11 @@ def run(args: argparse.Namespace) -> int:
     objective = _objective(drafter, args.objective)
     chosen = [example for example in train if example.greedy or not args.greedy_only]
     views = _views(args, chosen, target, drafter.feature_layers, accelerator)
-    measured = _measured(args, held_out, target, drafter) if main else None
+    greedy = [e for e in held_out if e.greedy][: args.eval_examples]  # sampled ones are of another distribution
+    measured = _measured(args, greedy, target, drafter) if main and greedy else None
     chains = TreeMasks(target).chains_only
-    evaluate = _evaluation(args, objective, measured, chains) if measured else None
+    # Only the main process measures, but all of them meet there.
+    evaluate = _evaluation(args, objective, measured, chains) if greedy else None
     if accelerator.device.type == "cpu":
         drafter.set_attn_implementation(CPU_ATTENTION)
     choices = {
@@ -134,8 +136,7 @@ def run(args: argparse.Namespace) -> int:
         trainer.folder.mkdir(parents=True, exist_ok=True)
         (trainer.folder / "arguments.json").write_text(json.dumps(vars(args) | {"run": None}, indent=2, default=str))
         (final / TRAINING).unlink(missing_ok=True)  # of a run that had less time, and goes on
-    measuring = _expected(args, drafter, target, measured) if measured else ()
-    rehearsal = rehearse(trainer, target, args.views is not None, *measuring)
+    rehearsal = rehearse(trainer, target, args.views is not None, *_expected(args, trainer, target, measured))
     if main:
         batches = batches_of_epoch(trainer.examples, arguments.batch_tokens, arguments.seed, 0)
         print(f"padding: {padding_share(trainer.examples, batches):.1%} of the batches' places")
@@ -293,12 +294,9 @@ class Measured(NamedTuple):
 
 
 def _measured(
-    args: argparse.Namespace, held_out: list[Example], target: PreTrainedModel, drafter: PreTrainedModel
-) -> Measured | None:
-    """Greedy ones alone: sampled answers would measure another distribution."""
-    greedy = [e for e in held_out if e.greedy][: args.eval_examples]
-    if not greedy:
-        return None
+    args: argparse.Namespace, greedy: list[Example], target: PreTrainedModel, drafter: PreTrainedModel
+) -> Measured:
+    """The target reads greedy answers that were held out."""
     views = _views(args, greedy, target, drafter.feature_layers)
     batches = batches_of_epoch(greedy, args.batch_tokens, seed=0, epoch=0)
     found = dict(zip(itertools.chain(*batches), itertools.chain(*map(views, batches)), strict=True))
@@ -315,11 +313,12 @@ def _alone_and_joined(drafter: Any, target: PreTrainedModel) -> tuple[TreeDrafte
 
 
 def _evaluation(
-    args: argparse.Namespace, objective: Any, measured: Measured, chains: bool
+    args: argparse.Namespace, objective: Any, measured: Measured | None, chains: bool
 ) -> Callable[[nn.Module], dict[str, Any]]:
-    """What is measured on held-out answers while training: only the main process asks."""
+    """What is measured on held-out answers while training: only the main process, which has them, asks."""
 
     def evaluate(trained: nn.Module) -> dict[str, Any]:
+        assert measured is not None
         numbers: dict[str, Any] = {}
         plans = _plans_of_evaluation(args, trained)
         for plan in tqdm(plans, desc="evaluation", unit="plan", leave=False, disable=args.quiet):
@@ -332,9 +331,15 @@ def _evaluation(
 
 
 def _expected(
-    args: argparse.Namespace, drafter: PreTrainedModel, target: PreTrainedModel, measured: Measured
-) -> tuple[float, float, float]:
-    """Seconds of an evaluation, and of measuring every plan at the end, if nothing is accepted; and the tau so far."""
+    args: argparse.Namespace, trainer: DrafterTrainer, target: PreTrainedModel, measured: Measured | None
+) -> tuple[float, ...]:
+    """
+    Seconds of an evaluation, and of measuring every plan at the end, if nothing is accepted; and the tau so far.
+    Nothing in processes that do not measure, but each is asked for its part of the drafter.
+    """
+    drafter: Any = trainer.whole_drafter()
+    if measured is None:
+        return ()
     attention = drafter.config._attn_implementation
     drafter.eval()
     tried = [expected_seconds(drafter, *measured, plan) for plan in _plans_of_evaluation(args, drafter)]

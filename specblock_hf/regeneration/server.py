@@ -43,6 +43,7 @@ OF_THE_PROMPT = {400, 413}
 
 REFUSALS = 16  # prompts may be refused before any is answered
 LONGEST_WAIT = 60.0  # seconds between two tries
+ANSWER = "specblock"  # that no chat template says itself
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class ServerAnswering:
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids
         self.seed = seed
+        self.end = _end_of_answers(tokenizer, stop_ids)
         self.answered = 0
         self.refused: list[str] = []
         """What the server said about prompts that it would not answer."""
@@ -213,14 +215,9 @@ class ServerAnswering:
             )
         ids = list(own) if own else self.tokenizer.encode(message.get("content") or "", add_special_tokens=False)
         if reason == "stop" and not (ids and ids[-1] in self.stop_ids):
-            ids.append(self._end())
+            ids.append(self.end)
         self.retokenised += usage.get("completion_tokens") not in (None, len(ids))
         return ids
-
-    def _end(self) -> int:
-        """What the target most likely ended the answer with: the tokenizer's EOS is that of its chat template."""
-        end = self.tokenizer.eos_token_id
-        return end if end is not None else min(self.stop_ids)
 
     def _refuse(self, error: HfHubHTTPError) -> None:
         """Note that a prompt was refused; raise if it is not about the prompt."""
@@ -231,6 +228,19 @@ class ServerAnswering:
                 f"{self.server.url} refuses to answer as {self.server.model} ({_said(error)}); check --server, "
                 "--model, --engine and --api-key."
             ) from error
+
+
+def _end_of_answers(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> int:
+    """
+    What the target most likely ends an answer with: what the chat template puts behind one, which may be another token
+    than the tokenizer's EOS.
+    """
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
+    _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ANSWER)
+    ids = tokenizer.encode(behind.lstrip(), add_special_tokens=False) if found else []
+    if ids and ids[0] in stop_ids:
+        return ids[0]
+    return min(stop_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def _said(error: Exception) -> str:

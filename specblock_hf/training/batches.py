@@ -83,17 +83,16 @@ def collate(
     examples: Sequence[Example], views: Sequence[TargetView], table: TokenTable, draft_ids: torch.LongTensor
 ) -> TargetBatch:
     """
-    Pad conversations and the target's view of them into one batch, where the views are: those of the target's forward
-    never leave its device.
+    Pad conversations and the target's view of them where the views are, into one batch where the drafter is.
 
     Args:
         examples (`Sequence[Example]`): B conversations.
         views (`Sequence[TargetView]`): The target's view of each.
         table (`TokenTable`): The target's embedding.
         draft_ids (`torch.LongTensor` of shape `[vocab_size]`): Draft id of every target id, -1 outside the draft
-            vocabulary.
+            vocabulary; where the drafter is, which may be apart from the target's embedding.
     """
-    device, here = table.device, views[0].features.device
+    device, here = draft_ids.device, views[0].features.device
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(e.input_ids) for e in examples], batch_first=True)
     lengths = torch.tensor([len(e.input_ids) for e in examples])
     starts = torch.tensor([e.answer_start for e in examples])
@@ -109,7 +108,7 @@ def collate(
 
     ids = draft_ids.to(here)
     with torch.no_grad():
-        embeds = table.embed(tokens.to(device))
+        embeds = table.embed(tokens).to(device)
     return TargetBatch(
         tokens.to(device),
         embeds,

@@ -204,7 +204,8 @@ def _seconds_of(trainer: DrafterTrainer, batches: list[list[int]]) -> tuple[floa
         optimizer.state.clear()
     trainer.module.zero_grad()
     trainer.clock.lap("update")
-    return time.perf_counter() - started, trainer.clock.shares()
+    shares = trainer.clock.shares()  # which waits for the device
+    return time.perf_counter() - started, shares
 
 
 def _bytes(module: nn.Module) -> int:

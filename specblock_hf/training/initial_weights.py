@@ -61,14 +61,16 @@ def reshape(
         ids (`torch.LongTensor` of shape `[draft_vocab_size]`, *optional*): Another draft vocabulary.
     """
     new = type(drafter)(type(drafter.config)(**drafter.config.to_dict() | {"acceptance": None} | changes))
-    new.set_draft_vocabulary(drafter.draft_to_target if ids is None else ids)
+    # The new one is made on the CPU, wherever the other is.
+    known = drafter.draft_to_target.cpu()
+    learned = {name: weight.cpu() for name, weight in drafter.state_dict().items()}
+    new.set_draft_vocabulary(known if ids is None else ids)
     start_from_target(new, target)
     place = torch.full((drafter.config.vocab_size,), -1)
-    place[drafter.draft_to_target] = torch.arange(len(drafter.draft_to_target))
-    place = place[new.draft_to_target]
-    learned, weights = drafter.state_dict(), new.state_dict()
+    place[known] = torch.arange(len(known))
+    place, weights = place[new.draft_to_target], new.state_dict()
     head = _weight(target.get_output_embeddings()).float()
-    change = torch.linalg.lstsq(head[drafter.draft_to_target], learned["lm_head.weight"].float()).solution
+    change = torch.linalg.lstsq(head[known], learned["lm_head.weight"].float()).solution
     weights["lm_head.weight"].copy_(head[new.draft_to_target] @ change)
     for name in weights.keys() & learned.keys() - {"d2t", "t2d"}:
         if name in ROWS and weights[name].shape[1:] == learned[name].shape[1:]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,7 +48,7 @@ def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accel
         cpu (`bool`, *optional*, defaults to `False`): Leave accelerators alone.
 
     Raises:
-        ValueError: A tracker is not installed.
+        ValueError: A tracker is not installed, or FSDP would have one process load the weights for all.
     """
     available = [str(tracker) for tracker in get_available_trackers()]  # members of an enumeration that are no texts
     for name in args.report_to:
@@ -65,6 +65,13 @@ def make_accelerator(args: DrafterTrainingArguments, cpu: bool = False) -> Accel
         project_dir=args.output_dir,
         kwargs_handlers=[unused, patient],
     )
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "FSDP's cpu_ram_efficient_loading leaves the target's weights zero in all processes but one, and "
+            "accelerate cannot hand out a drafter's buffers with it; set fsdp_cpu_ram_efficient_loading to false, as "
+            "examples/fsdp.yaml does."
+        )
     if args.report_to:
         accelerator.init_trackers("specblock", config={"arguments": json.dumps(vars(args))})
     return accelerator

@@ -20,7 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
@@ -40,6 +45,9 @@ from .termination import Terminated, Termination
 
 MOST_UNSOUND = 10
 """Steps in a row whose gradients are not finite before a run ends; single ones are left out."""
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Weights and moments of all processes together, on the CPU of the main one."""
 
 
 @dataclass(eq=False)
@@ -299,10 +307,10 @@ class DrafterTrainer:
         """The drafter, or a copy with all of its weights where processes hold shards of it."""
         if self.accelerator.distributed_type != DistributedType.FSDP:
             return self.drafter
-        (weights, _) = self.state_dicts()
+        weights = get_model_state_dict(self.module, options=WHOLE)
         twin = type(self.drafter)(self.drafter.config)
         if self.accelerator.is_main_process:
-            twin.load_state_dict(weights)
+            twin.load_state_dict(_of_drafter(weights))
         return twin.to(self.accelerator.device)
 
     def log(self, window: list[dict], seconds: float, bar: tqdm) -> None:
@@ -324,9 +332,8 @@ class DrafterTrainer:
 
     def state_dicts(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The drafter's weights and the optimiser's state, whole and on the CPU (empty where others write them)."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, optimizer = get_state_dict(self.module, self.bare_optimizers, options=options)
-        return {name.removeprefix("drafter."): value for name, value in weights.items()}, optimizer
+        weights, optimizer = get_state_dict(self.module, self.bare_optimizers, options=WHOLE)
+        return _of_drafter(weights), optimizer
 
     def save_drafter(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         if self.accelerator.is_main_process:
@@ -394,3 +401,8 @@ class DrafterTrainer:
         self.draft_ids = draft_ids_of(self.drafter, self.table.vocab_size)
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _of_drafter(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An [`ObjectiveModule`]'s weights by the names that the drafter has for them."""
+    return {name.removeprefix("drafter."): value for name, value in weights.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import Accelerator, dispatch_model
 from conftest import SIZES, prompt_of, tiny_target
 from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -101,6 +101,23 @@ def test_held_out_answers_are_read_in_batches_of_the_size_that_is_given(train, c
     monkeypatch.setattr(command, "view_target", viewed)
     assert train() == 0, capsys.readouterr().err
     assert all(count == 1 or size <= 60 for count, size in places)
+
+
+class SecondAccelerator(Accelerator):
+    """Of a process that is not the main one."""
+
+    @property
+    def is_main_process(self) -> bool:
+        return False
+
+
+def test_a_process_that_does_not_measure_meets_the_one_that_does(train, capsys, monkeypatch):
+    met, measured = [], []
+    monkeypatch.setattr(command, "make_accelerator", lambda *_: SecondAccelerator(cpu=True))
+    monkeypatch.setattr(command, "_measured", lambda *_: measured.append(True))
+    monkeypatch.setattr(DrafterTrainer, "log_evaluation", lambda trainer: met.append(trainer.step))
+    assert train("--eval-steps", 2) == 0, capsys.readouterr().err
+    assert met == [2, 4, 5] and not measured
 
 
 def test_pairs_that_are_given_one_by_one_all_count():

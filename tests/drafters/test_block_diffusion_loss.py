@@ -12,6 +12,7 @@ from block_drafters_for_tests import VARIANTS, block_drafter
 from conftest import ATTENTIONS, VOCAB, prompt_of, tiny_target
 
 from specblock_hf import BlockDiffusionConfig, BlockDiffusionDrafter
+from specblock_hf.drafters.dflash import loss as loss_module
 from specblock_hf.drafters.dflash.loss import BlockDiffusionObjective, _draw_anchors, _run_blocks
 from specblock_hf.drafting.pairs import Pairs, TokenTable
 from specblock_hf.drafting.target_batch import TargetBatch
@@ -170,6 +171,33 @@ def test_every_weight_learns_and_the_target_does_not(variant):
     for name, weight in drafter.named_parameters():
         assert name in own or (weight.grad is not None and weight.grad.abs().max() > 0), name
     assert all(weight.grad is None for weight in tiny_target("llama").get_input_embeddings().parameters())
+
+
+@pytest.mark.parametrize("variant", ["dflash", "jetspec", "dspark"])
+def test_logits_of_some_rows_at_a_time(variant, monkeypatch):
+    """Those of DSpark come from a head that learns, too."""
+    drafter, batch = trained_drafter(variant).train(), random_batch()
+    head_logits, rows = drafter.head_logits, []
+
+    def noted(hidden: torch.Tensor, table: TokenTable) -> torch.Tensor:
+        rows.append(len(hidden))
+        return head_logits(hidden, table)
+
+    def learned() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        drafter.zero_grad()
+        out = drafter.loss(batch, BlockDiffusionObjective(num_anchors=ALL))
+        out["loss"].backward()
+        own = {name: weight.grad for name, weight in drafter.named_parameters() if weight.grad is not None}
+        return {name: value.detach() for name, value in out.items()}, own
+
+    monkeypatch.setattr(drafter, "head_logits", noted)
+    whole, count = learned(), len(list(slots_of(batch, drafter)))
+    assert rows == [count] and count % 9
+    monkeypatch.setattr(loss_module, "DEVICE_WORK", 9 * VOCAB)
+    in_parts = learned()
+    forward = [9] * (count // 9) + [count % 9]
+    assert rows[1:] == forward + forward[::-1]  # once more in the backward pass
+    torch.testing.assert_close(in_parts, whole)
 
 
 def test_anchors_are_drawn_from_the_generator_alone():

@@ -209,3 +209,29 @@ def test_a_tokenizer_without_a_template_is_refused():
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template; leave out --server, or"):
         ServerAnswering(Server("http://127.0.0.1:9/v1", "m"), bare, 7, {EOS})
+
+
+@pytest.mark.parametrize(
+    ("behind", "stops", "end"),
+    [
+        ("{{ ' 2' }}", "23", "2"),  # as Llama 3 ends a turn, with another token than the EOS of its tokenizer
+        ("{{ '2\n' }}", "3", "3"),  # which ends turns and stops nothing
+        ("", "23", "3"),
+    ],
+)
+def test_an_answer_ends_with_what_the_template_puts_behind_it(behind, stops, end):
+    made = tokenizer()
+    said = "{{ m['content'] }}{% if m['role'] == 'assistant' %}" + behind + "{% endif %}"
+    made.chat_template = made.chat_template.replace("{{ m['content'] }}", said)
+    stop_ids = {ALPHABET.index(token) for token in stops}
+    with ChatServer(echo) as server:
+        asking, found = ServerAnswering(Server(server.url, "m"), made, 7, stop_ids), []
+        asking.ask(prompts(1), found.extend)
+    ((prompt, ids),) = found
+    assert ids == [*prompt.input_ids[-2::-1], ALPHABET.index(end)]
+
+
+def test_a_tokenizer_without_an_eos_has_its_answers_end_with_a_stop_token():
+    made = tokenizer()
+    made.eos_token = None
+    assert ServerAnswering(Server("http://127.0.0.1:9/v1", "m"), made, 7, {9, 5}).end == 5

@@ -3,15 +3,18 @@
 """
 Trains a tiny drafter by an optimiser in one process and in two, in the folders `one` and `two` of a folder; a test
 compares what is left behind. The two hold copies of the weights until they stop, and go on with a part of each weight,
-as under FSDP, which accelerate itself only sets up on accelerators.
+as under FSDP, which accelerate itself only sets up on accelerators. `command` and `command-sharded` have two processes
+run `specblock train` instead, in the folder `run`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,9 +23,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import tiny_target
 from torch.distributed.fsdp import fully_shard
-from training_for_tests import Told, example_of, tiny_drafter
+from training_for_tests import Told, char_tokenizer, example_of, tiny_drafter
 
-from specblock_hf import DraftingPlan
+from specblock_hf import DraftingPlan, SpecBlockDrafter, cli
+from specblock_hf.cli import train as train_command
 from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.evaluation.simulate import simulate_acceptance
 from specblock_hf.training.arguments import DrafterTrainingArguments
@@ -91,8 +95,28 @@ def main(folder: Path, optimizer: str, accumulation: int, stop_at: int | None = 
     accelerator.end_training()
 
 
-def launch(count: int, *arguments) -> None:
-    """Call `main` in so many processes that talk over gloo, forked from this one, which has imported everything."""
+def command(folder: Path, sharded: bool) -> None:
+    torch.set_num_threads(1)
+    SpecBlockDrafter.plans_that_pay = ((2, 1, 0),)
+    if sharded:
+        train_command.make_accelerator = lambda *_: ShardingAccelerator(cpu=True)
+    options = ["--target", folder / "target", "--data", folder / "data", "--output", folder / "run", "--quiet"]
+    options += ["--epochs", 2, "--batch-tokens", 60, "--held-out", 0.3, "--draft-vocab-size", 24, "--cpu"]
+    options += ["--eval-steps", 2, "--eval-budgets", 4, "--log-steps", 1, "--mixed-precision", "no"]
+    assert cli.main(["train", *map(str, options)]) == 0
+
+
+def write_answers(folder: Path) -> None:
+    char_tokenizer().save_pretrained(folder / "target")
+    tiny_target("llama").save_pretrained(folder / "target")
+    (folder / "data").mkdir()
+    with open(folder / "data" / "answers-0.jsonl", "w") as file:
+        for number, tokens in enumerate(Told(24, 14).tokens.tolist()):
+            file.write(json.dumps({"prompt": f"{number}ab", "answer_ids": tokens, "temperature": 0.0}) + "\n")
+
+
+def launch(count: int, run: Callable[..., None], *arguments) -> None:
+    """Call `run` in so many processes that talk over gloo, forked from this one, which has imported everything."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -104,7 +128,7 @@ def launch(count: int, *arguments) -> None:
             os.environ |= {name: str(value) for name, value in (places | {"MASTER_PORT": port}).items()}
             os.environ["MASTER_ADDR"] = "localhost"
             try:
-                main(*arguments)
+                run(*arguments)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -114,7 +138,11 @@ def launch(count: int, *arguments) -> None:
 
 
 if __name__ == "__main__":
-    root, optimizer = Path(sys.argv[1]), sys.argv[2]
-    launch(2, root / "two", optimizer, 1, 8)
-    launch(2, root / "two", optimizer, 1, None, True)
-    main(root / "one", optimizer, 2)
+    root, what = Path(sys.argv[1]), sys.argv[2]
+    if what.startswith("command"):
+        write_answers(root)
+        launch(2, command, root, what == "command-sharded")
+    else:
+        launch(2, main, root / "two", what, 1, 8)
+        launch(2, main, root / "two", what, 1, None, True)
+        main(root / "one", what, 2)

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import VOCAB
 from training_for_tests import DRAFT_VOCAB, tiny_drafter
+from transfers_for_tests import TwoDevices
 
 from specblock_hf.training.initial_weights import MARKOV_SCALE, reshape, start_from_target
 
@@ -56,3 +58,16 @@ def test_a_term_and_a_layer_are_added(llama):
     assert len(new.layers) == 3 and not new.markov_head.markov_w2.weight.any()
     assert torch.equal(new.draft_to_target, old.draft_to_target)
     assert all(torch.equal(new.state_dict()[name], weight) for name, weight in old.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ids", [None, torch.arange(4, VOCAB)])
+def test_a_drafter_on_another_device_gets_another_shape(llama, ids):
+    old = tiny_drafter(markov_rank=3)
+    changes = {} if ids is None else {"draft_vocab_size": len(ids)}
+    torch.manual_seed(0)
+    here = reshape(old, changes, llama, ids)
+    torch.manual_seed(0)
+    with TwoDevices():
+        there = reshape(old, changes, llama, None if ids is None else ids.cpu())
+    torch.testing.assert_close(there.state_dict(), here.state_dict())

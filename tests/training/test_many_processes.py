@@ -4,42 +4,74 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator, tracking
 from accelerate.commands.config import load_config_from_file
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import FullyShardedDataParallelPlugin, LoggerType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, LoggerType
+from conftest import VOCAB, tiny_target
+from many_processes import ShardingAccelerator
 from safetensors.torch import load_file
 from test_trainer import arguments, log_of, tiny_trainer
-from training_for_tests import tiny_drafter
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from training_for_tests import DRAFT_VOCAB, Told, example_of, tiny_drafter
 
+from specblock_hf.drafters.common.head import DraftHead
+from specblock_hf.drafters.common.registry import trainable_drafters
+from specblock_hf.drafting.pairs import TokenTable
 from specblock_hf.training import processes
+from specblock_hf.training.batches import collate, draft_ids_of
 from specblock_hf.training.processes import ObjectiveModule, make_accelerator
+from specblock_hf.training.target_views import view_target
+from specblock_hf.training.trainer import DrafterTrainer
 
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize(("optimizer", "rounding"), [("adamw", 1e-4), ("muon", 5e-4)])  # Muon rounds to bfloat16
-def test_two_processes_train_like_one_with_twice_the_accumulation(optimizer, rounding, tmp_path):
+def many_processes(folder: Path, what: str) -> None:
     script = Path(__file__).parent / "many_processes.py"
     paths = os.pathsep.join((str(script.parents[1]), os.environ.get("PYTHONPATH", "")))
     run = subprocess.run(
-        [sys.executable, script, tmp_path, optimizer],
+        [sys.executable, script, folder, what],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=800,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("what", ["command", "command-sharded"])
+def test_two_processes_meet_where_one_of_them_measures(what, tmp_path):
+    """`specblock train`, from the estimate before the first step to the drafter that is saved."""
+    many_processes(tmp_path, what)
+    rows = log_of(tmp_path / "run")
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 4
+    assert [row["step"] for row in rows if "tau_4" in row] == [
+        step for step in steps if step % 2 == 0 or step == len(steps)
+    ]
+    config = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert [row[:3] for row in config["acceptance"]] == [[2, 1, 0]]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize(("optimizer", "rounding"), [("adamw", 1e-4), ("muon", 5e-4)])  # Muon rounds to bfloat16
+def test_two_processes_train_like_one_with_twice_the_accumulation(optimizer, rounding, tmp_path):
+    many_processes(tmp_path, optimizer)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) == 15
     assert len({row["loss"] for row in one if "loss" in row}) == 12
@@ -63,11 +95,73 @@ def test_the_fsdp_configuration_shards_the_drafters_layers():
     assert config.distributed_type == "FSDP" and config.mixed_precision == "bf16"
     fields = {name.removeprefix("fsdp_"): value for name, value in config.fsdp_config.items()}
     fields["fsdp_version"] = fields.pop("version")
+    assert fields["cpu_ram_efficient_loading"] is False  # which accelerate's launcher takes for true otherwise
     plugin = FullyShardedDataParallelPlugin(**fields)
     module = ObjectiveModule(tiny_drafter())
     plugin.set_auto_wrap_policy(module)
     wrapped = [name for name, part in module.named_modules() if plugin.auto_wrap_policy(part, False, 0)]
     assert wrapped == ["drafter.layers.0", "drafter.layers.1"]
+
+
+@pytest.fixture
+def one_process():
+    """A group of this process alone, for which weights are sharded as for many."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", trainable_drafters())
+def test_sharded_layers_of_every_kind_learn_as_whole_ones(name, one_process):
+    kind, form = trainable_drafters()[name]
+    fields = form | ({"draft_vocab_size": DRAFT_VOCAB} if issubclass(kind, DraftHead) else {})
+    torch.manual_seed(1)
+    drafter = kind(kind.config_class.for_target(tiny_target("llama").config, **fields))
+    target, examples = tiny_target("llama"), [example_of(tokens, 3) for tokens in Told(3, 18).tokens.tolist()]
+    views, table = view_target(target, examples, drafter.feature_layers, 5), TokenTable.of(target)
+    batch = collate(examples, views, table, draft_ids_of(drafter, VOCAB))
+
+    def learned(module: ObjectiveModule) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = module(batch, 1.0, torch.Generator().manual_seed(0))["loss"]
+        loss.backward()
+        return loss.detach(), {name: weight.grad for name, weight in module.named_parameters()}
+
+    module = ObjectiveModule(drafter)
+    sharded = copy.deepcopy(module)
+    for part in list(sharded.modules()):
+        if type(part).__name__ in module._no_split_modules:
+            fully_shard(part, mesh=one_process)
+    fully_shard(sharded, mesh=one_process)
+    (loss, gradients), (sharded_loss, sharded_gradients) = learned(module), learned(sharded)
+    torch.testing.assert_close(sharded_loss, loss)
+    for name, gradient in gradients.items():
+        sharded_gradient = sharded_gradients[name]
+        if gradient is None:
+            assert sharded_gradient is None or not sharded_gradient.full_tensor().any(), name
+        else:
+            torch.testing.assert_close(sharded_gradient.full_tensor(), gradient)
+
+
+def test_what_measures_a_sharded_drafter_gets_its_weights_alone(one_process, tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, accelerator=ShardingAccelerator(cpu=True))
+    monkeypatch.delattr(DrafterTrainer, "state_dicts")  # which are the optimiser's, too
+    whole, expected = trainer.whole_drafter(), tiny_drafter()
+    assert whole is not trainer.drafter and type(whole) is type(expected)
+    assert whole.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(whole.state_dict()[name], weight) for name, weight in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("loads", ["true", "false"])
+def test_processes_that_would_not_load_the_target_themselves_are_refused(loads, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", loads)  # as the launcher does
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    sharding = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: sharding)
+    if loads == "false":
+        assert make_accelerator(arguments(tmp_path)) is sharding
+        return
+    with pytest.raises(ValueError, match=r"set fsdp_cpu_ram_efficient_loading to false, as examples/fsdp\.yaml does"):
+        make_accelerator(arguments(tmp_path))
 
 
 class ListTracker(GeneralTracker):

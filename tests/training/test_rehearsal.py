@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from training_for_tests import tiny_drafter
 
 from specblock_hf.drafters.eagle3.loss import Eagle3Objective
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
+from specblock_hf.training import estimate
 from specblock_hf.training.estimate import Rehearsal, expected_tau, rehearse
 
 
@@ -36,6 +38,19 @@ def test_a_rehearsed_run_ends_with_the_same_weights(tmp_path, optimizer):
     assert rehearsal.target == 4 * sum(p.numel() for p in tiny_target("llama").parameters())
     assert rehearsal.peak > rehearsal.states + rehearsal.target
     assert rehearsal.tokens == 2 * 15 and rehearsal.shares.keys() == {"target", "forward", "backward", "update"}
+
+
+def test_a_step_lasts_until_the_device_has_taken_it(tmp_path, monkeypatch):
+    trainer, now = tiny_trainer(tmp_path), [0.0]
+    shares = trainer.clock.shares
+
+    def waiting() -> dict[str, float]:
+        now[0] += 5
+        return shares() if trainer.clock.laps else {}
+
+    monkeypatch.setattr(trainer.clock, "shares", waiting)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert rehearse(trainer, tiny_target("llama")).seconds == 5
 
 
 def test_the_largest_step_has_the_most_places(tmp_path):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -24,8 +25,9 @@ from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, ti
 from specblock_hf import SpecBlockDrafter, cli
 from specblock_hf.drafters.specblock.loss import SpecBlockObjective
 from specblock_hf.drafting.pairs import TokenTable
+from specblock_hf.drafting.target_batch import TargetBatch
 from specblock_hf.training.arguments import DrafterTrainingArguments
-from specblock_hf.training.batches import batches_of_epoch, collate, draft_vocabulary
+from specblock_hf.training.batches import batches_of_epoch, collate, draft_ids_of, draft_vocabulary
 from specblock_hf.training.processes import make_accelerator
 from specblock_hf.training.target_views import view_target
 from specblock_hf.training.trainer import DrafterTrainer
@@ -119,6 +121,23 @@ def test_collate_pads_and_marks_the_answers():
         assert torch.equal(batch.top_probs[row, start : len(examples[row].input_ids)], view.top_probs)
     assert (batch.top_ids[~batch.scored] == -1).all()
     assert (batch.top_ids[batch.scored] == -1).any() and (batch.top_ids[batch.scored] >= 0).any()
+
+
+def test_a_batch_is_where_the_drafter_is_and_not_where_the_targets_embedding_is():
+    class Elsewhere(TokenTable):
+        device = torch.device("meta")
+
+        def embed(self, ids, raw=False):
+            return self.embedding(ids)
+
+    target, drafter = tiny_target("llama"), tiny_drafter()
+    examples = [example_of([4, 5, 6, 7, 8], 3), example_of([9, 10, 11], 1)]
+    views, ids = view_target(target, examples, drafter.feature_layers, 4), draft_ids_of(drafter, VOCAB)
+    table = TokenTable.of(target)
+    here = collate(examples, views, table, ids)
+    there = collate(examples, views, Elsewhere(table.embedding, table.output_head, VOCAB), ids)
+    for name in {field.name for field in dataclasses.fields(TargetBatch)} - {"table"}:
+        torch.testing.assert_close(getattr(there, name), getattr(here, name))
 
 
 @pytest.mark.parametrize("name", ["specblock", "eagle3", "parallelspec", "falcon_drafter", "dflash"])

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from ...drafting.target_batch import TargetBatch
+from ...drafting.pairs import TokenTable
+from ...drafting.target_batch import DEVICE_WORK, TargetBatch
 from ..common.cache import GraphCache
 from ..common.losses import soft_cross_entropy
 
@@ -102,16 +104,16 @@ def block_diffusion_loss(
     inside &= _at(batch.scored, places)
     text, block, slot = (inside & _at(batch.counted, places)).nonzero(as_tuple=True)
     place = places[text, block, slot]
-    logits = drafter.head_logits(hidden[text, block, slot], table)
     if causal if objective.soft is None else objective.soft:
-        losses = soft_cross_entropy(logits, batch.top_ids[text, place], batch.top_probs[text, place])
+        ids, probs = batch.top_ids[text, place], batch.top_probs[text, place]
     else:
         ids = batch.tokens[text, place].unsqueeze(-1)
-        losses = soft_cross_entropy(logits, ids, torch.ones_like(ids, dtype=logits.dtype))
+        probs = torch.ones_like(ids, dtype=torch.float32)
+    losses, guesses = _predict(drafter, table, hidden[text, block, slot], ids, probs)
     decay = (0.0 if causal else max(1, config.num_predictions // 2)) if objective.decay is None else objective.decay
     weights = torch.exp(-slot / decay) if decay else torch.ones_like(losses)
     right = torch.zeros_like(inside)
-    right[text, block, slot] = logits.detach().argmax(-1) == batch.tokens[text, place]
+    right[text, block, slot] = guesses == batch.tokens[text, place]
     chain = (right | ~inside).cumprod(-1).bool()
     alive = torch.cat([torch.ones_like(chain[..., :1]), chain[..., :-1]], dim=-1) & inside
     return {
@@ -119,6 +121,30 @@ def block_diffusion_loss(
         "agreed": (alive & right).sum((0, 1)).unsqueeze(0),
         "counted": alive.sum((0, 1)).unsqueeze(0),
     }
+
+
+def _predict(
+    drafter: BlockDiffusionDrafter,
+    table: TokenTable,
+    hidden: torch.Tensor,
+    ids: torch.LongTensor,
+    probs: torch.Tensor,
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Of states `[n, d]`, the cross-entropy `[n]` with tokens `[n, k]` of these probabilities, and the likeliest."""
+
+    def losses_of(*part: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
+        logits = drafter.head_logits(part[0], table)
+        return soft_cross_entropy(logits, part[1], part[2]), logits.detach().argmax(-1)
+
+    rows = max(1, DEVICE_WORK // table.vocab_size)
+    if len(hidden) <= rows:
+        return losses_of(hidden, ids, probs)
+    # The logits of all slots over the whole vocabulary would be the largest thing in memory by far: the backward pass
+    # makes those of some rows again.
+    parts = zip(*(values.split(rows) for values in (hidden, ids, probs)), strict=True)
+    found = [checkpoint(losses_of, *part, use_reentrant=False) for part in parts]
+    losses, guesses = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(guesses)
 
 
 def _at(marks: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:

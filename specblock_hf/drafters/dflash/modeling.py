@@ -21,6 +21,7 @@ anchor. One forward predicts the whole block, and nothing of it is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -99,7 +100,10 @@ class ConfidenceHead(nn.Module):
 
 
 class BlockDiffusionLayer(nn.Module):
-    """A Qwen3-type layer, the queries of which are the rows of blocks."""
+    """
+    A Qwen3-type layer, the queries of which are the rows of blocks. The known text only leaves keys and values in it,
+    which goes through `forward` too, because that is where a sharded layer has its weights.
+    """
 
     def __init__(self, config: BlockDiffusionConfig, index: int):
         super().__init__()
@@ -114,7 +118,16 @@ class BlockDiffusionLayer(nn.Module):
             self.mlp_conv = BlockConvolution(config)
         self.convolves = bool(config.conv_kernel_size)
 
-    def forward(
+    def forward(self, hidden: torch.Tensor, *args: Any, step: Literal["block", "context"] = "block") -> Any:
+        return (self._block if step == "block" else self._context)(hidden, *args)
+
+    def _context(
+        self, rows: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows g `[B, T, d]` to their keys and values, `[B, heads, T, head_dim]` each."""
+        return keys_and_values(self.self_attn, rows, position_embeddings, self.self_attn.k_norm)
+
+    def _block(
         self,
         hidden: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -207,8 +220,7 @@ class BlockDiffusionModel(StrictPreTrainedModel):
         context = self.project_features(features)
         position_embeddings = self.rotary_emb(context, position_ids)
         for index, layer in enumerate(self.layers):
-            attention = layer.self_attn
-            cache.update(*keys_and_values(attention, context, position_embeddings, attention.k_norm), index)
+            cache.update(*layer(context, position_embeddings, step="context"), index)
 
     def masks(
         self,
