@@ -30,4 +30,5 @@ def users_hooks(model: nn.Module) -> list[Any]:
 
 
 def _home(hook: Any) -> str:
-    return (hook.func if isinstance(hook, partial) else hook).__module__
+    # Bound methods of C have no module that they are from.
+    return getattr(hook.func if isinstance(hook, partial) else hook, "__module__", None) or ""

@@ -349,7 +349,7 @@ class DrafterUpdater:
         batch = collate(windows, self.draft_ids, torch.float32)
         _, wanted = self._predicted(batch)
         rows = wanted.flatten().nonzero().squeeze(1)
-        chosen = rows[torch.randperm(len(rows), generator=self.generator)[:DRIFT_ROWS].to(rows.device)]
+        chosen = rows[torch.randperm(len(rows), generator=self.generator, device="cpu")[:DRIFT_ROWS].to(rows.device)]
         if not len(chosen):
             return torch.zeros((), device=self.device)
         with torch.no_grad():

@@ -179,7 +179,7 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)  # the global generator belongs to the user's sampling
         vocab_size = target.config.get_text_config().vocab_size
         self.device = TokenTable.of(target).device
-        self.ids = torch.randint(vocab_size, (batch_size, context), generator=generator).to(self.device)
+        self.ids = torch.randint(vocab_size, (batch_size, context), generator=generator, device="cpu").to(self.device)
         alike: dict[int, list[DraftingPlan]] = {0: []}
         for plan, _ in drafter.acceptance():
             alike.setdefault(0 if plan.num_forwards == 1 else plan.max_starts or MOST_STARTS, []).append(plan)

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -112,22 +113,23 @@ class Attachment:
 
 # By the object: two targets are never the same, whatever their weights are.
 _ATTACHED: weakref.WeakKeyDictionary[GenerationMixin, Attachment] = weakref.WeakKeyDictionary()
+_ASIDE: ContextVar[frozenset[int]] = ContextVar("_ASIDE", default=frozenset())
 
 
 def attachment_of(target: Any) -> Attachment | None:
     """Of a target, if it has one."""
-    return _ATTACHED.get(target)
+    return None if id(target) in _ASIDE.get() else _ATTACHED.get(target)
 
 
 @contextmanager
-def set_aside(target: Any) -> Iterator[None]:
-    """Calls of a target run as if nothing was attached to it meanwhile."""
-    attachment = _ATTACHED.pop(target, None)
+def set_aside(target: nn.Module) -> Iterator[None]:
+    """This thread's calls of a target run as if nothing was attached to it meanwhile."""
+    model = next((module for module in target.modules() if isinstance(module, GenerationMixin)), target)
+    token = _ASIDE.set(_ASIDE.get() | {id(model)})
     try:
         yield
     finally:
-        if attachment is not None:
-            _ATTACHED.setdefault(target, attachment)
+        _ASIDE.reset(token)
 
 
 def attach(drafter: TreeDrafter, target: nn.Module) -> Attachment:

@@ -374,7 +374,8 @@ class Record:
             "claims": Claims(**values["claims"]),
             "levels": [Level(**level) for level in values["levels"]],
         }
-        return cls(**(values | parts))
+        # Files of before texts began with the long run have one share, of both.
+        return cls(**({"usual_share": list(values["share"])} | values | parts))
 
 
 def _is_drafters(way: Way, found: int) -> bool:

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 
 from huggingface_hub import AsyncInferenceClient, ChatCompletionOutput, InferenceTimeoutError
@@ -108,12 +109,16 @@ class ServerAnswering:
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids
         self.seed = seed
-        self.end = _end_of_answers(tokenizer, stop_ids)
         self.answered = 0
         self.refused: list[str] = []
         """What the server said about prompts that it would not answer."""
         self.retokenised = 0
         """Answers whose text has another number of tokens than the server generated."""
+
+    @cached_property
+    def end(self) -> int:
+        """What stands at the end of answers of which the server says nothing but that they ended."""
+        return _end_of_answers(self.tokenizer, self.stop_ids)
 
     def ask(self, prompts: Iterable[Prompt], finished: Callable[[list[tuple[Prompt, list[int]]]], None]) -> None:
         """

@@ -188,8 +188,9 @@ class TargetInputs:
             self._check_positions(inputs.get("position_ids"))
         config = self._target.config.get_text_config(decoder=True)
         if vars(config).get("num_kv_shared_layers") and isinstance(inputs.get("logits_to_keep"), int):
-            # Told by a number, Gemma 4 drops the other states before its last layers, where drafters read them.
-            inputs["logits_to_keep"] = torch.tensor([end - start - 1], device=self._target.device)
+            # Told by a number, Gemma 4 drops the other states before its last layers, where drafters read them. A
+            # tensor would have to be where the head is, which may be any device.
+            inputs["logits_to_keep"] = slice(-1, None)
         return inputs | self._off
 
     def _check_positions(self, prepared: torch.LongTensor | None) -> None:

@@ -175,7 +175,7 @@ def _warn(target: PreTrainedModel) -> None:
             "so that what it says to a token depends a little on the drafts beside it, and a near-tie may fall "
             "otherwise than in plain decoding; scales of their own for each token avoid that."
         )
-    for hook in users_hooks(target):
+    for hook in users_hooks(target)[:1]:
         logger.warning_once(
             f"a forward hook of this {type(target).__name__} ({hook!r}) sees all nodes of a draft tree at once: if it "
             "changes a token by its place in a forward, such as the last, the text is not that of plain decoding."

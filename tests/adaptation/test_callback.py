@@ -417,3 +417,15 @@ def test_one_callback_serves_one_drafter():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         OnlineAdaptationCallback(**options)
+
+
+@pytest.mark.parametrize(("kind", "drift"), [("specblock", 0.1), ("eagle3", 0.1), ("falcon_drafter", 0.0)])
+def test_updates_draw_on_the_host_whatever_the_default_device_is(kind, drift):
+    drafter = tiny_drafter() if kind == "specblock" else baseline(kind)
+    settings = UpdateSettings(learning_rate=1e-3, steps=1, drift_weight=drift)
+    callback = adapted(drafter, background=False, every=1, settings=settings)
+    batch = {"input_ids": prompt_of(6), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    with torch.device("meta"):
+        for _ in range(2):
+            tiny_target("llama").generate(**batch, **GREEDY, assistant_model=drafter)
+    assert callback.failure is None and callback.updates == 2

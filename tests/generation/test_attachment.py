@@ -23,7 +23,7 @@ from training_for_tests import tiny_drafter
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LogitsProcessorList, T5Config
 
 from specblock_hf.compat import CACHE
-from specblock_hf.drafting.attachment import attachment_of
+from specblock_hf.drafting.attachment import attachment_of, set_aside
 from specblock_hf.target.features import FeatureTaps
 
 
@@ -258,3 +258,20 @@ def test_continuous_batching_is_counted(target, monkeypatch, caplog):
     with GarbageDrafter(VOCAB).attach(target) as attachment:
         assert not target.generate_batch([])
     assert [reason.split(" ")[0] for reason in attachment.statistics.left_alone] == ["generate_batch()"]
+
+
+def test_a_target_whose_attachment_is_set_aside(target):
+    drafter = oracle(target)
+    wrapped = peft.get_peft_model(deepcopy(target), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with drafter.attach(wrapped) as attachment:
+        with set_aside(wrapped):
+            wrapped.generate(input_ids=prompt_of(7), **GREEDY)
+            assert attachment.statistics.calls == 0
+            # Other threads' calls are served all the while.
+            other = threading.Thread(target=wrapped.generate, kwargs={"input_ids": prompt_of(7)} | GREEDY)
+            other.start()
+            other.join()
+            assert attachment.statistics.served == 1
+            attachment.detach()
+        wrapped.generate(input_ids=prompt_of(7), **GREEDY)
+        assert attachment.statistics.calls == 1

@@ -301,7 +301,7 @@ def test_a_drafter_that_was_left_on_another_device_is_named(llama, caplog):
     network = torch.nn.Module()
     network.device, network.label = torch.device("meta"), "SpecBlockDrafter"
     drafter = SimpleNamespace(network=network, has_fixed_rounds=True, label="SpecBlockDrafter + LookupDrafter")
-    request = SimpleNamespace(plan=DraftingPlan(12, 2, 4), drafter=drafter, target=llama)
+    request = SimpleNamespace(plan=DraftingPlan(12, 2, 4), drafter=drafter, target=llama, length=24)
     with caplog.at_level("WARNING", "specblock_hf"):
         assert rounds._why_no_drafts(request) == "drafter and target are on different devices"
     assert "the SpecBlockDrafter is on meta" in caplog.text and "put it there by .to(target.device)" in caplog.text

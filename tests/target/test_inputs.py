@@ -204,6 +204,16 @@ def test_weights_that_are_kept_elsewhere(offload, family):
         assert torch.equal(target.generate(**batch, **BASE, assistant_model=block_drafter(target)), plain)
 
 
+@pytest.mark.parametrize("offload", ["cpu offload", "disk offload"])
+def test_layers_that_share_keys_and_are_kept_elsewhere(offload):
+    """Where the head will be is not known before."""
+    target = make_target(TargetKind("gemma4, shared keys", layers=8, wrap=offload))
+    torch.manual_seed(0)
+    drafter = SpecBlockDrafter(SpecBlockConfig.for_target(target.config, feature_layers=[2, 6, 8])).eval()
+    plain = target.generate(**padded_batch((7, 3)), **BASE)
+    assert torch.equal(target.generate(**padded_batch((7, 3)), **BASE, assistant_model=drafter), plain)
+
+
 def test_an_input_that_is_not_passed_on_is_refused():
     said = refusal(tiny_target("gemma3"), padded_batch((4,)), lambda: {"output_router_logits": True})
     assert said.startswith("generate() got output_router_logits, which tree drafting does not pass on")

@@ -159,7 +159,7 @@ def _draw_anchors(
     possible = batch.scored[:, :-1] & batch.scored[:, 1:]
     count = max(1, min(most, int(possible.sum(-1).max())))
     # Without a generator the draws are fixed: the global one belongs to others.
-    order = torch.rand(possible.shape, generator=generator or torch.Generator()).to(possible.device)
+    order = torch.rand(possible.shape, generator=generator or torch.Generator(), device="cpu").to(possible.device)
     order = order.masked_fill(~possible, -1.0)
     drawn = order.topk(count, dim=-1)
     return drawn.indices, drawn.values >= 0

@@ -72,8 +72,8 @@ def falcon_loss(
     """
     size, device = drafter.config.block_size, batch.tokens.device
     features, embeds = batch.features[:, :-1], batch.embeds[:, 1:]
-    first = int(torch.randint(size, (1,), generator=generator))
-    noise = torch.rand(features.shape, generator=generator).to(device, features.dtype) - 0.5
+    first = int(torch.randint(size, (1,), generator=generator, device="cpu"))
+    noise = torch.rand(features.shape, generator=generator, device="cpu").to(device, features.dtype) - 0.5
     noisy = features + 2 * objective.feature_noise * noise
     blocks = blocks_of(features.shape[1], size, first).to(device)
     learned = None
@@ -95,7 +95,7 @@ def falcon_loss(
 def blocks_of(rows: int, size: int, first: int) -> torch.LongTensor:
     """The whole blocks `[n, k]` of a text of so many rows, the first one beginning at row `first`."""
     count = max(rows - first, 0) // size
-    return first + torch.arange(count * size).view(count, size)
+    return first + torch.arange(count * size, device="cpu").view(count, size)
 
 
 def block_states(
@@ -130,8 +130,8 @@ def _draw_rows(
     answers = blocks[:, 0] + size + 1
     possible = (answers < batch.lengths[:, None]) & batch.scored[:, answers.clamp_max(last)]
     share = wanted / max(1.0, float(possible.sum()) * size / 2)
-    chosen = torch.rand(possible.shape, generator=generator).to(blocks.device) < share
-    lengths = torch.randint(1, size, possible.shape, generator=generator).to(blocks.device)
+    chosen = torch.rand(possible.shape, generator=generator, device="cpu").to(blocks.device) < share
+    lengths = torch.randint(1, size, possible.shape, generator=generator, device="cpu").to(blocks.device)
     rows = torch.arange(size, device=blocks.device) < lengths[..., None]
     inside = blocks + size + 1 < batch.lengths[:, None, None]
     return rows & (chosen & possible)[..., None] & inside

@@ -196,7 +196,9 @@ class SpecBlockDrafter(BlockDrafter, SpecBlockModel):
     def _loss(self, batch: TargetBatch, objective: SpecBlockObjective, progress: float, generator: Any) -> Losses:
         """The training objective with cuts drawn from 1 to K; see [`specblock_loss`] and [`SpecBlockObjective`]."""
         objective = objective.at(progress)
-        cuts = torch.randint(1, self.config.block_size + 1, (objective.num_blocks - 1,), generator=generator).tolist()
+        cuts = torch.randint(
+            1, self.config.block_size + 1, (objective.num_blocks - 1,), generator=generator, device="cpu"
+        ).tolist()
         if objective.release:
             return release_loss(self, batch, objective, cuts)
         return specblock_loss(self, batch, objective, cuts, generator)

@@ -146,7 +146,7 @@ def specblock_loss(
     for number in range(objective.num_blocks):
         if number > 0:
             if objective.starts_share < 1:
-                draws = torch.rand(alive.shape, generator=generator).to(alive.device)
+                draws = torch.rand(alive.shape, generator=generator, device="cpu").to(alive.device)
                 alive = alive & (draws < objective.starts_share)
             # Where the token that the next block's first slot is about is still part of the answer.
             wanted = block.pairs + block.shift + cuts[number - 1] + 2
