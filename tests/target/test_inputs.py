@@ -204,6 +204,7 @@ def test_weights_that_are_kept_elsewhere(offload, family):
         assert torch.equal(target.generate(**batch, **BASE, assistant_model=block_drafter(target)), plain)
 
 
+@pytest.mark.skipif(RELEASE < (5, 24), reason="plain decoding hands shared keys to copies of what they are kept in")
 @pytest.mark.parametrize("offload", ["cpu offload", "disk offload"])
 def test_layers_that_share_keys_and_are_kept_elsewhere(offload):
     """Where the head will be is not known before."""
