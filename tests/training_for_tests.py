@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from conftest import VOCAB, tiny_target
@@ -155,3 +157,13 @@ def naive_states(
 
 def example_of(tokens: Sequence[int], answer_start: int, greedy: bool = True) -> Example:
     return Example(list(tokens), answer_start, greedy, key=f"{sum(tokens) * 2654435761 % 2**32:08x}")
+
+
+def write_answers(folder: Path) -> None:
+    """Answers of the tiny target in `data`, and the target with its tokenizer in `target`."""
+    char_tokenizer().save_pretrained(folder / "target")
+    tiny_target("llama").save_pretrained(folder / "target")
+    (folder / "data").mkdir()
+    with open(folder / "data" / "answers-0.jsonl", "w") as file:
+        for number, tokens in enumerate(Told(24, 14).tokens.tolist()):
+            file.write(json.dumps({"prompt": f"{number}ab", "answer_ids": tokens, "temperature": 0.0}) + "\n")

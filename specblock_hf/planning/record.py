@@ -136,7 +136,7 @@ class Record:
         draft (`dict[str, Times]`): What drafting costs, by the way.
         gains (`dict[str, Gains]`): What is accepted, by the way and what look-ups promise.
         share (`list[float]`): Of rounds in which look-ups promise so much, by the text at hand.
-        usual_share (`list[float]`): The same in the long run, which texts begin with: they end more alike.
+        usual_share (`list[float]`): The same in the long run, which a text begins with.
         claims (`Claims`): What the drafter's probabilities are worth.
         hits (`float`): Accepted nodes of all ways that the drafter ran in, where they are its merit, fading.
         prior (`float`): How many were expected of their ways where texts are as easy as the prior says.

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
 from conftest import SIZES, prompt_of, tiny_target
-from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter
+from training_for_tests import DRAFT_VOCAB, Told, char_tokenizer, example_of, tiny_drafter, write_answers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from specblock_hf import AutoDrafter, SpecBlockDrafter, cli
@@ -31,12 +31,7 @@ from specblock_hf.training.trainer import DrafterTrainer
 def answers(tmp_path_factory):
     """A folder of answers and the tiny target with its tokenizer in another."""
     folder = tmp_path_factory.mktemp("answers")
-    char_tokenizer().save_pretrained(folder / "target")
-    tiny_target("llama").save_pretrained(folder / "target")
-    (folder / "data").mkdir()
-    with open(folder / "data" / "answers-0.jsonl", "w") as file:
-        for number, tokens in enumerate(Told(24, 14).tokens.tolist()):
-            file.write(json.dumps({"prompt": f"{number}ab", "answer_ids": tokens, "temperature": 0.0}) + "\n")
+    write_answers(folder)
     return folder
 
 

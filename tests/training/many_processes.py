@@ -9,7 +9,6 @@ run `specblock train` instead, in the folder `run`.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import tiny_target
 from torch.distributed.fsdp import fully_shard
-from training_for_tests import Told, char_tokenizer, example_of, tiny_drafter
+from training_for_tests import Told, example_of, tiny_drafter, write_answers
 
 from specblock_hf import DraftingPlan, SpecBlockDrafter, cli
 from specblock_hf.cli import train as train_command
@@ -104,15 +103,6 @@ def command(folder: Path, sharded: bool) -> None:
     options += ["--epochs", 2, "--batch-tokens", 60, "--held-out", 0.3, "--draft-vocab-size", 24, "--cpu"]
     options += ["--eval-steps", 2, "--eval-budgets", 4, "--log-steps", 1, "--mixed-precision", "no"]
     assert cli.main(["train", *map(str, options)]) == 0
-
-
-def write_answers(folder: Path) -> None:
-    char_tokenizer().save_pretrained(folder / "target")
-    tiny_target("llama").save_pretrained(folder / "target")
-    (folder / "data").mkdir()
-    with open(folder / "data" / "answers-0.jsonl", "w") as file:
-        for number, tokens in enumerate(Told(24, 14).tokens.tolist()):
-            file.write(json.dumps({"prompt": f"{number}ab", "answer_ids": tokens, "temperature": 0.0}) + "\n")
 
 
 def launch(count: int, run: Callable[..., None], *arguments) -> None:

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from conftest import prompt_of, tiny_target
-from training_for_tests import Told, char_tokenizer
+from training_for_tests import write_answers
 
 from specblock_hf import AutoDrafter, BlockDiffusionDrafter, cli
 
@@ -19,12 +19,7 @@ from specblock_hf import AutoDrafter, BlockDiffusionDrafter, cli
 def answers(tmp_path_factory):
     """A folder of answers and the tiny target with its tokenizer in another."""
     folder = tmp_path_factory.mktemp("answers")
-    char_tokenizer().save_pretrained(folder / "target")
-    tiny_target("llama").save_pretrained(folder / "target")
-    (folder / "data").mkdir()
-    with open(folder / "data" / "answers-0.jsonl", "w") as file:
-        for number, tokens in enumerate(Told(24, 14).tokens.tolist()):
-            file.write(json.dumps({"prompt": f"{number}ab", "answer_ids": tokens, "temperature": 0.0}) + "\n")
+    write_answers(folder)
     return folder
 
 
