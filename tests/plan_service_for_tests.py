@@ -16,10 +16,13 @@ from itertools import pairwise
 from specblock_hf.calibration.costs import CostCurves, interpolate
 from specblock_hf.planning.controller import PlanController, Setting
 from specblock_hf.planning.estimates import BANDS, MULTIPLE
-from specblock_hf.planning.offers import FOUND, FOUND_MIDDLES, LOOKUPS, Choice, Offer, Round, Way
+from specblock_hf.planning.offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 
 
 SETTING = Setting("a target", "a machine", "float32")
+PROMISES = (0.0, 0.9, 1.6, 3.0)
+"""Tokens that look-ups promise, below, between and above the values of `FOUND`."""
+
 LOOKUP_SECONDS = 0.0005
 """What looking up takes."""
 
@@ -94,7 +97,7 @@ class SimulatedService:
         self.lost.append((self.lost[-1] if self.lost else 0.0) + seconds - tokens / rate)
         self.choices.append(choice)
         found = self._random.choices(range(len(nature.found)), nature.found)[0] if self.offer.finds else 0
-        way = LOOKUPS if FOUND_MIDDLES[found] >= choice.enough_found else choice.way
+        way = LOOKUPS if PROMISES[found] >= choice.enough_found else choice.way
         chances = self.chances(way, found, nature, choice)
         # Sure rounds and doubtful ones, as texts have them.
         sure = self._random.choice((0.5, 1.5))
@@ -107,7 +110,7 @@ class SimulatedService:
             1 + len(row),
             1 + sum(kept for _, kept in row),
             drafted=way.forwards > 0,
-            found=FOUND_MIDDLES[found],
+            found=PROMISES[found],
             draft=self._noisy(draft),
             rest=self._noisy(rest),
         )
@@ -135,7 +138,7 @@ class SimulatedService:
             return 1.0, sum(self._costs(LOOKUPS, 0)) - LOOKUP_SECONDS * self.offer.finds
         tokens = seconds = 0.0
         for found, share in enumerate(nature.found):
-            way = LOOKUPS if FOUND_MIDDLES[found] >= choice.enough_found else choice.way
+            way = LOOKUPS if PROMISES[found] >= choice.enough_found else choice.way
             chances = self.chances(way, found, nature, choice)
             tokens += share * (1 + sum(chances))
             seconds += share * sum(self._costs(way, len(chances)))
@@ -143,7 +146,7 @@ class SimulatedService:
 
     def chances(self, way: Way, found: int, nature: Nature, choice: Choice) -> list[float]:
         """Of each node to be accepted, the likeliest first."""
-        promised = FOUND_MIDDLES[found] * nature.kept
+        promised = PROMISES[found] * nature.kept
         sums = [min(promised, 0.9 * nodes) for nodes in BANDS]
         if way.forwards:
             drafted = [nature.right * self.offer.drafts(way, nodes) for nodes in BANDS]

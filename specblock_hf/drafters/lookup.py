@@ -2,12 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Drafts that cost nothing: continuations of the text's last tokens found earlier in the prompt or the output, and a
-drafter that
-adds them to the tree of another.
+drafter that adds them to the tree of another.
 
-What a look-up is worth depends on the text, so the chance of each drafted token is learned while a call runs, from
-how often
-continuations of equally long matches were right so far; it decides how far a continuation enters the tree.
+What a look-up is worth depends on the text, so the chance of each drafted token is learned while a call runs, from how
+often tokens after equally long matches were right so far; it decides how far a continuation enters the tree.
 """
 
 from __future__ import annotations
@@ -16,6 +14,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,7 +30,15 @@ from ..trees.tree import FOUND, DraftTree
 SHORTEST_MATCH = 2
 LONGEST_MATCH = 12
 LATEST_PLACES = 8  # earlier places that are compared: a frequent bigram has hundreds
-PRIOR_RIGHT, PRIOR_TRIED = 1.0, 2.0
+OTHER = 0
+
+RIGHT, RIGHT_PER_TOKEN, OTHER_RIGHT, TRIED = 0.5, 0.03, 0.15, 8.0
+"""
+How often a token is right after the shortest match, how much more often for each token that matches besides, and how
+often the first token of a continuation that is not the best one; for how many tries that counts. Of the first 128
+tokens of 1,000 answers of SmolLM2-135M-Instruct, greedy and drawn, 0.46 were right after two tokens, 0.65 after five
+and 0.86 after twelve, whether these had matched or been drafted, and 0.13 of the first ones of a second continuation.
+"""
 
 
 @dataclass
@@ -41,24 +49,24 @@ class FoundText:
     Args:
         tokens (`list[int]`): Prompt and output so far, without the prompt's first token, which no pair tells.
         places (`dict[tuple[int, int], list[int]]`): For every two tokens in a row, the indices of what followed.
-        chains (`list[tuple[int, list[int]]]`): Length of match and drafted tokens of the last round.
-        right (`dict[int, float]`): Drafted tokens that were right, by length of match; `tried` counts all that were
-            judged.
+        chains (`list[tuple[int, list[int]]]`): Length of match and drafted tokens of the last round, the best first.
+        right (`dict[int, float]`): Drafted tokens that were right, by how many tokens before them had matched or been
+            right; `OTHER` for the first one of any continuation but the best. `tried` counts all that were judged.
         tried (`dict[int, float]`): See `right`.
     """
 
     tokens: list[int] = field(default_factory=list)
     places: dict[tuple[int, int], list[int]] = field(default_factory=lambda: defaultdict(list))
     chains: list[tuple[int, list[int]]] = field(default_factory=list)
-    right: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: PRIOR_RIGHT))
-    tried: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: PRIOR_TRIED))
+    right: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    tried: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
     def append(self, new: list[int]) -> None:
         """Take in what was emitted, and judge the last round's drafts by it."""
-        for match, chain in self.chains:
-            for drafted, emitted in zip(chain, new, strict=False):
-                self.tried[match] += 1
-                self.right[match] += drafted == emitted
+        for rank, (match, chain) in enumerate(self.chains):
+            for before, drafted, emitted in zip(_before(rank, match, chain), chain, new, strict=False):
+                self.tried[before] += 1
+                self.right[before] += drafted == emitted
                 if drafted != emitted:
                     break
         self.chains = []
@@ -67,14 +75,20 @@ class FoundText:
             if len(self.tokens) > SHORTEST_MATCH:
                 self.places[self.tokens[-3], self.tokens[-2]].append(len(self.tokens) - 1)
 
-    def chance(self, match: int) -> float:
-        """How likely the next token of a continuation after a match of this length is right."""
-        return self.right[match] / self.tried[match]
+    def chances(self) -> list[list[float]]:
+        """How likely each of the last drafted tokens is right if those before it are."""
+        return [
+            [self._chance(before) for before in _before(rank, match, chain)]
+            for rank, (match, chain) in enumerate(self.chains)
+        ]
+
+    def _chance(self, before: int) -> float:
+        usual = OTHER_RIGHT if before == OTHER else RIGHT + RIGHT_PER_TOKEN * (before - SHORTEST_MATCH)
+        return (self.right[before] + TRIED * usual) / (self.tried[before] + TRIED)
 
     def promise(self) -> float:
         """How many tokens the best of the last drafted continuations is expected to add."""
-        chances = [(self.chance(match), len(chain)) for match, chain in self.chains]
-        return max((sum(chance**step for step in range(1, 1 + length)) for chance, length in chances), default=0.0)
+        return max((sum(accumulate(chances, mul)) for chances in self.chances()), default=0.0)
 
     def draft(self, depth: int, branches: int) -> list[tuple[int, list[int]]]:
         """The continuations after the longest matches, at most `branches` that begin differently."""
@@ -96,6 +110,12 @@ class FoundText:
         while length < min(LONGEST_MATCH, place) and self.tokens[place - 1 - length] == self.tokens[-1 - length]:
             length += 1
         return length
+
+
+def _before(rank: int, match: int, chain: Sequence[int]) -> list[int]:
+    """What the chance of each token of a continuation depends on, as in `FoundText.right`."""
+    before = [min(match + step, LONGEST_MATCH) for step in range(len(chain))]
+    return [OTHER, *before[1:]] if rank else before
 
 
 @dataclass
@@ -219,12 +239,12 @@ class LookupDrafter(TreeDrafter):
     def _row(self, text: FoundText, depth: int) -> tuple[list[int], list[int], list[float]]:
         """Tokens, parents and log-probs of one row, the root first."""
         tokens, parents, log_probs = [0], [-1], [0.0]
-        for match, chain in text.draft(depth, self.branches):
-            log_chance = math.log(text.chance(match))
+        chains = text.draft(depth, self.branches)
+        for (_, chain), chances in zip(chains, text.chances(), strict=True):
             parent = 0
-            for token in chain:
+            for token, chance in zip(chain, chances, strict=True):
                 tokens.append(token)
                 parents.append(parent)
-                log_probs.append(log_chance)
+                log_probs.append(math.log(chance))
                 parent = len(tokens) - 1
         return tokens, parents, log_probs

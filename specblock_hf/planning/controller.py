@@ -20,10 +20,10 @@ from .record import Record
 
 logger = logging.getLogger(__name__)
 
-EVERY = 6
+EVERY = 12
 """Rounds after which what pays most is worked out again; in the first ones of a record and after a lesson at once."""
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class PlanController:
             if setting in self._again and not self.frozen:
                 return self._again.pop(setting)
             at, best = self._choices.get(setting, (-EVERY, Choice(0)))
-            if record.now - at < (EVERY if record.now > 8 * EVERY else 1) or (
+            if record.now - at < (EVERY if record.now > 4 * EVERY else 1) or (
                 self.frozen and setting in self._choices
             ):
                 return best

@@ -8,14 +8,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from .estimates import BANDS
 
 
-FOUND = (0.2, 0.8, 2.0)
+FOUND = (0.5, 1.3, 2.0)
 """Tokens that look-ups promise of a row: what follows differs below, between and above these."""
 
-FOUND_MIDDLES = (0.0, 0.5, 1.3, 3.0)
+RIGHT = (0.0, 0.62, 0.7, 0.8)
+"""How often each token of what was looked up is right if those before it are, for each of these."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,24 @@ class Offer:
         """Tokens that the nodes of each band add, where look-ups promise so much."""
         if (way, found) in self._priors:
             return self._priors[way, found]
-        middle = FOUND_MIDDLES[found]
-        sums = [min(middle, 0.9 * nodes) for nodes in BANDS]
+        right = RIGHT[found]
+        sums = [right * (1 - right**nodes) / (1 - right) for nodes in BANDS]
         if way.forwards:
             trust = 1.0 if self.trusted else 0.5
-            sums = [max(trust * self.drafts(way, nodes), least) for nodes, least in zip(BANDS, sums, strict=True)]
+            drafts = [trust * max(self.drafts(part, nodes) for part in self._parts(way)) for nodes in BANDS]
+            sums = [max(tokens, least) for tokens, least in zip(drafts, sums, strict=True)]
+            sums = list(accumulate(sums, max))  # figures that were measured may say that more nodes accept less
         self._priors[way, found] = [here - before for here, before in zip(sums, [0.0, *sums], strict=False)]
         return self._priors[way, found]
+
+    def _parts(self, way: Way) -> list[Way]:
+        """Ways that draft a part of what this one does, whose likeliest nodes are no likelier than its own."""
+        starts = way.starts or math.inf
+        return [
+            part
+            for part in self.ways
+            if part.forwards <= way.forwards and (part.forwards == 1 or (part.starts or math.inf) <= starts)
+        ]
 
     def drafts(self, way: Way, nodes: int) -> float:
         """tau - 1 with so many nodes by the figures, between and beyond them by the logarithm of the nodes."""

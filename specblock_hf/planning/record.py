@@ -18,11 +18,11 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
-from .estimates import OLD, STEADY, WAY_WEIGHT, WINDOW, Claims, Gains, Level, Times, VerifyTimes, band_of
+from .estimates import GUESSED, OLD, STEADY, WINDOW, Claims, Gains, Level, Times, VerifyTimes, band_of
 from .offers import FOUND, LOOKUPS, Choice, Offer, Round, Way
 
 
-FIRST_SHARE, SHARE = 6.0, 0.015
+FIRST_SHARE, SHARE = 5.0, 0.01
 """What may be spent on rounds that only teach: in plain steps, and as a share of the time."""
 
 SETTLED_SHARE = 0.25
@@ -144,6 +144,7 @@ class Record:
         times (`list[float]`): How long look-ups alone, and drafter, have been in use: in rounds, others counting less.
         latest (`list[int]`): Their last rounds.
         levels (`list[Level]`): How the text at hand compares with the long run, for them.
+        pace (`float`): How slow the machine is, by which all times here were divided.
     """
 
     slope: float = 0.06
@@ -165,6 +166,7 @@ class Record:
     times: list[float] = field(default_factory=lambda: [0.0, 0.0])
     latest: list[int] = field(default_factory=lambda: [0, 0])
     levels: list[Level] = field(default_factory=lambda: [Level(), Level()])
+    pace: float = 1.0
 
     def __post_init__(self) -> None:
         self.verify = self.verify or VerifyTimes(self.slope)
@@ -181,10 +183,14 @@ class Record:
     def observe(self, offer: Offer, seen: Round) -> None:
         """Learn from a round."""
         self.now += 1
+        columns = seen.nodes if seen.columns is None else seen.columns
         if seen.settled:
-            self.verify.add(seen.nodes if seen.columns is None else seen.columns, seen.rest, self.now)
+            self.pace = self.verify.of(columns).paced(self.pace, seen.rest)
+        seen = replace(seen, draft=seen.draft / self.pace, rest=seen.rest / self.pace)
+        if seen.settled:
+            self.verify.add(columns, seen.rest, self.now)
         plain = self.verify.sizes.get(1)
-        took = min(seen.draft + seen.rest, LONGEST * plain.quiet) if plain else 0.0
+        took = min(seen.draft + seen.rest, LONGEST * plain.middle) if plain else 0.0
         self.seconds += took * (SETTLED_SHARE if seen.choice.nodes else 1.0)
         if seen.choice.learns and self.rate and seen.settled:
             tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
@@ -210,7 +216,7 @@ class Record:
         weight = min(max(self.now - self.latest[kind], 1), LESSON_WEIGHT) / len(seen.rows)
         self.latest[kind] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
-        expected, scale = gains.expected(prior)[band_of(seen.choice.nodes)], self._scale(offer, kind)
+        expected, scale = gains.expected(prior, _trust(offer))[band_of(seen.choice.nodes)], self._scale(offer, kind)
         ease = scale * self.levels[kind].at(self.times[kind])
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
@@ -269,7 +275,7 @@ class Record:
             kind = _is_drafters(way, found)
             ease = self._scale(offer, kind) * self.levels[kind].at(self.times[kind])
             gains = self.gains.get(f"{way.name} {found}", UNTRIED)
-            added = gains.expected(offer.prior(way, found))
+            added = gains.expected(offer.prior(way, found), _trust(offer))
             fill = gains.fill if gains.rounds or way.forwards or found else 0.0
             seconds = self.verify.at([1 + fill * nodes for nodes in sizes])
             tokens = [1 + slowest * ease * added[band_of(nodes)] for nodes in sizes]
@@ -282,21 +288,21 @@ class Record:
         return (self.hits + doubt) / (self.prior + doubt) if drafts else 1.0
 
     def _choice(self, offer: Offer, best: Prospect) -> Choice:
-        plain = _ms(self.verify.plain)
+        plain = _ms(self.pace * self.verify.plain)
         if not best.nodes:
             return Choice(0, why=f"nothing pays: a plain step takes {plain}")
         tokens, seconds, enough = best.totals(self.rate)
-        why = f"{tokens:.2f} tokens in {_ms(seconds)}, a plain step takes {plain}"
+        why = f"{tokens:.2f} tokens in {_ms(self.pace * seconds)}, a plain step takes {plain}"
         return Choice(best.nodes, best.way, self._least(offer, best.nodes), enough, why)
 
     def draft_seconds(self, way: Way) -> float:
         """What drafting costs this way, or a guess from another way or from a plain step."""
         known = self.draft.get(way.name)
         if known and len(known.samples) > 1:
-            return known.quiet
+            return known.middle
         once = self.draft.get("1/0")
-        guess = way.forwards * (once.quiet if once and len(once.samples) > 1 else 0.25 * self.verify.plain)
-        return min(guess, known.quiet) if known else guess
+        guess = way.forwards * (once.middle if once and len(once.samples) > 1 else 0.25 * self.verify.plain)
+        return min(guess, known.middle) if known else guess
 
     def _least(self, offer: Offer, nodes: int) -> float:
         """The probability from which a node pays for what it adds to the target's forward."""
@@ -329,22 +335,18 @@ class Record:
 
     def _age(self, prospect: Prospect, best: Choice) -> int:
         """
-        Rounds for which nothing was heard of a way or size, 0 if it is known well enough. One may always look again
-        where its like does not pay, and while what is known of a way leaves room for it to be the best.
+        Rounds for which nothing was heard of a way or size, 0 if it is known well enough. Where its like does not pay,
+        one may always look again.
         """
         of_way = self.draft.get(prospect.way.name, Times()).age(self.now)
         # What look-ups find has a size of its own.
         age = max(of_way, self.verify.of(prospect.nodes + 1).age(self.now) * bool(prospect.way.forwards))
         resting = not best.nodes or (best.way == LOOKUPS and prospect.way != LOOKUPS)
-        if not resting and prospect.way != best.way:
-            tokens, seconds, _ = prospect.totals(self.rate)
-            # The way's likeness to the others counts as it does in what is expected of it.
-            known = (gains.way_hits for name, gains in self.gains.items() if name.split()[0] == prospect.way.name)
-            resting = (tokens - 1) * (1 + 2 / math.sqrt(WAY_WEIGHT + sum(known))) > self.rate * seconds - 1
         return max(age * (age >= OLD), (of_way + 1) * resting)
 
     def take(self, verify: Sequence[tuple[int, float]], draft: Sequence[tuple[Way, float]]) -> None:
         """Measured seconds, each of which counts as much as all that is ever kept."""
+        self.pace = 1.0
         self.verify = VerifyTimes(self.slope)
         for nodes, seconds in verify:
             for _ in range(WINDOW):
@@ -376,6 +378,10 @@ class Record:
         }
         # Files of before texts began with the long run have one share, of both.
         return cls(**({"usual_share": list(values["share"])} | values | parts))
+
+
+def _trust(offer: Offer) -> float:
+    return 1.0 if offer.trusted else GUESSED
 
 
 def _is_drafters(way: Way, found: int) -> bool:

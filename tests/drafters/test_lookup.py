@@ -75,17 +75,36 @@ def test_a_draft_continues_the_text_and_no_further_than_asked():
     assert tree.tokens.shape[1] == 4 and all(len(path) <= 2 for path in paths_of(tree))
 
 
-def test_the_chance_of_a_match_is_learned_from_what_became_of_it():
+def test_a_token_is_as_likely_as_those_after_as_many_that_matched_were():
     found = FoundText()
     found.append([1, 2, 3, 4, 1, 2])
-    ((match, chain),) = found.draft(3, 2)
-    assert (match, chain) == (2, [3, 4, 1])
-    before = found.chance(2)
+    assert found.draft(3, 2) == [(2, [3, 4, 1])]
+    assert found.chances() == [pytest.approx([0.5, 0.53, 0.56])]
+    assert found.promise() == pytest.approx(0.5 + 0.5 * 0.53 + 0.5 * 0.53 * 0.56)
     found.append([3, 4, 9])  # two right, then a wrong one
-    assert found.tried[2] == 5 and found.right[2] == 3
-    assert found.chance(2) > before
-    found.append([5])  # nothing was drafted in between, so nothing is judged
-    assert found.tried[2] == 5
+    assert found.tried == {2: 1, 3: 1, 4: 1} and found.right == {2: 1, 3: 1, 4: 0}
+    found.append([5, 1, 2])  # nothing was drafted in between, so nothing is judged
+    assert found.tried == {2: 1, 3: 1, 4: 1}
+    assert found.draft(3, 2) == [(2, [3, 4, 9])]
+    assert found.chances() == [pytest.approx([(1 + 8 * 0.5) / 9, (1 + 8 * 0.53) / 9, 8 * 0.56 / 9])]
+
+
+def test_another_continuation_begins_with_a_doubt_of_its_own():
+    found = FoundText()
+    found.append([1, 2, 3, 4, 5, 1, 2, 6, 7, 8, 1, 2])
+    assert found.draft(2, 2) == [(2, [6, 7]), (2, [3, 4])]
+    assert found.chances() == [pytest.approx([0.5, 0.53]), pytest.approx([0.15, 0.53])]
+    assert found.promise() == pytest.approx(0.5 + 0.5 * 0.53)
+    found.append([3, 4])
+    assert found.right == {2: 0, 0: 1, 3: 1} and found.tried == {2: 1, 0: 1, 3: 1}
+
+
+def test_no_chance_is_of_more_tokens_than_are_compared():
+    found = FoundText()
+    found.append([*range(20), 50, *range(1, 12)])
+    ((match, chain),) = found.draft(8, 2)
+    assert (match, chain) == (11, [12, 13, 14, 15, 16, 17, 18, 19])
+    assert found.chances() == [pytest.approx([0.77, *[0.8] * 7])]
 
 
 def test_rows_of_a_batch_are_texts_of_their_own():

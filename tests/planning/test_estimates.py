@@ -12,9 +12,13 @@ from test_import_contract import imports_of
 from specblock_hf import planning
 from specblock_hf.planning.estimates import (
     BANDS,
+    FEW,
+    GUESSED,
     LEVEL_WEIGHT,
     OLD,
     RECENT,
+    RENEWED,
+    STEP,
     WAY_WEIGHT,
     WINDOW,
     Claims,
@@ -29,16 +33,37 @@ def test_a_busy_machine_only_adds_time():
     times = Times()
     for number, seconds in enumerate([2.0, 40.0, 2.2, 40.0, 2.4, 40.0, 2.6]):
         times.add(seconds, number)
-    assert times.quiet == 2.2 and times.spread == pytest.approx(2.6 / 2.2 - 1)
+    assert times.middle == 2.6 and times.spread == pytest.approx(2.6 / 2.2 - 1)
 
 
 def test_only_the_latest_samples_count():
     times = Times()
-    for number in range(3 * WINDOW):
+    for number in range(WINDOW):
         times.add(1.0 + number, number)
-    assert len(times.samples) == WINDOW and times.samples[0] == 1.0 + 2 * WINDOW
-    times.add(5.0, 3 * WINDOW + OLD)
+    assert times.samples == [1.0 + number for number in range(WINDOW)]
+    last = 2 * RENEWED * WINDOW
+    for number in range(WINDOW, last):
+        times.add(1.0 + number, number)
+    # A full window is renewed slowly, and its age is that of the last time all the same.
+    assert times.samples == [1.0 + number for number in range(last)[::RENEWED][-WINDOW:]]
+    assert times.age(last) == 1
+    times.add(5.0, last + OLD)
     assert times.samples == [5.0]
+
+
+def test_the_machines_pace_is_followed_by_what_is_known_well():
+    times = Times()
+    for number in range(FEW - 1):
+        times.add(2.0, number)
+    assert times.paced(1.0, 9.0) == 1
+    times.add(2.0, FEW)
+    # However long a time is.
+    assert times.paced(1.0, 2.1) == times.paced(1.0, 90.0) == 1 + STEP
+    assert times.paced(1.0, 1.9) == pytest.approx(1 / (1 + STEP))
+    pace = 1.0
+    for _ in range(60):
+        pace = times.paced(pace, 2.4)
+    assert pace == pytest.approx(1.2, rel=STEP)
 
 
 def test_few_samples_make_a_time_old_whenever_they_were_taken():
@@ -77,13 +102,15 @@ def test_a_cut_tree_tells_what_smaller_ones_accept():
     for _ in range(400):
         # Ranks 0 and 6 of seven nodes: the first band and the fourth (6 and 7).
         gains.add([0, 6], 7, 7, prior)
-    sums = gains.expected(prior)
+    sums = gains.expected(prior, GUESSED)
     place = BANDS.index(7)
     assert sums[0] == pytest.approx(1, abs=0.2) and sums[place] == pytest.approx(2, abs=0.6)
     # Beyond seven nodes the prior, scaled by what came true of it below: 2 of 1.5.
     rounds = gains.trials[0]
-    own = (2 * rounds + WAY_WEIGHT) / (1.5 * rounds + WAY_WEIGHT)
+    own = (2 * rounds + GUESSED * WAY_WEIGHT) / (1.5 * rounds + GUESSED * WAY_WEIGHT)
     assert sums[place + 1] - sums[place] == pytest.approx(0.375 * own) and 1.25 < own < 1.33
+    # Less of that where the prior was measured.
+    assert 0.375 < gains.expected(prior)[place + 1] - gains.expected(prior)[place] < 0.375 * own
 
 
 def test_nodes_that_there_were_not_add_nothing():
@@ -118,11 +145,11 @@ def test_a_text_is_compared_with_the_long_run_for_as_long_as_it_is_recent():
         level.add(2.0, 1.0, now)
     recent = sum(0.5 ** (age / RECENT) for age in range(40))
     assert level.at(39) == pytest.approx((2 * recent + LEVEL_WEIGHT) / (recent + LEVEL_WEIGHT))
-    assert level.at(39) > 1.5
+    assert level.at(39) > 1.4
     assert 1 < level.at(39 + 8 * RECENT) < 1.02
     # One round that stands for more, because nobody looked for long.
     level.add(0.0, 1.0, 39 + 8 * RECENT, weight=8.0)
-    assert level.at(39 + 8 * RECENT) < 0.8
+    assert level.at(39 + 8 * RECENT) < 0.81
 
 
 @pytest.mark.parametrize(
