@@ -47,7 +47,7 @@ from specblock_hf.trees.tree import DraftTree  # noqa: E402
 
 WAYS = (Way(1), Way(2, 4), Way(2, 8), LOOKUPS)
 MOST = 23
-"""Nodes of a recorded tree."""
+"""Nodes of a recorded tree; a smaller one is taken for its likeliest nodes, which is nearly so."""
 
 LOOKUP_SECONDS, OWN_SECONDS = 0.001, 0.0003
 """What looking up takes, and what finding a plan does, of each round."""
@@ -151,6 +151,8 @@ def kept(rounds: Sequence[Mapping[str, tuple[DraftTree, float]]], emitted: Seque
                 "height": tree.max_depth,
             }
         told.append(ways)
+    if len(told) < len(emitted) - 1:  # with one token left nothing is drafted
+        told.append({name: {"claims": [], "kept": [], "promised": 0.0, "height": 0} for name in told[-1]})
     return told
 
 

@@ -46,7 +46,7 @@ def test_a_fixed_plan_is_played_in_the_rounds_that_it_takes(tmp_path, capsys):
     (prompt,) = SCRIPT["evenly"](load_prompts("mtbench", None), 1)
     ids = encode(tokenizer, prompt.prompt, target.device)
     machine = SCRIPT["Machine"](texts, SCRIPT["recorded_curves"]("float32"), SCRIPT["recorded_offer"](False))
-    for plan in (DraftingPlan(7, 1), DraftingPlan(11, 2, 4), DraftingPlan(15, 1)):
+    for plan in (DraftingPlan(23, 1), DraftingPlan(23, 2, 4), DraftingPlan(23, 2, 8)):
         drafter.drafting_plan = plan
         target.generate(ids, assistant_model=drafter, max_new_tokens=24, do_sample=False)
         rounds: list[Round] = []
