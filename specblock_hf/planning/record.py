@@ -217,7 +217,8 @@ class Record:
         weight = min(max(self.now - self.latest[kind], 1), LESSON_WEIGHT) / len(seen.rows)
         self.latest[kind] = self.now
         prior, gains = offer.prior(way, found), self.gains.setdefault(f"{way.name} {found}", Gains())
-        expected, scale = gains.expected(prior, _trust(offer, found))[band_of(seen.choice.nodes)], self._scale(offer, kind)
+        expected = gains.expected(prior, _trust(offer, found))[band_of(seen.choice.nodes)]
+        scale = self._scale(offer, kind)
         ease = scale * self.levels[kind].at(self.times[kind])
         for row in seen.rows:
             order = sorted(range(len(row)), key=lambda node: -row[node][0])
