@@ -138,9 +138,8 @@ def kept(rounds: Sequence[Mapping[str, tuple[DraftTree, float]]], emitted: Seque
         following, ways = emitted[place:], {}
         for name, (tree, promised) in trees.items():
             tokens, parents, chances = (part[0].tolist() for part in (tree.tokens, tree.parents, tree.log_probs))
-            sums, depths, right = path_sums_on_host(parents, chances), [0], {0}
+            sums, depths, right = path_sums_on_host(parents, chances), tree.depths()[0].tolist(), {0}
             for node, parent in enumerate(parents[1:], 1):
-                depths.append(depths[parent] + 1 if parent >= 0 else MOST)
                 if parent in right and following[depths[node] - 1 : depths[node]] == [tokens[node]]:
                     right.add(node)
             order = sorted((n for n, parent in enumerate(parents) if parent >= 0), key=lambda node: -sums[node])

@@ -69,7 +69,7 @@ class Times:
     Seconds of one part of a round.
 
     Args:
-        samples (`list[float]`): The latest ones.
+        samples (`list[float]`): Some of the latest ones, by the machine's pace.
         seen (`int`): The round of the last one.
     """
 

@@ -187,11 +187,11 @@ class Record:
         columns = seen.nodes if seen.columns is None else seen.columns
         if seen.settled:
             self.pace = self.verify.of(columns).paced(self.pace, seen.rest)
-        seen = replace(seen, draft=seen.draft / self.pace, rest=seen.rest / self.pace)
+        draft, rest = seen.draft / self.pace, seen.rest / self.pace
         if seen.settled:
-            self.verify.add(columns, seen.rest, self.now)
+            self.verify.add(columns, rest, self.now)
         plain = self.verify.sizes.get(1)
-        took = min(seen.draft + seen.rest, LONGEST * plain.middle) if plain else 0.0
+        took = min(draft + rest, LONGEST * plain.middle) if plain else 0.0
         self.seconds += took * (SETTLED_SHARE if seen.choice.nodes else 1.0)
         if seen.choice.learns and self.rate and seen.settled:
             tokens = 1 + share_of_slowest(self.batch_size) * (seen.emitted - 1)
@@ -204,7 +204,7 @@ class Record:
         found = bisect_right(FOUND, seen.found) if offer.finds else 0
         drafts = _is_drafters(way, found)
         if seen.usual and seen.settled:
-            self.draft.setdefault(way.name, Times()).add(seen.draft, self.now)
+            self.draft.setdefault(way.name, Times()).add(draft, self.now)
         self.times = [time + (1 if kind == drafts else SLOWER) for kind, time in enumerate(self.times)]
         self.share = _towards(self.share, found, 32)
         self.usual_share = _towards(self.usual_share, found, min(32 + self.now, STEADY))
