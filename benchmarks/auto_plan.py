@@ -57,7 +57,8 @@ NATURES: dict[str, Callable[[float], Nature]] = {
     "look-ups": lambda tokens: Nature(0.7, MATCHES),
 }
 PLANS = {f"{plan[0]} nodes, {plan[1]} forward(s)": DraftingPlan(*plan) for plan in ((5, 1), (7, 1), (11, 2, 4))}
-SIDES = (*PLANS, "auto", "random")
+LEARNING = ("auto", "random")
+SIDES = ("plain", *PLANS, *LEARNING)
 CALLS_TO_LEARN = 2
 DRAWS = 2000
 
@@ -76,12 +77,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--suite-file", type=Path, help="of a suite that has to be downloaded")
     parser.add_argument("--prompts", type=int, default=10, help="of each suite (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="with other prompts and nothing learned (default: %(default)s)"
+    )
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, or simulated ones times 30")
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="as if the drafter's acceptance was never measured")
     parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help=f"beside plain (default: {SIDES})"
+        "--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help="default: all (%(choices)s)"
     )
     parser.add_argument("--seeds", type=int, default=5, help="of the simulation (default: %(default)s)")
     parser.add_argument(
@@ -192,20 +196,20 @@ def measure(args: argparse.Namespace, output: Path) -> None:
     condition = f"{args.dtype}, temperature {args.temperature}, batch {args.batch_size}, {args.tokens} tokens"
     condition += ", no record" * args.no_record + ", no look-ups" * (not args.lookup)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    done = {(row["condition"], row["suite"], row["batch"], row["side"]) for row in rows}
+    done = {(row["condition"], row["suite"], row["repeat"], row["batch"], row["side"]) for row in rows}
     output.parent.mkdir(parents=True, exist_ok=True)
     sides = make_sides(drafter, args.lookup)
-    sides = {name: side for name, side in sides.items() if name == "plain" or name in args.sides}
-    for suite in args.suites:
-        states = {name: output.with_suffix(f".{suite}.{name}.json") for name in ("auto", "random") if name in sides}
+    sides = {name: side for name, side in sides.items() if name in args.sides}
+    for suite, repeat in itertools.product(args.suites, range(args.repeats)):
+        states = {name: output.with_suffix(f".{suite}.{repeat}.{name}.json") for name in LEARNING if name in sides}
         for name, path in states.items():
-            known = any((condition, part, 0, name) in done for part in (suite, _part(suite, 1)))
+            known = any((condition, part, repeat, 0, name) in done for part in (suite, _part(suite, 1)))
             sides[name][0].controller = PlanController.load(path) if known and path.exists() else PlanController()
-        for part, batch, prompts in batches_of(suite, args, tokenizer, target.device):
+        for part, batch, prompts in batches_of(suite, repeat, args, tokenizer, target.device):
             for name in _turned(list(sides), batch):
-                if (condition, part, batch, name) in done:
+                if (condition, part, repeat, batch, name) in done:
                     continue
-                row = {"condition": condition, "suite": part, "batch": batch, "side": name}
+                row = {"condition": condition, "suite": part, "repeat": repeat, "batch": batch, "side": name}
                 row |= answer(target, *sides[name], prompts, args)
                 rows.append(row)
                 with output.open("a", encoding="utf-8") as file:
@@ -216,12 +220,12 @@ def measure(args: argparse.Namespace, output: Path) -> None:
 
 
 def batches_of(
-    suite: str, args: argparse.Namespace, tokenizer: Any, device: torch.device
+    suite: str, repeat: int, args: argparse.Namespace, tokenizer: Any, device: torch.device
 ) -> Iterator[tuple[str, int, Mapping[str, torch.Tensor]]]:
     """The part of a suite that a batch is of, its number, and its prompts."""
     names, number = suite.split("+"), itertools.count()
     for place, name in enumerate(names, 1):
-        prompts = evenly(load_prompts(name, args.suite_file), args.prompts)
+        prompts = evenly(load_prompts(name, args.suite_file), args.prompts * args.repeats)[repeat :: args.repeats]
         ids = [encode(tokenizer, prompt.prompt, device) for prompt in prompts]
         for first in range(0, len(ids) - args.batch_size + 1, args.batch_size):
             batch = padded(ids[first : first + args.batch_size], tokenizer.pad_token_id or 0)
@@ -277,17 +281,19 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     lines, table, texts = [], {}, {}
     for row in rows:
-        place = row["suite"], row["batch"], row["side"]
+        place = row["suite"], (row["repeat"], row["batch"]), row["side"]
         table[place] = row["tokens"] / row["seconds"]
         texts[place] = row["text"]
     suites, sides = (list(dict.fromkeys(row[name] for row in rows)) for name in ("suite", "side"))
     for suite in suites:
-        batches = sorted({batch for name, batch, side in table if name == suite and side == "plain"})
-        for side in sides[1:]:
-            ratios = [table[suite, b, side] / table[suite, b, "plain"] for b in batches if (suite, b, side) in table]
-            lines.append(f"{suite}: {side} / plain {_interval(ratios)}")
-        learned = [batch for batch in batches if batch >= CALLS_TO_LEARN]
-        fixed = [side for side in sides if side not in ("plain", "auto", "random")]
+        batches = sorted({batch for name, batch, _ in table if name == suite})
+        for side in sides:
+            both = [b for b in batches if {(suite, b, side), (suite, b, "plain")} <= table.keys()]
+            if both and side != "plain":
+                ratios = [table[suite, b, side] / table[suite, b, "plain"] for b in both]
+                lines.append(f"{suite}: {side} / plain {_interval(ratios)}")
+        learned = [batch for batch in batches if batch[1] >= CALLS_TO_LEARN]
+        fixed = [side for side in sides if side not in ("plain", *LEARNING)]
         halves, best, ratios, alike = (learned[::2], learned[1::2]), [], [], []
         for choosing, comparing in (halves, halves[::-1]) if fixed and "auto" in sides else ():
             if comparing:

@@ -19,7 +19,15 @@ SIDES = ["plain", "5 nodes, 1 forward(s)", "7 nodes, 1 forward(s)", "11 nodes, 2
 def rows(**speeds: list[float]) -> list[dict]:
     """Batches of one suite, by their speeds."""
     return [
-        {"suite": "s", "batch": batch, "side": side, "tokens": speed, "seconds": 1.0, "text": batch < 3 or side}
+        {
+            "suite": "s",
+            "repeat": 0,
+            "batch": batch,
+            "side": side,
+            "tokens": speed,
+            "seconds": 1.0,
+            "text": batch < 3 or side,
+        }
         for side, values in speeds.items()
         for batch, speed in enumerate(values)
     ]
@@ -37,17 +45,37 @@ def test_the_best_fixed_plan_is_chosen_on_other_batches_than_it_is_compared_on()
     ]
 
 
+def test_every_repeat_begins_with_calls_to_learn_and_needs_no_plain_ones():
+    first, second = rows(one=[1] * 4, auto=[1, 1, 2, 2]), rows(one=[1] * 4, auto=[9, 9, 3, 3])
+    assert SCRIPT["summarise"](first + [row | {"repeat": 1} for row in second]) == [
+        "s: auto / best fixed (one) 2.500 (2.000 to 3.000, 4 batches)",
+        "s: the same where their texts are equal 2.500 (2.000 to 3.000, 2 batches)",
+    ]
+
+
 @pytest.mark.parametrize("suite", ["mtbench", "mtbench+humaneval"])
 def test_all_sides_answer_all_prompts_once(suite, tmp_path, capsys):
     folders, output = save_models(tmp_path), tmp_path / "rows.jsonl"
     arguments = ["--measure", "--target", folders["target"], "--drafter", folders["specblock"], "--suites", suite]
-    arguments += ["--prompts", "2", "--tokens", "4", "--no-lookup", "--device", "cpu", "--output", str(output)]
+    arguments += [
+        "--prompts",
+        "2",
+        "--repeats",
+        "2",
+        "--tokens",
+        "4",
+        "--no-lookup",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+    ]
     SCRIPT["main"](arguments)
     answered = [json.loads(line) for line in output.read_text().splitlines()]
     parts = [f"{suite}, part {number}" for number in (1, 2)] if "+" in suite else [suite]
     assert {row["suite"] for row in answered} == set(parts)
-    assert sorted((row["batch"], row["side"]) for row in answered) == sorted(
-        (batch, side) for batch in range(2 * len(parts)) for side in SIDES
+    assert sorted((row["repeat"], row["batch"], row["side"]) for row in answered) == sorted(
+        (repeat, batch, side) for repeat in range(2) for batch in range(2 * len(parts)) for side in SIDES
     )
     assert all(row["seconds"] > 0 and row["tokens"] <= 4 for row in answered)
     # A run that was broken off goes on where it was.
@@ -58,11 +86,11 @@ def test_all_sides_answer_all_prompts_once(suite, tmp_path, capsys):
     assert f"{parts[-1]}: auto / plain " in capsys.readouterr().out
 
 
-def test_some_sides_beside_plain(tmp_path, capsys):
+def test_some_sides_alone(tmp_path, capsys):
     folders, output = save_models(tmp_path), tmp_path / "rows.jsonl"
     arguments = ["--measure", "--target", folders["target"], "--drafter", folders["specblock"], "--prompts", "1"]
     arguments += ["--suites", "mtbench", "--tokens", "4", "--no-lookup", "--device", "cpu", "--output", str(output)]
-    SCRIPT["main"]([*arguments, "--sides", "auto"])
+    SCRIPT["main"]([*arguments, "--sides", "plain", "auto"])
     assert [json.loads(line)["side"] for line in output.read_text().splitlines()] == ["plain", "auto"]
     assert "mtbench: auto / plain" in capsys.readouterr().out
     with pytest.raises(SystemExit):
