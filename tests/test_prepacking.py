@@ -22,7 +22,15 @@ from specblock_hf import (
 )
 from specblock_hf.drafting.drafter import DraftingCallback
 from specblock_hf.drafting.pilot import Pilot
-from specblock_hf.prepacking import PATIENCE, Packed, PrepackedLinear, PrepackedWeights, fitting, prepacked_twin
+from specblock_hf.prepacking import (
+    FEW_ROWS,
+    PATIENCE,
+    Packed,
+    PrepackedLinear,
+    PrepackedWeights,
+    fitting,
+    prepacked_twin,
+)
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
@@ -283,6 +291,31 @@ def test_only_plain_weights_in_one_piece_fit():
     assert not fits(layer)
     layer.weight = nn.Parameter(torch.zeros(33)[1:].view(4, 8))
     assert not fits(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_16_bits_that_a_processor_does_not_multiply_are_copied_in_32(dtype, bias, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    torch.manual_seed(0)
+    layers, weights = nn.Sequential(nn.Linear(64, 48, bias, dtype=dtype)), PrepackedWeights()
+    own, packed = layers[0], prepacked_twin(layers, fitting(layers), weights)[0]
+    assert isinstance(packed, PrepackedLinear) and packed.packed.dtype == torch.float32
+    for rows in (FEW_ROWS, FEW_ROWS + 1, 64):
+        input = torch.randn(1, rows, 64).to(dtype)
+        whole = nn.functional.linear(input.float(), own.weight.float(), own.bias.float() if bias else None)
+        if rows <= FEW_ROWS:
+            assert torch.equal(packed(input), own(input))
+        else:
+            torch.testing.assert_close(packed(input), whole.to(dtype))
+    sizes = (PrepackedWeights(size).has_room(fitting(layers)) for size in (4 * 64 * 48, 4 * 64 * 48 - 1))
+    assert [*sizes] == [True, False]
+    assert weights.knows(fitting(layers))
+    kept = weights._packed[own.weight]
+    prepacked_twin(layers, fitting(layers), weights)  # they are lent again and not made again
+    assert weights._packed[own.weight] is kept
+    own.weight.data = own.weight.data.to(torch.float32)
+    assert prepacked_twin(layers, fitting(layers), weights)[0].packed is not kept.weight
 
 
 def test_small_weights_are_left(monkeypatch):
