@@ -30,6 +30,9 @@ LEAST_BYTES = 1 << 17
 FEW_ROWS = 4
 """Rows by which weights of 16 bits are multiplied sooner than copies of 32, of which there is twice as much."""
 
+LONG_PROMPT = 64
+"""Tokens for which copies in 32 bits are worth making at once: reading as many takes longer without them."""
+
 PATIENCE = 4
 """Rounds, of all calls, before weights are copied for them, which takes as long as some five plain steps."""
 
@@ -60,11 +63,11 @@ class PrepackedLinear(nn.Linear):
     """
 
     packed: torch.Tensor
+    own_dtype: torch.dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        kind = self.packed.dtype
-        few = kind != self.weight.dtype and input.numel() <= FEW_ROWS * input.shape[-1]
-        if input.dtype != self.weight.dtype or few:
+        own, kind = self.own_dtype, self.packed.dtype
+        if input.dtype != own or (kind != own and input.numel() <= FEW_ROWS * input.shape[-1]):
             return super().forward(input)
         bias = None if self.bias is None else self.bias.to(kind)
         return torch.ops.mkldnn._linear_pointwise(input.to(kind), self.packed, bias, "none", [], "").to(input.dtype)
@@ -72,9 +75,9 @@ class PrepackedLinear(nn.Linear):
 
 class PrepackedWeights:
     """
-    Copies of a drafter's weights and its targets' for the rounds of calls on an x86 CPU. The models themselves have no
-    part in it: the rounds of a call run second models of the same modules, hooks included, in which linear layers use
-    the copies. Whether those are still the models' weights is asked by sums of all bits whenever they are lent, and in
+    Copies of a drafter's weights and its targets' for the rounds of calls on an x86 CPU, and for prompts once they are
+    there. The models themselves have no part in it: a call runs second models of the same modules, hooks included, in
+    which linear layers use the copies. Whether those are still the models' weights is asked by sums of all bits whenever they are lent, and in
     every round by the versions of the weights. A copied drafter begins without any.
 
     Args:
@@ -130,7 +133,7 @@ class PrepackedWeights:
                     self._packed[layer.weight] = Packed(copy, weight.dtype, own, version_of([layer.weight]))
             for layer in layers:
                 layer.__class__ = PrepackedLinear
-                layer.packed = self._packed[layer.weight].weight
+                layer.packed, layer.own_dtype = self._packed[layer.weight].weight, layer.weight.dtype
 
     def has_room(self, layers: Sequence[nn.Linear]) -> bool:
         """Whether there is something to copy, and not too much."""
@@ -165,6 +168,12 @@ def dtypes_of_copies() -> dict[torch.dtype, torch.dtype]:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         kinds[torch.bfloat16] = torch.bfloat16
     return kinds
+
+
+def are_widened(layers: Sequence[nn.Linear]) -> bool:
+    """Whether copies of the weights of these layers, of those that are [`fitting`], have more bits than they."""
+    kinds = dtypes_of_copies()
+    return any(kinds[layer.weight.dtype] != layer.weight.dtype for layer in layers)
 
 
 def float32_is_whole() -> bool:

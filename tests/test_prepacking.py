@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 import pickle
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from specblock_hf.drafting.drafter import DraftingCallback
 from specblock_hf.drafting.pilot import Pilot
 from specblock_hf.prepacking import (
     FEW_ROWS,
+    LONG_PROMPT,
     PATIENCE,
     Packed,
     PrepackedLinear,
@@ -109,6 +110,55 @@ def test_copies_are_made_once_some_rounds_have_been_read(monkeypatch):
     # Once they are there, from the first round on.
     target.generate(prompt_of(6), **call | {"max_new_tokens": 2})
     assert drafter.last_statistics.prepacked and drafter.last_statistics.rounds == 1
+
+
+def rows_by_copies(monkeypatch) -> list[int]:
+    """Tokens of every forward of the first layer with copied weights."""
+    rows, own = [], PrepackedLinear.forward
+
+    def forward(self: PrepackedLinear, input: torch.Tensor) -> torch.Tensor:
+        if not rows or self.weight is rows_of[0]:
+            rows_of[:] = [self.weight]
+            rows.append(input.shape[-2])
+        return own(self, input)
+
+    rows_of: list[nn.Parameter] = []
+    monkeypatch.setattr(PrepackedLinear, "forward", forward)
+    return rows
+
+
+@pytest.mark.parametrize("call", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_prompts_are_read_by_copies_that_are_there(call, chunk, monkeypatch):
+    target, drafter, prompt = tiny_target("llama"), a_drafter(), prompt_of(9)
+    rows, call = rows_by_copies(monkeypatch), call | {"prefill_chunk_size": chunk}
+    target.generate(prompt_of(6), assistant_model=drafter, **call)
+    assert rows[0] < 6  # a round
+    del rows[:]
+    torch.manual_seed(0)
+    text = target.generate(prompt, assistant_model=drafter, **call)
+    assert rows[: 1 if chunk is None else 3] == ([9] if chunk is None else [4, 4, 1])
+    torch.manual_seed(0)
+    assert torch.equal(text, target.generate(prompt, **call))
+
+
+def test_prompts_with_images_are_read_by_the_target_which_keeps_where_the_text_begins(monkeypatch):
+    target, drafter = deepcopy(tiny_target("llama")), a_drafter()
+    target.generate(prompt_of(6), assistant_model=drafter, **GREEDY)
+    rows = rows_by_copies(monkeypatch)
+    monkeypatch.setattr(type(target.config), "get_text_config", lambda self, decoder=None: copy(self))
+    target.generate(prompt_of(9), assistant_model=drafter, **GREEDY)
+    assert rows and 9 not in rows
+
+
+def test_copies_in_32_bits_are_made_for_a_long_prompt(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    for tokens, first in ((LONG_PROMPT, LONG_PROMPT), (LONG_PROMPT - 1, 6)):
+        target, drafter = deepcopy(tiny_target("llama")).to(torch.bfloat16), a_drafter(5)
+        with monkeypatch.context() as patch:
+            rows = rows_by_copies(patch)
+            target.generate(prompt_of(tokens), assistant_model=drafter, **GREEDY)
+        assert rows[0] == first
 
 
 def test_rounds_teach_no_times_until_they_are_read_as_later_ones(monkeypatch):

@@ -212,6 +212,10 @@ class TargetModel:
         committed.begin_prompt()
         inputs = self._inputs
         prompt = PromptPairs(self.table, inputs.ids, inputs.embeds, inputs.new, committed.visible, committed.width)
+        config = self.target.config
+        # What reads images may keep where the text begins, and what reads token after token is slow for a prompt.
+        if self._trees.model is self.target and config.get_text_config(decoder=True) is config:
+            self._reader = self._trees.of_prompt(inputs.new)
         for start in range(0, inputs.new, self._chunk_size):
             end = min(start + self._chunk_size, inputs.new)
             scored = self._forward(**inputs.of_prompt(start, end))

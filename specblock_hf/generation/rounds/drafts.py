@@ -92,7 +92,10 @@ class EagerDrafts:
         if self.state.batch_size < len(pairs.lengths):
             pairs = pairs.of_rows(self.state.drafting)
         with self.drafter.lock, without_cudnn_attention:
-            self.drafter.extend(self.state, self.state.caught_up(pairs))
+            drafter = self.drafter
+            if self._model is not None:
+                drafter = drafter.with_network(self._model.of_prompt(pairs.tokens.shape[1]))
+            drafter.extend(self.state, self.state.caught_up(pairs))
 
     def propose(self, pairs: Pairs, limits: Limits) -> DraftTree:
         drafter, self.settled = self.drafter, True
