@@ -77,8 +77,8 @@ class PrepackedWeights:
     """
     Copies of a drafter's weights and its targets' for the rounds of calls on an x86 CPU, and for prompts once they are
     there. The models themselves have no part in it: a call runs second models of the same modules, hooks included, in
-    which linear layers use the copies. Whether those are still the models' weights is asked by sums of all bits whenever they are lent, and in
-    every round by the versions of the weights. A copied drafter begins without any.
+    which linear layers use the copies. Whether those are still the models' weights is asked by sums of all bits
+    whenever they are lent, and in every round by the versions of the weights. A copied drafter begins without any.
 
     Args:
         most_bytes (`int`, *optional*, defaults to 2 GiB): Models with larger linear layers are left as they are.
