@@ -14,10 +14,10 @@ BENCH_OUTPUT ?= runs/bench
 PYTEST := -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 # What is left is the loop, targets, drafters and checkpoints, which a new release is likeliest to break, in some minutes.
-LATEST_TESTS := -m "not real" -k "not compil and not fuzz" \
+FAST_TESTS := -m "not real" -k "not compil and not fuzz" \
 	$(addprefix --ignore tests/, adaptation benchmarks cli commands data evaluation regeneration training)
 
-.PHONY: help setup setup-compat setup-latest demo bench train-smoke test test-compat test-latest lint docs new-user
+.PHONY: help setup setup-compat setup-latest demo bench train-smoke test test-compat test-compat-fast test-latest lint docs new-user
 
 help:
 	@echo "make demo         answer six prompts with and without the drafter, in fp32 and in bf16"
@@ -25,6 +25,7 @@ help:
 	@echo "make train-smoke  train a very small drafter in some minutes, and fail if it does not learn"
 	@echo "make test         all tests, newest tested transformers"
 	@echo "make test-compat  all tests, oldest supported transformers"
+	@echo "make test-compat-fast  the fast ones of them"
 	@echo "make test-latest  the fast tests with whatever packages are newest today; torch stays as it is"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation as a site in site/; no link may lead nowhere"
@@ -69,9 +70,12 @@ test: setup
 test-compat: setup-compat
 	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST)
 
+test-compat-fast: setup-compat
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) $(FAST_TESTS)
+
 test-latest: setup-latest
 	$(LATEST)/bin/python -m pip list
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) $(LATEST_TESTS)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) $(FAST_TESTS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
