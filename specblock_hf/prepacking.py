@@ -158,7 +158,7 @@ def fitting(model: nn.Module) -> list[nn.Linear]:
 
 def dtypes_of_copies() -> dict[torch.dtype, torch.dtype]:
     """
-    By the dtype of weights, that of copies which are faster. Processors without products of 16 bits, as most desktops'
+    By the dtype of weights, that of copies which are faster. Processors without products of 16 bits, as many desktops'
     are, take for 12 rows of them five times as long as for 1; in float32 it is hardly longer.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
