@@ -8,7 +8,7 @@ into that layout anew in each forward, which takes a round of a few tokens longe
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -115,7 +115,7 @@ class PrepackedWeights:
             layers (iterable of `nn.Linear`): Of a second model of the weights, and its own.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            layers, kinds = list(layers), dtypes_of_copies()
+            layers = list(layers)
             sums = [layer.weight.detach().view(torch.int64).sum(1) for layer in layers]
             stale, unseen = [], False
             for layer, own in zip(layers, sums, strict=True):
@@ -129,7 +129,7 @@ class PrepackedWeights:
             for layer, own, is_stale in zip(layers, sums, stale, strict=True):
                 if is_stale or unseen:
                     weight = layer.weight.detach()
-                    copy = torch.ops.mkldnn._reorder_linear_weight(weight.to(kinds[weight.dtype]))
+                    copy = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype_of_copy(weight.dtype)))
                     self._packed[layer.weight] = Packed(copy, weight.dtype, own, version_of([layer.weight]))
             for layer in layers:
                 layer.__class__ = PrepackedLinear
@@ -137,9 +137,8 @@ class PrepackedWeights:
 
     def has_room(self, layers: Sequence[nn.Linear]) -> bool:
         """Whether there is something to copy, and not too much."""
-        weights, kinds = {id(layer.weight): layer.weight for layer in layers}, dtypes_of_copies()
-        sizes = (weight.numel() * kinds[weight.dtype].itemsize for weight in weights.values())
-        return 0 < sum(sizes) <= self.most_bytes
+        weights = {id(layer.weight): layer.weight for layer in layers}.values()
+        return 0 < sum(weight.numel() * dtype_of_copy(weight.dtype).itemsize for weight in weights) <= self.most_bytes
 
 
 def version_of(weights: Iterable[nn.Parameter]) -> int:
@@ -150,30 +149,29 @@ def version_of(weights: Iterable[nn.Parameter]) -> int:
 
 def fitting(model: nn.Module) -> list[nn.Linear]:
     """The linear layers of a model that would be faster with prepacked weights; none where that is not known."""
-    if torch.is_autocast_enabled("cpu"):
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return []
-    kinds = dtypes_of_copies()
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return []
+    kinds = [torch.float32, torch.bfloat16, torch.float16]
+    if not float32_is_whole():
+        kinds = [dtype for dtype in kinds if dtype_of_copy(dtype) != torch.float32]
     return [module for module in model.modules() if type(module) is nn.Linear and _fits(module, kinds)]
 
 
-def dtypes_of_copies() -> dict[torch.dtype, torch.dtype]:
+def dtype_of_copy(dtype: torch.dtype) -> torch.dtype:
     """
-    By the dtype of weights, that of copies which are faster. Processors without products of 16 bits, as many desktops'
-    are, take for 12 rows of them five times as long as for 1; in float32 it is hardly longer.
+    Of a copy of weights of this dtype. Processors without products of 16 bits, as many desktops' are, take for 12 rows
+    of them five times as long as for 1; in float32 it is hardly longer.
     """
-    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return {}
-    every = (torch.float32, torch.bfloat16, torch.float16)
-    kinds = dict.fromkeys(every, torch.float32) if float32_is_whole() else {}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        kinds[torch.bfloat16] = torch.bfloat16
-    return kinds
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
+    return torch.float32
 
 
-def are_widened(layers: Sequence[nn.Linear]) -> bool:
-    """Whether copies of the weights of these layers, of those that are [`fitting`], have more bits than they."""
-    kinds = dtypes_of_copies()
-    return any(kinds[layer.weight.dtype] != layer.weight.dtype for layer in layers)
+def are_widened(layers: Iterable[nn.Linear]) -> bool:
+    """Whether copies of the weights of some of these layers have more bits than they."""
+    return any(dtype_of_copy(layer.weight.dtype) != layer.weight.dtype for layer in layers)
 
 
 def float32_is_whole() -> bool:
@@ -184,7 +182,7 @@ def float32_is_whole() -> bool:
         return False
 
 
-def _fits(layer: nn.Linear, kinds: Container[torch.dtype]) -> bool:
+def _fits(layer: nn.Linear, kinds: list[torch.dtype]) -> bool:
     weight = vars(layer)["_parameters"].get("weight")
     return (
         type(weight) is nn.Parameter

@@ -369,6 +369,14 @@ def test_weights_of_16_bits_that_a_processor_does_not_multiply_are_copied_in_32(
     assert prepacked_twin(layers, fitting(layers), weights)[0].packed is not kept.weight
 
 
+def test_precision_that_is_lowered_during_a_call_breaks_nothing_off(monkeypatch):
+    target, weights = tiny_target("llama"), PrepackedWeights()
+    layers = fitting(target)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert weights.has_room(layers) and not fitting(target)
+    assert isinstance(prepacked_twin(target, layers, weights).lm_head, PrepackedLinear)
+
+
 def test_small_weights_are_left(monkeypatch):
     monkeypatch.setattr(prepacking, "LEAST_BYTES", 4 * 8 * 4)
     layers = nn.Sequential(nn.Linear(8, 3), nn.Linear(8, 4))
