@@ -1,14 +1,20 @@
 # Copyright 2026 The specblock_hf authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Weights in the layout that oneDNN multiplies by. On x86 every `nn.Linear` of a PyTorch CPU model brings its weights
-into that layout anew in each forward, which takes a round of a few tokens longer than the multiplication itself does:
-4 rows by 576 x 16384 weights in float32 took 5.4 ms on two AVX-512 cores, and 1.2 ms with weights brought there once.
+Weights in the layout that a library multiplies by. On x86 every `nn.Linear` of a PyTorch CPU model brings its weights
+into oneDNN's layout anew in each forward, which takes a round of a few tokens longer than the multiplication itself
+does: 4 rows by 576 x 16384 weights in float32 took 5.4 ms on two AVX-512 cores, and 1.2 ms with weights brought there
+once.
+
+Processors without products of 16 bits, as many desktops' are, take for 12 rows of such weights five times as long as
+for 1. FBGEMM's layout for them holds float16 and multiplies in float32. Weights that float16 holds, divided by a power
+of 2, are copied there: all of bfloat16 and float16, and those in float32 that came out of a file of 16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,11 +33,11 @@ MOST_BYTES = 2 << 30
 LEAST_BYTES = 1 << 17
 """Of a weight: smaller ones take no time."""
 
-FEW_ROWS = 4
-"""Rows by which weights of 16 bits are multiplied sooner than copies of 32, of which there is twice as much."""
+FEW_ROWS, FEW_ROWS_IN_32 = 1, 4
+"""Rows by which weights of 16 bits are multiplied sooner than copies in FBGEMM's layout, or in 32 bits."""
 
 LONG_PROMPT = 64
-"""Tokens for which copies in 32 bits are worth making at once: reading as many takes longer without them."""
+"""Tokens for which copies are worth making at once where 16 bits are not multiplied: without them it takes longer."""
 
 PATIENCE = 4
 """Rounds, of all calls, before weights are copied for them, which takes as long as some five plain steps."""
@@ -43,34 +49,60 @@ class Packed:
     A weight's copy.
 
     Args:
-        weight (`torch.Tensor`): In oneDNN's layout, opaque to everything but its products.
+        weight (`Any`): In a library's layout, opaque to everything but its products.
         dtype (`torch.dtype`): Of the original.
         sums (`torch.LongTensor` of shape `[out]`):
             Of each row of the original read as integers of 64 bits, which tell whether it is still the same.
         version (`int`): Of the original, which grows with its changes in place.
+        few_rows (`int`): As many are multiplied by the original.
+        kind (`torch.dtype`): Of the copy.
+        scale (`torch.FloatTensor` of shape `[1]`, *optional*):
+            The copy is in FBGEMM's layout, divided by this power of 2; otherwise in oneDNN's.
     """
 
-    weight: torch.Tensor
+    weight: Any
     dtype: torch.dtype
     sums: torch.LongTensor
     version: int
+    few_rows: int
+    kind: torch.dtype
+    scale: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, sums: torch.LongTensor) -> Packed:
+        """A copy of a weight, in the layout that this processor is fastest with."""
+        known, weight = (weight.dtype, sums, version_of([weight])), weight.detach()
+        peak = weight.abs().max().float()
+        if packs_halves() and 2.0**-100 < peak < 2.0**100 and _has_few_bits(weight):
+            # What rounds to nothing then is less than float32 loses in the sum of a row.
+            scale = torch.exp2(torch.frexp(peak).exponent - 15.0).reshape(1)
+            copy = torch.ops.quantized.linear_prepack_fp16(weight * scale.reciprocal(), None)
+            return cls(copy, *known, 0 if weight.dtype == torch.float32 else FEW_ROWS, torch.float16, scale)
+        kind = weight.dtype if multiplies(weight.dtype) else torch.float32
+        copy = torch.ops.mkldnn._reorder_linear_weight(weight.to(kind))
+        return cls(copy, *known, 0 if kind == weight.dtype else FEW_ROWS_IN_32, kind)
+
+    def multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What `nn.functional.linear` makes of an input; sums are in float32, as those of 16 bits are too."""
+        if self.scale is None:
+            bias = None if bias is None else bias.to(self.kind)
+            output = torch.ops.mkldnn._linear_pointwise(input.to(self.kind), self.weight, bias, "none", [], "")
+        else:
+            output = torch.ops.quantized.linear_dynamic_fp16(input * self.scale, self.weight)
+            output = output if bias is None else output.add_(bias)
+        return output.to(input.dtype)
 
 
 class PrepackedLinear(nn.Linear):
-    """
-    A linear layer that multiplies by a copy of its weights: `[..., in]` to `[..., out]`, as `nn.Linear` does. Where
-    the copy is in float32 and the weights are not, products are summed in float32, as theirs are, and then rounded.
-    """
+    """A linear layer that multiplies by a copy of its weights: `[..., in]` to `[..., out]`, as `nn.Linear` does."""
 
-    packed: torch.Tensor
-    own_dtype: torch.dtype
+    packed: Packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        own, kind = self.own_dtype, self.packed.dtype
-        if input.dtype != own or (kind != own and input.numel() <= FEW_ROWS * input.shape[-1]):
+        packed = self.packed
+        if input.dtype != packed.dtype or input.numel() <= packed.few_rows * input.shape[-1]:
             return super().forward(input)
-        bias = None if self.bias is None else self.bias.to(kind)
-        return torch.ops.mkldnn._linear_pointwise(input.to(kind), self.packed, bias, "none", [], "").to(input.dtype)
+        return packed.multiply(input, self.bias)
 
 
 class PrepackedWeights:
@@ -126,19 +158,23 @@ class PrepackedWeights:
                 unseen |= not counted and not same
             # Another order of columns changes no sums, and through `.data` no version either. It comes with one of
             # rows elsewhere, and all are copied anew.
-            for layer, own, is_stale in zip(layers, sums, stale, strict=True):
-                if is_stale or unseen:
-                    weight = layer.weight.detach()
-                    copy = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype_of_copy(weight.dtype)))
-                    self._packed[layer.weight] = Packed(copy, weight.dtype, own, version_of([layer.weight]))
+            wanted = [each for each, old in zip(zip(layers, sums, strict=True), stale, strict=True) if old or unseen]
+            wanted.sort(key=lambda each: each[0].weight.numel(), reverse=True)
+            with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # FBGEMM copies with one
+                for (layer, _), copy in zip(wanted, threads.map(_copy_of, wanted), strict=True):
+                    self._packed[layer.weight] = copy
             for layer in layers:
                 layer.__class__ = PrepackedLinear
-                layer.packed, layer.own_dtype = self._packed[layer.weight].weight, layer.weight.dtype
+                layer.packed = self._packed[layer.weight]
 
     def has_room(self, layers: Sequence[nn.Linear]) -> bool:
         """Whether there is something to copy, and not too much."""
         weights = {id(layer.weight): layer.weight for layer in layers}.values()
-        return 0 < sum(weight.numel() * dtype_of_copy(weight.dtype).itemsize for weight in weights) <= self.most_bytes
+        return 0 < sum(weight.numel() * _copied_in(weight.dtype).itemsize for weight in weights) <= self.most_bytes
+
+
+def _copy_of(each: tuple[nn.Linear, torch.LongTensor]) -> Packed:
+    return Packed.of(each[0].weight, each[1])
 
 
 def version_of(weights: Iterable[nn.Parameter]) -> int:
@@ -155,23 +191,23 @@ def fitting(model: nn.Module) -> list[nn.Linear]:
         return []
     kinds = [torch.float32, torch.bfloat16, torch.float16]
     if not float32_is_whole():
-        kinds = [dtype for dtype in kinds if dtype_of_copy(dtype) != torch.float32]
+        kinds = [dtype for dtype in kinds if _copied_in(dtype) != torch.float32]
     return [module for module in model.modules() if type(module) is nn.Linear and _fits(module, kinds)]
 
 
-def dtype_of_copy(dtype: torch.dtype) -> torch.dtype:
-    """
-    Of a copy of weights of this dtype. Processors without products of 16 bits, as many desktops' are, take for 12 rows
-    of them five times as long as for 1; in float32 it is hardly longer.
-    """
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return dtype
-    return torch.float32
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether products of such weights are made as they are, rows together."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def are_widened(layers: Iterable[nn.Linear]) -> bool:
-    """Whether copies of the weights of some of these layers have more bits than they."""
-    return any(dtype_of_copy(layer.weight.dtype) != layer.weight.dtype for layer in layers)
+def packs_halves() -> bool:
+    """Whether copies are to be in FBGEMM's layout, which is chosen by torch's quantisation engine."""
+    return not multiplies(torch.bfloat16) and torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+def are_slow(layers: Iterable[nn.Linear]) -> bool:
+    """Whether some of these layers have weights that the processor multiplies row by row."""
+    return not all(multiplies(layer.weight.dtype) for layer in layers)
 
 
 def float32_is_whole() -> bool:
@@ -180,6 +216,21 @@ def float32_is_whole() -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # once one library alone was told, as `TrainingArguments(tf32=True)` does
         return False
+
+
+def _has_few_bits(weight: torch.Tensor) -> bool:
+    """Whether all numbers have the 11 significant bits of float16, or fewer."""
+    if weight.dtype != torch.float32:
+        return True
+    parts = (weight[:1], weight)  # most have not, which the first row shows
+    return not any(bool((part.view(torch.int32) & 0x1FFF).any()) for part in parts)
+
+
+def _copied_in(dtype: torch.dtype) -> torch.dtype:
+    """Copies of weights of this dtype have this one, or a smaller one."""
+    if multiplies(dtype):
+        return dtype
+    return torch.float16 if packs_halves() else torch.float32
 
 
 def _fits(layer: nn.Linear, kinds: list[torch.dtype]) -> bool:

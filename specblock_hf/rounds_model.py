@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Generic
 
 from .grouped_attention import grouped_twin
-from .prepacking import LONG_PROMPT, PrepackedWeights, are_widened, fitting, prepacked_twin, version_of
+from .prepacking import LONG_PROMPT, PrepackedWeights, are_slow, fitting, prepacked_twin, version_of
 from .twins import Model
 
 
@@ -54,8 +54,8 @@ class RoundsModel(Generic[Model]):
         weights = self._weights
         if weights is None:
             return self.model
-        widened = tokens >= LONG_PROMPT and are_widened(self._layers)
-        return self.next(at_once=True) if widened or weights.knows(self._layers) else self.model
+        slow = tokens >= LONG_PROMPT and are_slow(self._layers)
+        return self.next(at_once=True) if slow or weights.knows(self._layers) else self.model
 
     def next(self, at_once: bool = False) -> Model:
         """

@@ -201,6 +201,16 @@ def test_products_with_weights_in_onednns_layout(dtype):
         assert torch.allclose(found, torch.nn.functional.linear(rows, weight, given), atol=1e-5, rtol=2e-2)
 
 
+def test_products_with_weights_in_fbgemms_layout():
+    """`torch.ops.quantized.linear_prepack_fp16` and `linear_dynamic_fp16`, dynamic float16's."""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        pytest.skip("this torch or this CPU has no such products")
+    weight, rows = torch.randn(6, 8).half().float(), torch.randn(2, 3, 8)
+    copy = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    found = torch.ops.quantized.linear_dynamic_fp16(rows, copy)
+    assert torch.allclose(found, torch.nn.functional.linear(rows, weight), atol=1e-5)
+
+
 def test_mark_static_address():
     """`torch._dynamo.mark_static_address`: memory that a CUDA graph may read in place."""
     assert parameters(torch._dynamo.mark_static_address) == ["t", "guard"]
