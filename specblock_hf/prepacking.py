@@ -73,7 +73,7 @@ class Packed:
         """A copy of a weight, in the layout that this processor is fastest with."""
         known, weight = (weight.dtype, sums, version_of([weight])), weight.detach()
         peak = weight.abs().max().float()
-        if packs_halves() and 2.0**-100 < peak < 2.0**100 and _has_few_bits(weight):
+        if packs_halves() and 2.0**-40 < peak < 2.0**40 and _has_few_bits(weight):
             # What rounds to nothing then is less than float32 loses in the sum of a row.
             scale = torch.exp2(torch.frexp(peak).exponent - 15.0).reshape(1)
             copy = torch.ops.quantized.linear_prepack_fp16(weight * scale.reciprocal(), None)
@@ -99,8 +99,8 @@ class PrepackedLinear(nn.Linear):
     packed: Packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        packed = self.packed
-        if input.dtype != packed.dtype or input.numel() <= packed.few_rows * input.shape[-1]:
+        packed, few = self.packed, self.packed.few_rows * input.shape[-1]
+        if input.dtype != packed.dtype or input.dim() == 1 or input.numel() <= few:
             return super().forward(input)
         return packed.multiply(input, self.bias)
 
