@@ -70,7 +70,7 @@ class Packed:
 
     @classmethod
     def of(cls, weight: nn.Parameter, sums: torch.LongTensor) -> Packed:
-        """A copy of a weight, in the layout that this processor is fastest with."""
+        """A copy of a weight `[out, in]`, in the layout of which products are known to be fastest here."""
         known, weight = (weight.dtype, sums, version_of([weight])), weight.detach()
         peak = weight.abs().max().float()
         if packs_halves() and 2.0**-40 < peak < 2.0**40 and _has_few_bits(weight):
@@ -83,7 +83,7 @@ class Packed:
         return cls(copy, *known, 0 if kind == weight.dtype else FEW_ROWS_IN_32, kind)
 
     def multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What `nn.functional.linear` makes of an input; sums are in float32, as those of 16 bits are too."""
+        """`[..., in]` to `[..., out]` in the input's dtype; sums are in float32, as those of 16 bits are too."""
         if self.scale is None:
             bias = None if bias is None else bias.to(self.kind)
             output = torch.ops.mkldnn._linear_pointwise(input.to(self.kind), self.weight, bias, "none", [], "")
@@ -161,7 +161,8 @@ class PrepackedWeights:
             wanted = [each for each, old in zip(zip(layers, sums, strict=True), stale, strict=True) if old or unseen]
             wanted.sort(key=lambda each: each[0].weight.numel(), reverse=True)
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # FBGEMM copies with one
-                for (layer, _), copy in zip(wanted, threads.map(_copy_of, wanted), strict=True):
+                copies = threads.map(lambda each: Packed.of(each[0].weight, each[1]), wanted)
+                for (layer, _), copy in zip(wanted, copies, strict=True):
                     self._packed[layer.weight] = copy
             for layer in layers:
                 layer.__class__ = PrepackedLinear
@@ -171,10 +172,6 @@ class PrepackedWeights:
         """Whether there is something to copy, and not too much."""
         weights = {id(layer.weight): layer.weight for layer in layers}.values()
         return 0 < sum(weight.numel() * _copied_in(weight.dtype).itemsize for weight in weights) <= self.most_bytes
-
-
-def _copy_of(each: tuple[nn.Linear, torch.LongTensor]) -> Packed:
-    return Packed.of(each[0].weight, each[1])
 
 
 def version_of(weights: Iterable[nn.Parameter]) -> int:
@@ -201,7 +198,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def packs_halves() -> bool:
-    """Whether copies are to be in FBGEMM's layout, which is chosen by torch's quantisation engine."""
+    """Whether weights that float16 holds are copied in FBGEMM's layout, which torch has for some of its engines."""
     return not multiplies(torch.bfloat16) and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
